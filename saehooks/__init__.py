@@ -1,0 +1,1 @@
+"""Attach sparse autoencoders to the hook points of transformer models."""

@@ -1,0 +1,195 @@
+"""The sparse latent activations that flow through everything: compressed sparse rows with a batch shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saehooks.errors import ConfigError, LatentError, WidthError
+
+
+class Top(NamedTuple):
+    """The strongest latents of each row."""
+
+    latents: Tensor
+    """(*shape, k) int64, strongest first, -1 where a row has fewer than k latents."""
+    values: Tensor
+    """(*shape, k), 0 where a row has fewer than k latents."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codes:
+    """Sparse latent activations of a batch of rows, in compressed sparse row form.
+
+    The support is explicit: a latent that is listed was selected, whatever its value, so a selected
+    latent can hold zero or a negative number.
+
+    >>> codes = Codes.from_dense(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -3.0]]))
+    >>> codes.support_size
+    tensor([1, 2])
+    >>> codes.top(1).latents
+    tensor([[1],
+            [0]])
+    """
+
+    indices: Tensor
+    """(nnz,) int64, the selected latents of each row, ascending inside a row, none twice."""
+    values: Tensor
+    """(nnz,) floating, their activations."""
+    offsets: Tensor
+    """(rows + 1,) int64, where each row starts in ``indices``."""
+    shape: tuple[int, ...]
+    """Batch shape: ``(batch, pos)`` at a hook point; its product is the number of rows."""
+    d_sae: int
+    """Number of latents of the SAE."""
+    scale: Tensor | None = None
+    """(rows,) multiplier of each row's reconstruction, or None for 1."""
+
+    def __post_init__(self) -> None:
+        rows = math.prod(self.shape)
+        if self.offsets.shape != (rows + 1,):
+            raise WidthError(
+                f"Codes of shape {tuple(self.shape)} have {rows} rows and need {rows + 1} offsets, got {tuple(self.offsets.shape)}"
+            )
+        if self.indices.shape != self.values.shape or self.indices.dim() != 1:
+            raise WidthError(f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must be one list each, equally long")
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, support: Tensor | None = None, scale: Tensor | None = None) -> Codes:
+        """Compress a dense (*shape, d_sae) tensor; ``support`` (bool, same shape) defaults to ``dense != 0``."""
+        mask = (dense != 0) if support is None else support
+        if mask.shape != dense.shape:
+            raise WidthError(f"support {tuple(mask.shape)} must have the shape of the values {tuple(dense.shape)}")
+        shape, d_sae = tuple(dense.shape[:-1]), dense.shape[-1]
+        flat = mask.reshape(-1, d_sae)
+        rows, indices = flat.nonzero(as_tuple=True)
+        return cls(indices, dense.reshape(-1, d_sae)[rows, indices], offsets_of(flat.sum(-1)), shape, d_sae, scale)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Codes]) -> Codes:
+        """Join codes along their first batch axis."""
+        if not parts:
+            raise ConfigError("Codes.cat needs at least one Codes")
+        first = parts[0]
+        for part in parts[1:]:
+            if part.shape[1:] != first.shape[1:] or part.d_sae != first.d_sae or (part.scale is None) != (first.scale is None):
+                raise WidthError(f"cannot join {first!r} and {part!r}: they differ in more than their first axis")
+        sizes = torch.cat([part.sizes for part in parts])
+        scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None])
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        indices, values = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+        return cls(indices, values, offsets_of(sizes), shape, first.d_sae, scale)
+
+    def with_values(self, values: Tensor) -> Codes:
+        """The same support with other values, (nnz,)."""
+        return replace(self, values=values)
+
+    def detach(self) -> Codes:
+        """The same codes, cut from the autograd graph."""
+        return replace(self, values=self.values.detach(), scale=None if self.scale is None else self.scale.detach())
+
+    def to(self, *args, **kwargs) -> Codes:
+        """Move to a device, or cast values and scale to a dtype (arguments of ``Tensor.to``)."""
+        values = self.values.to(*args, **kwargs)
+        scale = None if self.scale is None else self.scale.to(*args, **kwargs)
+        return replace(
+            self, indices=self.indices.to(values.device), values=values, offsets=self.offsets.to(values.device), scale=scale
+        )
+
+    def cpu(self) -> Codes:
+        """The same codes in CPU memory."""
+        return self.to("cpu")
+
+    # ----------------------------------------------------------------- reading
+
+    @property
+    def sizes(self) -> Tensor:
+        """(rows,) int64, latents in each row."""
+        return self.offsets.diff()
+
+    @property
+    def support_size(self) -> Tensor:
+        """(*shape) int64, latents each token uses; at least 1 under sparsemax."""
+        return self.sizes.reshape(self.shape)
+
+    @property
+    def rows(self) -> Tensor:
+        """(nnz,) int64, the row of each entry."""
+        return rows_of(self.offsets, self.indices.numel())
+
+    def dense(self) -> Tensor:
+        """(*shape, d_sae) tensor with zeros outside the support: for tests and small things."""
+        out = self.values.new_zeros(math.prod(self.shape), self.d_sae)
+        return out.index_put((self.rows, self.indices), self.values).reshape(*self.shape, self.d_sae)
+
+    def of(self, latent: int) -> Tensor:
+        """(*shape) values of one latent, 0 where it was not selected."""
+        self.check_latents([latent])
+        hit = self.indices == latent
+        out = self.values.new_zeros(math.prod(self.shape))
+        return out.index_put((self.rows[hit],), self.values[hit]).reshape(self.shape)
+
+    def counts(self) -> Tensor:
+        """(d_sae,) int64, in how many rows each latent was selected."""
+        return torch.bincount(self.indices, minlength=self.d_sae)
+
+    def top(self, k: int) -> Top:
+        """The k largest latents of each row, padded with latent -1 and value 0."""
+        if k < 1:
+            raise ConfigError(f"top(k) needs k >= 1, got {k}")
+        n_rows, width = math.prod(self.shape), max(int(self.sizes.max()) if self.sizes.numel() else 0, k)
+        place = torch.arange(self.indices.numel(), device=self.indices.device) - self.offsets[self.rows]
+        values = self.values.new_full((n_rows, width), -math.inf).index_put((self.rows, place), self.values)
+        latents = self.indices.new_full((n_rows, width), -1).index_put((self.rows, place), self.indices)
+        values, order = values.topk(k, dim=-1)
+        latents = latents.gather(-1, order)
+        values = torch.where(latents < 0, 0.0, values)
+        return Top(latents.reshape(*self.shape, k), values.reshape(*self.shape, k))
+
+    def check_latents(self, latents: Sequence[int]) -> None:
+        """Raise LatentError unless every latent lies in ``0 .. d_sae - 1``."""
+        for latent in latents:
+            if not 0 <= latent < self.d_sae:
+                raise LatentError(f"latent {latent} is out of range: this SAE has latents 0 to {self.d_sae - 1}")
+
+    def select_rows(self, rows: Tensor, shape: tuple[int, ...] | None = None) -> Codes:
+        """Codes of the given rows (int64 indices into the flattened batch), in that order."""
+        sizes = self.sizes[rows]
+        offsets = offsets_of(sizes)
+        entry = rows_of(offsets, int(offsets[-1]))
+        source = torch.arange(entry.numel(), device=rows.device) - offsets[entry] + self.offsets[rows][entry]
+        scale = None if self.scale is None else self.scale[rows]
+        return Codes(self.indices[source], self.values[source], offsets, shape or (rows.numel(),), self.d_sae, scale)
+
+    def __getitem__(self, index) -> Codes:
+        """Codes at some batch positions, with the indexing rules of a tensor of shape ``shape``."""
+        grid = torch.arange(math.prod(self.shape), device=self.indices.device).reshape(self.shape)[index]
+        return self.select_rows(grid.reshape(-1), tuple(grid.shape))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("codes of a single row have no length")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        mean = float(self.sizes.double().mean()) if self.sizes.numel() else 0.0
+        device = "" if self.values.device.type == "cpu" else f", device={self.values.device}"
+        return f"Codes(shape={tuple(self.shape)}, d_sae={self.d_sae}, l0={mean:.1f}, dtype={str(self.values.dtype)[6:]}{device})"
+
+
+def offsets_of(sizes: Tensor) -> Tensor:
+    """(rows + 1,) int64 offsets from (rows,) sizes."""
+    return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+
+
+def rows_of(offsets: Tensor, nnz: int) -> Tensor:
+    """(nnz,) int64, the row of each entry of compressed rows."""
+    rows = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
