@@ -57,7 +57,9 @@ class Codes:
                 f"Codes of shape {tuple(self.shape)} have {rows} rows and need {rows + 1} offsets, got {tuple(self.offsets.shape)}"
             )
         if self.indices.shape != self.values.shape or self.indices.dim() != 1:
-            raise WidthError(f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must be one list each, equally long")
+            raise WidthError(
+                f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must be one list each, equally long"
+            )
 
     # ------------------------------------------------------------------ making
 
@@ -79,7 +81,11 @@ class Codes:
             raise ConfigError("Codes.cat needs at least one Codes")
         first = parts[0]
         for part in parts[1:]:
-            if part.shape[1:] != first.shape[1:] or part.d_sae != first.d_sae or (part.scale is None) != (first.scale is None):
+            if (
+                part.shape[1:] != first.shape[1:]
+                or part.d_sae != first.d_sae
+                or (part.scale is None) != (first.scale is None)
+            ):
                 raise WidthError(f"cannot join {first!r} and {part!r}: they differ in more than their first axis")
         sizes = torch.cat([part.sizes for part in parts])
         scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None])
@@ -100,7 +106,11 @@ class Codes:
         values = self.values.to(*args, **kwargs)
         scale = None if self.scale is None else self.scale.to(*args, **kwargs)
         return replace(
-            self, indices=self.indices.to(values.device), values=values, offsets=self.offsets.to(values.device), scale=scale
+            self,
+            indices=self.indices.to(values.device),
+            values=values,
+            offsets=self.offsets.to(values.device),
+            scale=scale,
         )
 
     def cpu(self) -> Codes:
@@ -181,7 +191,8 @@ class Codes:
     def __repr__(self) -> str:
         mean = float(self.sizes.double().mean()) if self.sizes.numel() else 0.0
         device = "" if self.values.device.type == "cpu" else f", device={self.values.device}"
-        return f"Codes(shape={tuple(self.shape)}, d_sae={self.d_sae}, l0={mean:.1f}, dtype={str(self.values.dtype)[6:]}{device})"
+        dtype = str(self.values.dtype)[6:]
+        return f"Codes(shape={tuple(self.shape)}, d_sae={self.d_sae}, l0={mean:.1f}, dtype={dtype}{device})"
 
 
 def offsets_of(sizes: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""What a dictionary is: how scores come from an activation, and how codes become a reconstruction."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saehooks import kernels
+from saehooks.codes import Codes
+from saehooks.kernels import RowRule, Support
+
+
+class Prepared(NamedTuple):
+    """An activation ready to be scored."""
+
+    queries: Tensor
+    """(rows, d), what is multiplied with the keys."""
+    scale: Tensor | None
+    """(rows,) multiplier of the reconstruction, or None for 1."""
+
+
+class Dictionary(nn.Module):
+    """Scores are ``queries @ keys.T + bias``; a reconstruction is ``scale * (values @ directions) + offset``.
+
+    Subclasses say what the queries, keys and directions are. `score_chunks` and `scores` may be overridden where
+    scores are no plain product.
+    """
+
+    name: ClassVar[str]
+    d_in: int
+    d_sae: int
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+
+    # ---- the parts a subclass defines
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """Queries and scale of activations (rows, d_in), differentiable."""
+        raise TypeError(f"{type(self).__name__} must override prepare()")
+
+    @property
+    def keys(self) -> Tensor:
+        """(d_sae, d), one key a latent."""
+        raise TypeError(f"{type(self).__name__} must override keys")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_sae,) added to the scores, or None."""
+        return None
+
+    @property
+    def table(self) -> Tensor:
+        """(d_sae, d), the rows that codes weigh before `project`."""
+        raise TypeError(f"{type(self).__name__} must override table")
+
+    def project(self, sums: Tensor) -> Tensor:
+        """(rows, d_in) from weighted sums of table rows (rows, d)."""
+        return sums
+
+    @property
+    def offset(self) -> Tensor | None:
+        """(d_in,) added to every reconstruction, or None."""
+        return None
+
+    def initialise(self, x: Tensor) -> None:
+        """Set what is best set from data, before training, from a sample (rows, d_in)."""
+
+    def after_backward(self) -> None:
+        """Adjust gradients before the optimiser's step."""
+
+    def after_step(self) -> None:
+        """Restore constraints after the optimiser's step."""
+
+    # ---- what follows from them
+
+    def select(self, prepared: Prepared, rule: RowRule) -> Support:
+        """Which latents each row selects, without gradient and without keeping the score matrix."""
+        return kernels.select(prepared.queries, self.keys, rule, self.bias)
+
+    def scores(self, prepared: Prepared, support: Support) -> Tensor:
+        """(nnz,) scores of the selected latents, differentiable."""
+        scores = kernels.sddmm(prepared.queries, self.keys, support.indices, support.offsets)
+        return scores if self.bias is None else scores + self.bias[support.indices]
+
+    def decode(self, codes: Codes, with_offset: bool = True) -> Tensor:
+        """(rows, d_in) reconstruction of codes, flattened; without the offset it is linear in the values."""
+        recons = self.project(kernels.spmm(codes.values, codes.indices, codes.offsets, self.table))
+        if codes.scale is not None:
+            recons = recons * codes.scale[:, None]
+        return recons + self.offset if with_offset and self.offset is not None else recons
+
+    def directions(self, latents: Tensor) -> Tensor:
+        """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1."""
+        return self.project(self.table[latents])
+
+
+def unit_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """(rows, width) random directions of norm 1."""
+    made = torch.randn(rows, width, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    return torch.nn.functional.normalize(made, dim=1).to(dtype)

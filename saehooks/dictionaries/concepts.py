@@ -1,0 +1,71 @@
+"""The dictionary of the Sparsemax SAE: one table of concepts is both keys and values of a cross-attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+from saehooks.errors import ConfigError
+
+
+class ConceptDictionary(Dictionary):
+    """``scores = (q @ W_k.T) @ C.T`` with q the direction of x; ``recons = |x| * (values @ C) @ W_v``.
+
+    With ``center`` (the default) x is taken relative to a learned b_dec, started at the mean of the data: where much
+    of the energy of an activation is its mean, latents die without it. The keys C W_k and values C W_v are never made.
+
+    Args:
+        center: learn b_dec and subtract it before the direction and norm are taken.
+        key_scale: W_k starts at this multiple of the identity. Larger keys, smaller supports.
+        eps: added to the norm that divides x. The authors' code has none.
+    Source: Sparsemax SAE, CVPR 2026.
+    """
+
+    name: ClassVar[str] = "concepts"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        center: bool = True,
+        key_scale: float = 1.0,
+        eps: float = 1e-6,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        if key_scale <= 0 or eps < 0:
+            raise ConfigError(f"key_scale must be positive and eps not negative, got key_scale={key_scale}, eps={eps}")
+        self.eps = eps
+        self.C = nn.Parameter(unit_rows(d_sae, d_in, dtype))
+        self.W_k = nn.Parameter(torch.eye(d_in, dtype=dtype) * key_scale)
+        self.W_v = nn.Parameter(torch.eye(d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype)) if center else None
+
+    def prepare(self, x: Tensor) -> Prepared:
+        centred = x if self.b_dec is None else x - self.b_dec
+        norm = centred.norm(dim=1)
+        return Prepared((centred / (norm + self.eps)[:, None]) @ self.W_k.T, norm)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.C
+
+    @property
+    def table(self) -> Tensor:
+        return self.C
+
+    def project(self, sums: Tensor) -> Tensor:
+        return sums @ self.W_v
+
+    @property
+    def offset(self) -> Tensor | None:
+        return self.b_dec
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        if self.b_dec is not None:
+            self.b_dec.copy_(x.mean(0))

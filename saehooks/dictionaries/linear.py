@@ -1,0 +1,74 @@
+"""The usual dictionary: a linear encoder and a linear decoder."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+
+
+class LinearDictionary(Dictionary):
+    """``scores = (x - b_dec) @ W_enc + b_enc``; ``recons = values @ W_dec + b_dec``.
+
+    W_enc (d_in, d_sae) is stored with a latent's weights contiguous, as the kernels read them. Rows of W_dec start
+    at unit norm and W_enc as their transpose.
+
+    Args:
+        apply_b_dec_to_input: subtract b_dec before encoding.
+        unit_norm_decoder: keep the rows of W_dec at norm 1, and their gradients orthogonal to them.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        apply_b_dec_to_input: bool = True,
+        unit_norm_decoder: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        self.apply_b_dec_to_input, self.unit_norm_decoder = apply_b_dec_to_input, unit_norm_decoder
+        self.W_dec = nn.Parameter(unit_rows(d_sae, d_in, dtype))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+
+    def prepare(self, x: Tensor) -> Prepared:
+        return Prepared(x - self.b_dec if self.apply_b_dec_to_input else x, None)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.W_enc.T
+
+    @property
+    def bias(self) -> Tensor:
+        return self.b_enc
+
+    @property
+    def table(self) -> Tensor:
+        return self.W_dec
+
+    @property
+    def offset(self) -> Tensor:
+        return self.b_dec
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        self.b_dec.copy_(x.mean(0))
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        grad = self.W_dec.grad
+        if self.unit_norm_decoder and grad is not None:
+            grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.unit_norm_decoder:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(self.W_dec.dtype).tiny))

@@ -1,0 +1,44 @@
+"""Reading SAEs from disk or a hub: the native folder here, one file for each third-party format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from saehooks.errors import FormatError
+from saehooks.formats import native
+from saehooks.sae import SAE
+
+
+def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+    """Load an SAE from a folder, or from a Hugging Face hub id such as ``"user/name"`` or ``"user/name/subfolder"``.
+
+    Args:
+        source: the folder, or the hub id when no such folder exists.
+        device: where to put it; the CPU if not given.
+        dtype: what it should compute in; what it was trained in if not given.
+    Raises:
+        FormatError: nothing readable there, naming what was found and what was expected.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    sae = native.load(folder)
+    return sae.to(device=device, dtype=dtype)
+
+
+def _download(hub_id: str) -> Path:
+    parts = hub_id.split("/")
+    if len(parts) < 2 or hub_id.startswith((".", "/")) or not all(parts):
+        raise FormatError(f"no folder {hub_id!r}; give a folder that holds cfg.json, or a hub id such as 'user/name'")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FormatError(f"no folder {hub_id!r}, and huggingface_hub is not installed to look on the hub") from error
+    pattern = "/".join([*parts[2:], "*"])
+    try:
+        root = snapshot_download("/".join(parts[:2]), allow_patterns=[pattern])
+    except Exception as error:
+        raise FormatError(f"no folder {hub_id!r}, and the hub did not give it: {error}") from error
+    return Path(root, *parts[2:])

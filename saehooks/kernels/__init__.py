@@ -1,0 +1,25 @@
+"""Selection and sparse products: the kernels under every SAE.
+
+`select` finds which latents each row uses without keeping the score matrix, `sddmm` recomputes the selected scores
+with gradients, `spmm` decodes. Each has a plain-torch reference and faster paths; `dispatch` chooses.
+"""
+
+from saehooks.kernels.dispatch import PATHS, force, path
+from saehooks.kernels.products import sddmm, spmm
+from saehooks.kernels.rules import RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.scores import score_chunks, select
+
+__all__ = [
+    "PATHS",
+    "RowRule",
+    "Sparsemax",
+    "Support",
+    "Threshold",
+    "TopK",
+    "force",
+    "path",
+    "score_chunks",
+    "sddmm",
+    "select",
+    "spmm",
+]

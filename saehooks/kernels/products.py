@@ -1,0 +1,74 @@
+"""The two differentiable sparse products, each the other's gradient, on whichever path serves the tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saehooks.kernels.dispatch import path
+
+
+def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+    """Differentiable sampled product: ``left[row] . table[index]`` for every selected entry.
+
+    Args:
+        left: (rows, d).
+        table: (d_sae, d), one row a latent.
+        indices, offsets: compressed rows, (nnz,) and (rows + 1,).
+    Returns:
+        (nnz,) products, in the order of ``indices``.
+    """
+    return _Sddmm.apply(left, table, indices, offsets)
+
+
+def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """Differentiable sparse product: row ``r`` of the result is the sum of ``value * table[index]`` over its entries.
+
+    Args:
+        values: (nnz,).
+        indices, offsets: compressed rows, (nnz,) and (rows + 1,).
+        table: (d_sae, d), one row a latent.
+    Returns:
+        (rows, d).
+    """
+    return _Spmm.apply(values, indices, offsets, table)
+
+
+class _Sddmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, table, indices, offsets):
+        ctx.save_for_backward(left, table, indices, offsets)
+        return path(left).sddmm(left, table, indices, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        left, table, indices, offsets = ctx.saved_tensors
+        kernels = path(left)
+        d_left = d_table = None
+        if ctx.needs_input_grad[0]:
+            d_left = kernels.spmm(grad, indices, offsets, table)
+        if ctx.needs_input_grad[1]:
+            d_table = kernels.spmm_transposed(grad, indices, offsets, left, table.shape[0])
+        return d_left, d_table, None, None
+
+
+class _Spmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, offsets, table):
+        ctx.save_for_backward(values, indices, offsets, table)
+        return path(table).spmm(values, indices, offsets, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, indices, offsets, table = ctx.saved_tensors
+        kernels = path(table)
+        d_values = d_table = None
+        grad = grad.contiguous()
+        if ctx.needs_input_grad[0]:
+            d_values = kernels.sddmm(grad, table, indices, offsets).to(values.dtype)
+        if ctx.needs_input_grad[3]:
+            d_table = kernels.spmm_transposed(values, indices, offsets, grad, table.shape[0])
+        return d_values, None, None, d_table

@@ -1,0 +1,74 @@
+"""Scores in row chunks, selected from and dropped: rows x d_sae is never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saehooks.codes import offsets_of
+from saehooks.errors import ConfigError, WidthError
+from saehooks.kernels.dispatch import path
+from saehooks.kernels.rules import RowRule, Support, TopK
+
+SCORE_BYTES = 256 * 2**20
+"""Most memory a chunk of scores takes."""
+
+
+def select(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None = None) -> Support:
+    """Select, for each query, from its scores against all keys.
+
+    Args:
+        queries: (rows, d).
+        keys: (d_sae, d).
+        rule: which scores are selected.
+        bias: (d_sae,) added to every row of scores, or None.
+    Returns:
+        Support of the rows. No gradient: recompute the selected scores with `sddmm`.
+    Raises:
+        WidthError: queries and keys of different width.
+    """
+    if isinstance(rule, TopK) and rule.k > keys.shape[0]:
+        raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {keys.shape[0]}")
+    parts = [path(scores).select(scores, rule) for scores in score_chunks(queries, keys, bias)]
+    return join(parts, keys)
+
+
+@torch.no_grad()
+def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
+    """Dense scores (chunk, d_sae) of consecutive rows, in one buffer that the next chunk overwrites.
+
+    Half-precision inputs are scored in float32: rounding scores before selection costs up to 2% of the result.
+    """
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
+        raise WidthError(
+            f"queries (rows, d) and keys (d_sae, d) must agree in d, got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    queries, keys = _wide(queries.detach()), _wide(keys.detach())
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    step = max(1, min(rows, SCORE_BYTES // max(1, d_sae * queries.element_size())))
+    buffer = queries.new_empty(step, d_sae)
+    for start in range(0, rows, step):
+        part = queries[start : start + step]
+        scores = buffer[: part.shape[0]]
+        if bias is None:
+            torch.mm(part, keys.T, out=scores)
+        else:
+            torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
+        yield scores
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def join(parts: list[Support], like: Tensor) -> Support:
+    """One Support of the rows of several, in order; empty and on the device of ``like`` when there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    empty = torch.zeros(0, dtype=torch.int64, device=like.device)
+    if not parts:
+        return Support(empty, empty.new_zeros(1), like.new_zeros(0))
+    indices, sizes, threshold = zip(*((p.indices, p.offsets.diff(), p.threshold) for p in parts), strict=True)
+    return Support(torch.cat(indices), offsets_of(torch.cat(sizes)), torch.cat(threshold))

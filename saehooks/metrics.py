@@ -1,0 +1,135 @@
+"""Pure functions that say how good codes and reconstructions are. Rows with NaN give NaN, never a silent zero."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saehooks.codes import Codes
+from saehooks.errors import WidthError
+
+
+def nmse(x: Tensor, recons: Tensor) -> float:
+    """Normalised squared error: ``sum |recons - x|^2 / sum |x|^2`` over all rows, 0 is best.
+
+    Args:
+        x, recons: (*shape, d_in), of one shape.
+    Raises:
+        WidthError: shapes differ.
+    """
+    _same_shape(x, recons)
+    x, recons = x.detach().double(), recons.detach().double()
+    return float((recons - x).square().sum() / x.square().sum())
+
+
+def fvu(x: Tensor, recons: Tensor) -> float:
+    """Fraction of variance unexplained: squared error over the variance of x about its mean row; 0 is best."""
+    _same_shape(x, recons)
+    x, recons = x.detach().double().flatten(0, -2), recons.detach().double().flatten(0, -2)
+    return float((recons - x).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def explained_variance(x: Tensor, recons: Tensor) -> float:
+    """``1 - fvu``; 1 is best."""
+    return 1.0 - fvu(x, recons)
+
+
+class SupportSizes(NamedTuple):
+    """How many latents tokens use."""
+
+    mean: float
+    """This is L0."""
+    q05: float
+    median: float
+    q95: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ({self.q05:.0f}/{self.median:.0f}/{self.q95:.0f})"
+
+
+def l0(codes: Codes | Tensor) -> SupportSizes:
+    """Mean support size with its 5, 50 and 95% quantiles, of codes or of support sizes."""
+    sizes = (codes.sizes if isinstance(codes, Codes) else codes).flatten().double()
+    if not sizes.numel():
+        return SupportSizes(*[float("nan")] * 4)
+    ordered = sizes.sort().values
+    at = [float(ordered[round(q * (ordered.numel() - 1))]) for q in (0.05, 0.5, 0.95)]
+    return SupportSizes(float(sizes.mean()), *at)
+
+
+def density(codes: Codes) -> Tensor:
+    """(d_sae,) float64, the share of rows in which each latent was selected."""
+    return codes.counts().double() / max(1, codes.sizes.numel())
+
+
+def dead_latents(codes: Codes) -> Tensor:
+    """(n,) int64, the latents that no row selected."""
+    return (codes.counts() == 0).nonzero()[:, 0]
+
+
+def _same_shape(x: Tensor, recons: Tensor) -> None:
+    if x.shape != recons.shape:
+        raise WidthError(f"activations {tuple(x.shape)} and reconstructions {tuple(recons.shape)} must have one shape")
+
+
+class ReconstructionMeter:
+    """NMSE, fraction of variance unexplained, L0 and dead latents over a stream of batches, in memory of d_in + d_sae.
+
+    >>> meter = ReconstructionMeter(d_in=2, d_sae=3)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> meter.update(x, x * 0.5, Codes.from_dense(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])))
+    >>> meter.summary()["nmse"], meter.summary()["dead"]
+    (0.25, 1)
+    """
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        self._sum = torch.zeros(d_in, dtype=torch.float64)
+        self._counts = torch.zeros(d_sae, dtype=torch.int64)
+        self._sizes = torch.zeros(d_sae + 1, dtype=torch.int64)
+        self._error = self._energy = 0.0
+        self.rows = 0
+
+    def update(self, x: Tensor, recons: Tensor, codes: Codes) -> None:
+        """Add rows: x and recons (*shape, d_in), codes of the same rows."""
+        _same_shape(x, recons)
+        flat = x.detach().double().reshape(-1, x.shape[-1])
+        self._error += float((recons.detach().double().reshape(flat.shape) - flat).square().sum())
+        self._energy += float(flat.square().sum())
+        self._sum += flat.sum(0).cpu()
+        self._counts += codes.counts().cpu()
+        self._sizes += torch.bincount(codes.sizes.cpu(), minlength=self._sizes.numel())
+        self.rows += flat.shape[0]
+
+    @property
+    def counts(self) -> Tensor:
+        """(d_sae,) int64, in how many rows each latent was selected so far."""
+        return self._counts
+
+    @property
+    def support_sizes(self) -> Tensor:
+        """(d_sae + 1,) int64 histogram: how many rows used 0, 1, 2, ... latents."""
+        return self._sizes
+
+    def summary(self) -> dict[str, float]:
+        """nmse, fvu, l0, l0_q05, l0_median, l0_q95, dead (latents that never fired in these rows), rows."""
+        if not self.rows:
+            return {name: float("nan") for name in ("nmse", "fvu", "l0", "l0_q05", "l0_median", "l0_q95")} | {
+                "dead": self._counts.numel(),
+                "rows": 0,
+            }
+        variance = self._energy - float(self._sum.square().sum()) / self.rows
+        reached = self._sizes.cumsum(0).double() / self.rows
+        q05, median, q95 = (int((reached < q).sum()) for q in (0.05, 0.5, 0.95))
+        sizes = torch.arange(self._sizes.numel()) * self._sizes
+        return {
+            "nmse": self._error / self._energy if self._energy else float("nan"),
+            "fvu": self._error / variance if variance > 0 else float("nan"),
+            "l0": float(sizes.sum()) / self.rows,
+            "l0_q05": q05,
+            "l0_median": median,
+            "l0_q95": q95,
+            "dead": int((self._counts == 0).sum()),
+            "rows": self.rows,
+        }

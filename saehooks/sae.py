@@ -1,0 +1,288 @@
+"""The SAE: a dictionary times an activation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saehooks.activations import ACTIVATIONS
+from saehooks.codes import Codes
+from saehooks.dictionaries import DICTIONARIES, Prepared
+from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
+from saehooks.kernels import Support
+from saehooks.storage import dtype_of, write_folder
+
+FORMAT = "saehooks"
+
+
+@dataclass
+class SAEConfig:
+    """What rebuilds an SAE, and what is known about it."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents."""
+    dictionary: str = "concepts"
+    """A key of `saehooks.dictionaries.DICTIONARIES`."""
+    activation: str = "sparsemax"
+    """A key of `saehooks.activations.ACTIVATIONS`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the two, by name."""
+    dtype: str = "float32"
+    """What the SAE computes in; its file may hold fewer bits."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """hook_name, head, model_name, family, processing, training, metrics: whatever is known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> SAEConfig:
+        """Read back `to_dict`.
+
+        Raises:
+            FormatError: a setting is missing or unknown.
+        """
+        known = {name: value for name, value in found.items() if name not in ("format", "format_version")}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise FormatError(f"the config is not one of an SAE: {error}") from error
+
+
+class SAEOutput(NamedTuple):
+    """What calling an SAE gives."""
+
+    recons: Tensor
+    """(*shape, d_in), the reconstruction."""
+    codes: Codes
+    """The sparse latent activations."""
+
+
+class Encoded(NamedTuple):
+    """The stages of encoding, for losses that need more than the codes."""
+
+    prepared: Prepared
+    support: Support
+    scores: Tensor
+    """(nnz,) scores of the selected latents, differentiable."""
+    codes: Codes
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: ``SAE(d_in=768, d_sae=24576)`` is sparsemax over shared concepts.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        dictionary: how scores come from an activation and codes become a reconstruction.
+        activation: which scores are active and what value each carries.
+        dtype: what the SAE computes in.
+        device: where its parameters live.
+        hook_name: the site it belongs to, so that the verbs need no ``at=``.
+        **settings: settings of the dictionary and the activation, such as ``k=32`` or ``values="weight"``.
+    Raises:
+        ConfigError: an unknown dictionary, activation or setting, or sizes that cannot work.
+
+    >>> sae = SAE(d_in=8, d_sae=32)
+    >>> recons, codes = sae(torch.randn(2, 5, 8))
+    >>> recons.shape, codes.shape
+    (torch.Size([2, 5, 8]), (2, 5))
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        dictionary: str = "concepts",
+        activation: str = "sparsemax",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        hook_name: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        metadata = {} if hook_name is None else {"hook_name": hook_name}
+        self.cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
+        kinds = _known("dictionary", dictionary, DICTIONARIES), _known("activation", activation, ACTIVATIONS)
+        for_dictionary, for_activation = _route(settings, *kinds)
+        self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
+        self.activation = kinds[1](d_sae, **for_activation)
+        self.to(device=device, dtype=dtype)
+
+    # ------------------------------------------------------------------- use
+
+    def encode(self, x: Tensor) -> Codes:
+        """Codes of activations (*shape, d_in); differentiable in x and in the parameters.
+
+        Raises:
+            WidthError: the last axis is not d_in.
+        """
+        return self.encode_stages(x).codes
+
+    def encode_stages(self, x: Tensor) -> Encoded:
+        """Encode and keep what losses need on the way."""
+        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
+            raise WidthError(
+                f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
+            )
+        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        prepared = self.dictionary.prepare(flat)
+        with torch.no_grad():
+            support = self.dictionary.select(prepared, self.activation.rule())
+        scores = self.dictionary.scores(prepared, support)
+        values = self.activation.values(scores, support)
+        codes = Codes(support.indices, values, support.offsets, tuple(x.shape[:-1]), self.cfg.d_sae, prepared.scale)
+        return Encoded(prepared, support, scores, codes)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """(*shape, d_in) reconstruction of codes."""
+        return self._decode(codes, with_offset=True)
+
+    def decode_delta(self, codes: Codes) -> Tensor:
+        """(*shape, d_in) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
+        return self._decode(codes, with_offset=False)
+
+    def _decode(self, codes: Codes, with_offset: bool) -> Tensor:
+        if codes.d_sae != self.cfg.d_sae:
+            raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
+        return self.dictionary.decode(codes, with_offset).reshape(*codes.shape, self.cfg.d_in)
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encode and decode activations (*shape, d_in)."""
+        codes = self.encode(x)
+        return SAEOutput(self.decode(codes), codes)
+
+    def directions(self, latents: int | list[int] | Tensor) -> Tensor:
+        """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1.
+
+        Raises:
+            LatentError: a latent outside ``0 .. d_sae - 1``.
+        """
+        wanted = torch.as_tensor(latents, device=self.device).reshape(-1)
+        if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
+            raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
+        return self.dictionary.directions(wanted)
+
+    @contextmanager
+    def inference(self) -> Iterator[SAE]:
+        """Inside the block nothing of the SAE is trained: eval mode, parameters without gradient; then as before."""
+        modes = [(module, module.training) for module in self.modules()]
+        flags = [(p, p.requires_grad) for p in self.parameters()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            for p, _ in flags:
+                p.requires_grad_(False)
+            yield self
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    # ----------------------------------------------------------- what it is
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.cfg.d_sae
+
+    @property
+    def hook_name(self) -> str | None:
+        """The site this SAE belongs to, if it knows."""
+        return self.cfg.metadata.get("hook_name")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the SAE computes in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``cfg.json`` and ``sae_weights.safetensors``; a crash at any moment leaves the old SAE or the new.
+
+        Args:
+            folder: made if missing; other files in it stay.
+            dtype: store the weights in fewer bits (float16 halves the file); loading casts back.
+        """
+        self.cfg.dtype = str(self.dtype)[6:]
+        tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in self.state_dict().items()}
+        write_folder(folder, self.cfg.to_dict(), tensors)
+
+    @classmethod
+    def from_config(cls, cfg: SAEConfig, tensors: dict[str, Tensor], where: str = "the given tensors") -> SAE:
+        """Build an SAE of a config and fill it.
+
+        Raises:
+            FormatError: tensors are missing, left over, or of another shape than the config says.
+        """
+        try:
+            sae = cls(cfg.d_in, cfg.d_sae, cfg.dictionary, cfg.activation, dtype=dtype_of(cfg.dtype), **cfg.settings)
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"{where}: the config cannot be built: {error}") from error
+        sae.cfg.metadata = dict(cfg.metadata)
+        expected = sae.state_dict()
+        wrong = sorted(set(expected) ^ set(tensors))
+        if wrong:
+            raise FormatError(f"{where}: tensors missing or left over: {', '.join(wrong)}")
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise FormatError(
+                    f"{where}: {name} has shape {tuple(tensor.shape)}, the config (d_in={cfg.d_in}, d_sae={cfg.d_sae}) "
+                    f"says {tuple(expected[name].shape)}"
+                )
+        sae.load_state_dict(tensors)
+        return sae
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.cfg.settings.items())
+        site = f", hook_name={self.hook_name!r}" if self.hook_name else ""
+        kind = f"{self.cfg.dictionary!r}, {self.cfg.activation!r}"
+        return f"SAE(d_in={self.d_in}, d_sae={self.d_sae}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
+
+
+def _known(what: str, name: str, registry: dict[str, type]) -> Any:
+    if name not in registry:
+        raise ConfigError(f"no {what} {name!r}; choose one of {', '.join(sorted(registry))}")
+    return registry[name]
+
+
+def settings_of(kind: type) -> set[str]:
+    """Names of the settings that a dictionary or an activation takes."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"dtype"}
+
+
+def _route(settings: dict[str, Any], dictionary: type, activation: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split settings between the two; complain about one that neither takes."""
+    parts: list[dict[str, Any]] = []
+    for kind in (dictionary, activation):
+        parts.append({name: value for name, value in settings.items() if name in settings_of(kind)})
+    unknown = sorted(set(settings) - set(parts[0]) - set(parts[1]))
+    if unknown:
+        known = sorted(settings_of(dictionary) | settings_of(activation))
+        raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known) or 'none'}")
+    return parts[0], parts[1]
