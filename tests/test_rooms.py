@@ -1,0 +1,89 @@
+"""The house rules: which module may import which, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saehooks
+
+PACKAGE = Path(saehooks.__file__).parent
+ROOMS = (
+    "errors storage codes kernels activations dictionaries losses sae presets metrics formats sites edits where show "
+    "trace attach stream train measure causal demo cli"
+).split()
+HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """The rooms a file imports from, wherever in the file, but not what only the type checker reads."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("saehooks.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "saehooks":
+            names |= {f"saehooks.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("saehooks."):
+            names.add(str(node.module))
+    return {name.split(".")[1] for name in names} & set(ROOMS) | {
+        name.split(".")[1] for name in names if name.count(".")
+    }
+
+
+def modules() -> list[Path]:
+    return sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" or file.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_from_a_later_room_to_an_earlier_one(file):
+    """No module imports a room that comes after its own; every module has a place in the table."""
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in ROOMS, f"{room} has no place in the table of rooms"
+    for other in rooms_imported(file) - {room}:
+        assert other in ROOMS, f"{file.name} imports {other}, which has no place in the table"
+        assert ROOMS.index(other) < ROOMS.index(room), f"{file.name} ({room}) imports {other}, a later room"
+
+
+def test_importing_saehooks_loads_no_heavy_package():
+    """``import saehooks`` stays light: hosts and plotting are imported where they are used."""
+    listing = f"import saehooks, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_modules_stay_short():
+    """No file of the package reaches 400 lines."""
+    long = {file.name: n for file in modules() if (n := len(file.read_text(encoding="utf-8").splitlines())) >= 400}
+    assert long == {}
+
+
+def test_library_code_has_no_assert():
+    """A wrong input raises an error of its own; ``assert`` is for tests."""
+    asserts = [
+        f"{file.name}:{node.lineno}"
+        for file in modules()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserts == []
+
+
+def test_public_names_are_few_and_exist():
+    """``saehooks.__all__`` stays short and each name in it can be reached."""
+    names = getattr(saehooks, "__all__", [])
+    assert len(names) <= 40
+    assert [name for name in names if not hasattr(saehooks, name)] == []

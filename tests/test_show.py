@@ -1,0 +1,184 @@
+"""Rendering: what notebooks, terminals and pages are given to draw."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from saehooks.errors import ConfigError
+from saehooks.show import figures, html, terminal
+from saehooks.show.values import Shades, number
+
+TOKENS = ["The", " <b>", "\n", ' "q"']
+NAN = float("nan")
+
+
+class Checker(HTMLParser):
+    """Collects text and tags, and whether every tag that opens also closes."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def spans(document: str) -> list[dict]:
+    return [attrs for tag, attrs in Checker(document).tags if tag == "span" and "sh-token" in attrs.get("class", "")]
+
+
+def test_tokens_html_keeps_every_token_as_text_and_never_as_markup():
+    """A token that looks like a tag is shown, not interpreted."""
+    document = html.tokens_html(TOKENS, [1, 2, 3, 4])
+    checked = Checker(document)
+    assert not checked.open
+    assert 'The <b>↵\n "q"' in checked.text
+    assert "<b>" not in document
+
+
+def test_tokens_html_shades_between_the_extremes():
+    """The smallest value is unshaded, the largest has the strongest shade, and half-way lies half-way."""
+    alphas = [
+        re.search(r",([\d.]+)\)$", span.get("style", ",0)")).group(1)
+        for span in spans(html.tokens_html("abc", [0, 5, 10]))
+    ]
+    assert [float(alpha) for alpha in alphas] == [0, 0.36, 0.72]
+
+
+def test_tokens_html_signs_are_two_hues_of_equal_strength():
+    """Signed values are symmetric about zero: -2 is as strong as 2, in the other hue."""
+    minus, zero, plus = spans(html.tokens_html("abc", [-2, 0, 2], signed=True))
+    assert "style" not in zero
+    assert minus["style"] != plus["style"]
+    assert minus["style"][-7:] == plus["style"][-7:]
+
+
+def test_tokens_html_says_value_and_top_latents_where_the_reader_points():
+    """The tooltip holds position, visible token, value and latents; a left-out position says so."""
+    first, second = spans(html.tokens_html(["a", " b"], [NAN, 12], top=[[], [(901, 8.0), (7, 0.25)]]))
+    assert first["data-tip"] == "0: a   left out"
+    assert second["data-tip"] == "1: ·b   12 latents   top: 901 (8), 7 (0.25)"
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0]])
+def test_tokens_need_one_value_each(values):
+    """Tokens and values of different length are refused, naming both lengths."""
+    with pytest.raises(ConfigError, match=f"2 tokens.*{len(values)} values"):
+        html.tokens_html(["a", "b"], values)
+    with pytest.raises(ConfigError, match=f"2 tokens.*{len(values)} values"):
+        terminal.tokens_text(["a", "b"], values)
+
+
+def test_values_may_be_tensors_with_gradients():
+    """A tensor straight out of a trace can be drawn."""
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert len(spans(html.tokens_html(["a", "b"], values))) == 2
+
+
+def test_table_html_fills_missing_cells_and_escapes():
+    """Rows may lack a key, and a heading or a cell is text."""
+    document = html.table_html([{"a<": 1}, {"a<": 2, "b": "<i>"}])
+    assert Checker(document).text == "a<b1–2<i>"
+
+
+def test_page_is_self_contained_and_well_formed():
+    """No script, no link to elsewhere, one style of tokens however many sections use it."""
+    picture = figures.png(figures.ranking_bars(["a", "b"], [1.0, -2.0]))
+    section = html.Section("One & two").add(html.tokens_html(TOKENS, [1, 2, 3, 4]), html.table_html([{"x": 1}]))
+    document = html.page("Title", [section, html.Section("Three", [html.image(picture, "bars")])], lead="A `b`.")
+    checked = Checker(document)
+    assert not checked.open
+    assert "One & two" in checked.text
+    sources = [attrs.get(key, "") for _, attrs in checked.tags for key in ("src", "href")]
+    assert all(source.startswith(("", "data:", "#")) and "http" not in source for source in sources)
+    assert "<script" not in document
+    assert document.count(".sh-token{") == 1
+
+
+def test_terminal_tokens_are_readable_on_their_shade():
+    """Weak shades carry dark letters, strong shades light ones, and no shade leaves the terminal's own colours."""
+    assert terminal.shade_style(0.05).color.name == "#000000"
+    assert terminal.shade_style(1.0).color.name == "#ffffff"
+    assert terminal.shade_style(-1.0).color.name == "#ffffff"
+    assert terminal.shade_style(0.0).color is None
+    assert terminal.shade_style(None).dim
+
+
+def test_render_is_plain_where_nobody_asked_for_colour():
+    """A repr that goes into a log file holds no escape codes; with colour it does."""
+    text = terminal.tokens_text(["a", " b"], [1, 2])
+    assert terminal.render(text, color=False) == "a b"
+    assert "\x1b[" in terminal.render(text, color=True, width=40)
+
+
+def test_terminal_table_aligns_numbers_right():
+    """A column of numbers ends at the same place in each row."""
+    lines = terminal.render(terminal.table([{"n": 1}, {"n": 1000}]), color=False).splitlines()
+    assert lines[1].endswith("1")
+    assert len(lines[1]) == len(lines[2]) == 5
+
+
+def test_shades_of_equal_values_are_all_zero():
+    """Nothing stands out when every value is the same, and nothing is divided by zero."""
+    assert [Shades.over([3.0, 3.0])(value) for value in (3.0, 3.0)] == [0.0, 0.0]
+    assert Shades.over([0.0], signed=True)(0.0) == 0.0
+    assert Shades.over([NAN])(NAN) is None
+
+
+def test_numbers_of_tensors_are_written_like_numbers():
+    """A one-element tensor in a table is written as its number."""
+    assert number(torch.tensor(0.5)) == "0.5"
+    assert number(float("inf")) == "inf"
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: figures.support_size_histogram(torch.tensor([[3, 4], [4, 90]])),
+        lambda: figures.training_curves(
+            [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "nmse": 0.5}], log=["loss"]
+        ),
+        lambda: figures.ranking_bars(["a"], [-1.0]),
+        lambda: figures.paired_bars([" the", " a"], {"clean": [0.5, 0.2], "ablated": [0.1, 0.3]}),
+        lambda: figures.effect_curves({"a": ([0, 1], [2, 3]), "b": ([0], [1])}, xlabel="x", ylabel="y"),
+        lambda: figures.concept_overlay(torch.zeros(2, 4, 4, 3).numpy(), torch.rand(2, 2, 2), titles=["a", "b"]),
+    ],
+)
+def test_every_figure_becomes_a_png_without_touching_pyplot(figure):
+    """Figures are made outside pyplot, so none stays open, and a notebook can show them."""
+    made = figure()
+    assert made._repr_png_().startswith(b"\x89PNG")
+    from matplotlib import pyplot
+
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        (lambda: figures.support_size_histogram([]), "no rows"),
+        (lambda: figures.training_curves([]), "train at least one step"),
+        (lambda: figures.ranking_bars(["a"], []), "1 labels and 0 values"),
+        (lambda: figures.concept_overlay([1, 2], torch.zeros(1, 2, 2)), "2 images"),
+    ],
+)
+def test_figures_say_what_is_missing(figure, message):
+    """Nothing to draw is a clear error, not an empty picture."""
+    with pytest.raises(ConfigError, match=message):
+        figure()
