@@ -126,13 +126,10 @@ def forward_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def cached_positions(cache: Any) -> int:
     """How many positions a KV cache already holds: Hugging Face's, old or new, or TransformerLens's."""
-    if cache is None:
-        return 0
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    entry = cache[0] if len(cache) else None
-    if entry is None:
+    layers = getattr(cache, "entries", cache)
+    if not layers:
         return 0
-    if hasattr(entry, "past_keys"):
-        return int(entry.past_keys.shape[1])
-    return int(entry[0].shape[-2])
+    keys = getattr(layers[0], "past_keys", None)
+    return int(layers[0][0].shape[-2]) if keys is None else int(keys.shape[1])
