@@ -1,0 +1,265 @@
+"""What a block recorded: the codes of each forward, and everything that follows from them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehooks import metrics
+from saehooks.codes import Codes, Top
+from saehooks.errors import ConfigError, NeverFiredError
+from saehooks.sae import SAE
+
+ROWS_SHOWN = 12
+"""Tokens in a terminal repr."""
+
+TEXTS_SHOWN = 4
+"""Rows of a batch in a notebook repr."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Record:
+    """The raw facts of one forward at one site."""
+
+    site: str
+    sae: SAE
+    codes: Codes
+    edited: Codes
+    acts: Tensor
+    """(batch, pos, d_in), the model's own tensor, detached and not copied."""
+    tokens: Tensor | None
+    start: int
+    mask: Tensor | None
+    tokenizer: Any
+    grads: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", _version(self.acts))
+
+    @property
+    def untouched_acts(self) -> Tensor:
+        """The activations, unless the model has written over them since."""
+        if _version(self.acts) != self._version:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"the model wrote over the activations of '{self.site}' after the site, so recons and error are lost; "
+                "attach at the input of the next module, or use trace.codes"
+            )
+        return self.acts
+
+
+class Forward:
+    """One forward pass, as one site saw it. Reconstructions are decoded when they are asked for, and not kept."""
+
+    def __init__(self, record: Record):
+        self._kept = record
+
+    @property
+    def _record(self) -> Record:
+        return self._kept
+
+    @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self._record.site
+
+    @property
+    def codes(self) -> Codes:
+        """Codes of shape (batch, pos): what the SAE reads, before any edit; detached unless ``grads=True``."""
+        return self._record.codes
+
+    @property
+    def edited(self) -> Codes:
+        """Codes after the edits, made where ``where`` holds; elsewhere the same as ``codes``."""
+        return self._record.edited
+
+    @property
+    def grads(self) -> Codes:
+        """Gradient of what ``backward`` was called on, at each value of ``edited``: Codes of the same support.
+
+        Raises: ConfigError when the block has no ``grads=True``, or before ``backward``.
+        """
+        if not self._record.grads:
+            raise ConfigError("no gradients were kept: attach with grads=True, as in sh.read(model, sae, grads=True)")
+        grad = self.edited.values.grad
+        if grad is None:
+            raise ConfigError(
+                "no gradient has reached these latents: call .backward() on a quantity that was computed "
+                "after the site, with gradients enabled (not under torch.no_grad)"
+            )
+        return self.edited.with_values(grad).detach()
+
+    @property
+    def support_size(self) -> Tensor:
+        """(batch, pos) int64, how many latents each token uses."""
+        return self.codes.support_size
+
+    def top(self, k: int) -> Top:
+        """The k strongest latents of each token, ``(latents, values)`` of shape (batch, pos, k)."""
+        return self.codes.top(k)
+
+    @property
+    def acts(self) -> Tensor:
+        """(batch, pos, d_in), the site's activations as the model made them, detached."""
+        return self._record.untouched_acts
+
+    @property
+    def recons(self) -> Tensor:
+        """(batch, pos, d_in), the reconstruction by the unedited codes, in the SAE's dtype."""
+        with torch.no_grad(), self._record.sae.inference() as sae:
+            return sae.decode(self.codes)
+
+    @property
+    def error(self) -> Tensor:
+        """(batch, pos, d_in), ``acts - recons``: what the SAE misses."""
+        recons = self.recons
+        return self.acts.to(recons) - recons
+
+    @property
+    def nmse(self) -> float:
+        """Squared error over squared norm, of all positions; 0 is best."""
+        recons = self.recons
+        return metrics.nmse(self.acts.to(recons), recons)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """(batch, pos) int64, None for images and embeddings."""
+        return self._record.tokens
+
+    @property
+    def start(self) -> int:
+        """Absolute position of the first column: not 0 under a KV cache."""
+        return self._record.start
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(batch, pos) bool, where the attachment acted; None for everywhere."""
+        return self._record.mask
+
+    def token_strings(self, row: int = 0) -> list[str]:
+        """The tokens of one row as text; their positions where there are none."""
+        record = self._record
+        if record.tokens is None:
+            return [str(record.start + i) for i in range(record.codes.shape[1])]
+        ids = record.tokens[row].tolist()
+        return [str(i) if record.tokenizer is None else record.tokenizer.decode([i]) for i in ids]
+
+    def __repr__(self) -> str:
+        codes = self.codes
+        mean = float(codes.sizes.double().mean()) if codes.sizes.numel() else 0.0
+        batch, pos = codes.shape
+        head = f"{type(self).__name__}('{self.site}', batch={batch}, pos={pos}, d_sae={codes.d_sae}, l0={mean:.1f})"
+        return head + (_table(self) if batch and pos else "")
+
+    def _repr_html_(self) -> str:
+        if not self.codes.sizes.numel():
+            return html.escape(repr(self))
+        from saehooks.show.html import tokens_html
+
+        shown = []
+        for row in range(min(len(self.codes), TEXTS_SHOWN)):
+            top = self.codes[row].top(5)
+            pairs = [
+                [(latent, value) for latent, value in zip(*both, strict=True) if latent >= 0]
+                for both in zip(top.latents.tolist(), top.values.tolist(), strict=True)
+            ]
+            caption = f"{self.site}: how many latents each token uses"
+            shown.append(tokens_html(self.token_strings(row), self.support_size[row], top=pairs, caption=caption))
+        return "".join(shown)
+
+
+class Trace(Forward):
+    """What a block records at one site: of the last forward, and of all in ``forwards`` under ``keep_all=True``.
+
+    It holds the codes and a reference to the site's activations, so one (batch, pos, d_in) tensor stays
+    in memory for the last forward, and one for each forward under ``keep_all=True``.
+    """
+
+    def __init__(self, site: str, keep_all: bool = False):
+        self._site = site
+        self._keep_all = keep_all
+        self._records: list[Record] = []
+        self.calls = 0
+        """How many forwards went through the site."""
+
+    def add(self, record: Record) -> None:
+        """Record one forward."""
+        self.calls += 1
+        if not self._keep_all:
+            self._records.clear()
+        self._records.append(record)
+
+    @property
+    def site(self) -> str:
+        return self._site
+
+    @property
+    def _record(self) -> Record:
+        if not self._records:
+            raise NeverFiredError(f"no forward has gone through '{self._site}' yet: call the model inside the block")
+        return self._records[-1]
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """Every forward of the block, in order.
+
+        Raises: ConfigError unless the block has ``keep_all=True``.
+        """
+        if not self._keep_all:
+            raise ConfigError("only the last forward is kept: attach with keep_all=True to keep them all")
+        return [Forward(record) for record in self._records]
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._records else f"Trace('{self._site}', no forward yet)"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() if self._records else html.escape(repr(self))
+
+
+class Traces(Mapping[str, Trace]):
+    """The traces of several sites, by the names they were attached under or by the sites' own names."""
+
+    def __init__(self, traces: Mapping[Any, Trace]):
+        self._traces = dict(traces)
+
+    def __getitem__(self, name: Any) -> Trace:
+        if name in self._traces:
+            return self._traces[name]
+        found = [trace for trace in self._traces.values() if trace.site == name]
+        if len(found) != 1:
+            raise KeyError(f"no trace of {name!r}; this block has {', '.join(map(repr, self._traces))}")
+        return found[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._traces)
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(map(repr, self._traces.values())) or "Traces()"
+
+    def _repr_html_(self) -> str:
+        return "".join(trace._repr_html_() for trace in self._traces.values())
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; always 0 under inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _table(forward: Forward) -> str:
+    """The first tokens of the first row, with their support size and strongest latents."""
+    top, sizes = forward.codes[:1, :ROWS_SHOWN].top(3), forward.support_size[0].tolist()
+    lines = ["", f"  {'pos':>5}  {'token':<14} {'support':>7}  strongest latents"]
+    for i, token in enumerate(forward.token_strings()[:ROWS_SHOWN]):
+        pairs = zip(top.latents[0, i].tolist(), top.values[0, i].tolist(), strict=True)
+        strongest = "  ".join(f"{latent} ({value:.3g})" for latent, value in pairs if latent >= 0)
+        lines.append(f"  {forward.start + i:>5}  {repr(token)[1:-1][:14]:<14} {sizes[i]:>7}  {strongest}")
+    if len(sizes) > ROWS_SHOWN:
+        lines.append(f"  {'...':>5}  {len(sizes) - ROWS_SHOWN} more")
+    return "\n".join(lines)
