@@ -26,6 +26,11 @@ class LossConfig:
             raise ConfigError(f"reconstruction={self.reconstruction!r}: choose one of {', '.join(RECONSTRUCTION)}")
 
 
+def default_loss(sae: SAE) -> LossConfig:
+    """The loss that goes with an SAE's activation, where the user names none."""
+    return LossConfig(**getattr(sae.activation, "default_loss", {}))
+
+
 class TrainingLoss(NamedTuple):
     """The loss of one batch and what it was made from."""
 

@@ -12,10 +12,11 @@ import pytest
 import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
-ROOMS = (
-    "errors storage codes kernels activations dictionaries losses sae presets metrics formats sites edits where show "
-    "trace attach stream train measure causal demo cli"
-).split()
+TABLE = """
+    errors storage codes kernels activations dictionaries sae losses presets metrics formats sites edits where show
+    trace attach stream trainer checkpoint train measure causal demo cli
+"""
+ROOMS = TABLE.split()
 HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]
 
 
