@@ -1,8 +1,48 @@
-"""Attach sparse autoencoders to the hook points of transformer models."""
+"""Attach sparse autoencoders to the hook points of transformer models.
 
+>>> sorted(name for name in __all__ if name.islower())[:4]
+['ablate', 'attach', 'clamp', 'edits']
+"""
+
+from saehooks import edits
 from saehooks.activations import sparsemax
+from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.codes import Codes
 from saehooks.formats import load
+from saehooks.losses import LossConfig
 from saehooks.sae import SAE, SAEConfig, SAEOutput
+from saehooks.sites import sites
+from saehooks.stream import TokenBatches, harvest
+from saehooks.trace import Trace
+from saehooks.train import fit, train
+from saehooks.trainer import TrainConfig, Trainer
+from saehooks.where import last, not_special, positions
 
-__all__ = ["SAE", "Codes", "SAEConfig", "SAEOutput", "load", "sparsemax"]
+__all__ = [
+    "SAE",
+    "Codes",
+    "LossConfig",
+    "SAEConfig",
+    "SAEOutput",
+    "TokenBatches",
+    "Trace",
+    "TrainConfig",
+    "Trainer",
+    "ablate",
+    "attach",
+    "clamp",
+    "edits",
+    "fit",
+    "harvest",
+    "last",
+    "load",
+    "not_special",
+    "positions",
+    "read",
+    "scale",
+    "sites",
+    "sparsemax",
+    "splice",
+    "steer",
+    "train",
+]
