@@ -97,8 +97,8 @@ class View:
 
 
 def with_strides_of(raw: Tensor, new: Tensor) -> Tensor:
-    """``new`` laid out in memory as ``raw`` is: some attention kernels read strides, not only shapes."""
-    if new.stride() == raw.stride() or new.shape != raw.shape:
+    """``new`` laid out in memory as ``raw`` is: the kernels downstream choose their path, and their rounding, by it."""
+    overlapping = any(stride == 0 and size > 1 for stride, size in zip(raw.stride(), raw.shape, strict=True))
+    if new.stride() == raw.stride() or overlapping:
         return new
-    same = torch.empty_like(raw, requires_grad=False)
-    return new if same.stride() != raw.stride() else same.copy_(new)
+    return torch.empty_strided(raw.shape, raw.stride(), dtype=raw.dtype, device=raw.device).copy_(new)

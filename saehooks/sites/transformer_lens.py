@@ -28,13 +28,18 @@ GATES = {
 }
 """Hook points that fire only while a flag of the model's cfg is on, by the end of their name."""
 
-NOT_ACTIVATIONS = {
-    "hook_pattern": "attention weights (batch, head, query, key)",
-    "hook_attn_scores": "attention scores (batch, head, query, key)",
-    "hook_scale": "one norm per token",
-    "hook_tokens": "token ids",
-    "embed.hook_in": "token ids",
-}
+NOT_ACTIVATIONS = (
+    (re.compile(r".*hook_pattern"), "attention weights (batch, head, query, key)"),
+    (re.compile(r".*hook_attn_scores"), "attention scores (batch, head, query, key)"),
+    (re.compile(r".*hook_scale"), "one norm per token"),
+    (re.compile(r".*hook_(sin|cos)|rotary_emb.*"), "angles of the rotary embedding"),
+    (re.compile(r"(hook_tokens|(pos_)?embed\.hook_in)"), "token ids"),
+    (re.compile(r".*attn\.[qk]_norm\..*"), "one norm per head (batch, head, pos, d_head)"),
+)
+"""Hook points that are no place for an SAE, and why."""
+
+SILENT = re.compile(r".*attn\.(qkv\.hook_(in|out)|hook_hidden_states)")
+"""Hook points of a bridge that exist and are passed by: they are not listed."""
 
 PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k")
 PER_HEAD_RESIDUAL = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
@@ -79,7 +84,7 @@ class TransformerLensHost(Host):
         for point in {id(point): point for point in self._points.values()}.values():
             names = self._names_of(point)
             portable = portable_name(names)
-            if any(self._carries_no_activations(one) for one in names):
+            if any(self._carries_no_activations(one) or SILENT.fullmatch(one) for one in names):
                 continue
             n_heads, per_head = self._heads(names)
             width = self._width(names, point) if n_heads is None else n_heads * per_head
@@ -137,7 +142,7 @@ class TransformerLensHost(Host):
 
     @staticmethod
     def _carries_no_activations(name: str) -> str | None:
-        return next((why for ending, why in NOT_ACTIVATIONS.items() if name.endswith(ending)), None)
+        return next((why for pattern, why in NOT_ACTIVATIONS if pattern.fullmatch(name)), None)
 
     def _gate(self, name: str, point: nn.Module) -> str | None:
         """The flag that keeps a point from firing; the point's own name decides, as an alias may always fire."""
@@ -194,13 +199,18 @@ def processing(model: Any) -> dict[str, Any]:
         ``folded``: layer norms are folded into the next layers; ``centered``: what is written to the residual
         stream has mean zero. None where it cannot be told.
     """
-    kind = str(getattr(model.cfg, "normalization_type", None))
-    folded: bool | None = kind.endswith("Pre")
     if hasattr(model, "original_model"):
-        folded = bool(getattr(model, "compatibility_mode", False)) and bool(
-            getattr(model.cfg, "layer_norm_folding", folded)
-        )
+        folded = _has_plain_norms(model) if getattr(model, "compatibility_mode", False) else False
+    else:
+        folded = str(getattr(model.cfg, "normalization_type", None)).endswith("Pre")
     return {"folded": folded, "centered": _is_centered(model)}
+
+
+def _has_plain_norms(model: Any) -> bool | None:
+    try:
+        return bool((model.blocks[0].ln1.weight == 1).all())
+    except (AttributeError, IndexError, TypeError):
+        return None
 
 
 def _is_centered(model: Any) -> bool | None:

@@ -29,7 +29,7 @@ def module_widths(module: nn.Module) -> Widths:
         return Widths(None, module.embedding_dim)
     if isinstance(module, nn.MultiheadAttention):
         return Widths(module.embed_dim, module.embed_dim)
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if weight is not None and type(module).__name__ == "Conv1D":  # GPT-2's transposed linear layer
         return Widths(int(weight.shape[0]), int(weight.shape[1]))
     if getattr(weight, "ndim", 0) == 1 and "norm" in type(module).__name__.lower():
