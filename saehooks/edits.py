@@ -175,7 +175,8 @@ def merge_rows(original: Codes, edited: Codes, mask: Tensor) -> Codes:
     count = chosen.numel()
     flat = [replace(codes, shape=(count,)) for codes in (original, edited)]
     rows = torch.arange(count, device=chosen.device)
-    return Codes.cat(flat).select_rows(torch.where(chosen, rows + count, rows), original.shape)
+    merged = Codes.cat(flat).select_rows(torch.where(chosen, rows + count, rows), original.shape)
+    return replace(merged, scale=original.scale) if edited.scale is original.scale else merged
 
 
 def difference(edited: Codes, original: Codes) -> Codes:
@@ -186,6 +187,12 @@ def difference(edited: Codes, original: Codes) -> Codes:
     values = torch.cat([edited.values, -original.values])
     values = values.new_zeros(keys.numel()).index_add(0, place, values)
     return _from_keys(keys, values, original)
+
+
+def same_scale(edited: Codes, original: Codes) -> bool:
+    """Whether both weigh their rows alike, so that their difference is one of values."""
+    one, other = edited.scale, original.scale
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def without_zeros(codes: Codes) -> Codes:

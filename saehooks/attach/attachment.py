@@ -32,57 +32,77 @@ class Attachment:
     trace: Trace
     cursor: Cursor
 
+    @property
+    def changes(self) -> bool:
+        """Whether the site may carry something else than the model put there."""
+        return bool(self.edits) or self.error == "drop"
+
     def __call__(self, acts: Tensor) -> Tensor | None:
         """The hook: (batch, pos, d_in) in, its replacement out, or None to let the very same tensor flow."""
         if acts.shape[-1] != self.sae.d_in:
             raise WidthError(width_message(self.sae, self.site.name, acts.shape[-1]))
-        changes = bool(self.edits) or self.error == "drop"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (changes or self.grads)), self.sae.inference():
+        graph = torch.is_grad_enabled() and (self.changes or self.grads)
+        with torch.set_grad_enabled(graph), self.sae.inference():
             codes = self.sae.encode(acts)
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view)
-            edited = codes
-            if self.edits:
-                edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, view.positions))
-                edited = edited if mask is None else edit.merge_rows(codes, edited, mask)
-            original = codes
-            if self.grads and torch.is_grad_enabled():
-                original, edited = (codes, edited) if changes else (codes.detach(), codes.detach())
+            original, edited = codes, self._edit(codes, view, mask)
+            if graph and self.grads:
+                # Nothing edited: cut from the inputs, so that their gradient is the model's own to the last bit.
+                original, edited = (codes, edited) if self.changes else (codes.detach(),) * 2
                 edited = _with_kept_grad(edited)
-            self.trace.add(self._record(acts, codes, edited, view, mask))
+            self._record(acts, codes, edited, view, mask)
             if self.error == "drop":
                 return self._reconstructed(acts, edited, mask)
             return None if edited is original else self._moved(acts, original, edited, mask)
 
-    def _record(self, acts: Tensor, codes: Codes, edited: Codes, view: View, mask: Tensor | None) -> Record:
+    def _edit(self, codes: Codes, view: View, mask: Tensor | None) -> Codes:
+        """The codes after the edits, where ``mask`` holds."""
+        if not self.edits:
+            return codes
+        edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, view.positions))
+        return edited if mask is None else edit.merge_rows(codes, edited, mask)
+
+    def _record(self, acts: Tensor, codes: Codes, edited: Codes, view: View, mask: Tensor | None) -> None:
         if not self.grads:
             codes, edited = codes.detach(), codes.detach() if edited is codes else edited.detach()
-        tokenizer = self.host.tokenizer
-        return Record(
-            self.site.name, self.sae, codes, edited, acts.detach(), view.tokens, view.start, mask, tokenizer, self.grads
+        self.trace.add(
+            Record(
+                site=self.site.name,
+                sae=self.sae,
+                codes=codes,
+                edited=edited,
+                acts=acts.detach(),
+                tokens=view.tokens,
+                start=view.start,
+                mask=mask,
+                tokenizer=view.tokenizer,
+                grads=self.grads,
+            )
         )
 
-    def _reconstructed(self, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor:
+    def _reconstructed(self, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
         """The reconstruction, where ``mask`` holds."""
         if mask is None:
             return self.sae.decode(edited)
         rows = mask.reshape(-1).nonzero()[:, 0]
-        return _put_rows(acts, rows, self.sae.decode(edited.select_rows(rows)))
+        return _put_rows(acts, rows, self.sae.decode(edited.select_rows(rows))) if len(rows) else None
 
     def _moved(self, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None) -> Tensor | None:
-        """``acts + scale * (edited - original) @ W``, computed only for the rows that move."""
-        if edited.scale is not original.scale:  # an edit of the user's own changed the rows' scale
-            rows = torch.arange(edited.sizes.numel(), device=edited.indices.device)
-            step = self.sae.decode_delta(edited) - self.sae.decode_delta(original)
-            return _add_rows(acts, rows, step.reshape(len(rows), -1))
-        delta = edit.difference(edited, original)
-        if not delta.values.requires_grad:
-            delta = edit.without_zeros(delta)
-        moving = delta.sizes > 0
+        """``acts + scale * (edited - original) @ W``, computed for the rows that move and exact in the others."""
+        if not edit.same_scale(edited, original):  # an edit of the user's own: then no latent-wise difference exists
+            moving = torch.ones_like(edited.sizes, dtype=torch.bool)
+            parts: tuple[Codes, ...] = (edited, original)
+        else:
+            delta = edit.difference(edited, original)
+            if not delta.values.requires_grad:
+                delta = edit.without_zeros(delta)
+            moving, parts = delta.sizes > 0, (delta,)
         rows = (moving if mask is None else moving & mask.reshape(-1)).nonzero()[:, 0]
         if not len(rows):
             return None
-        return _add_rows(acts, rows, self.sae.decode_delta(delta.select_rows(rows)))
+        steps = [self.sae.decode_delta(part.select_rows(rows)) for part in parts]
+        return _add_rows(acts, rows, steps[0] if len(steps) == 1 else steps[0] - steps[1])
 
     def check_used(self) -> None:
         """Complain on leaving about a site that never fired, or a position that never came."""
