@@ -1,6 +1,6 @@
 """Real models, texts and photos that need no model hub, and the demo that runs on them."""
 
-from saehooks.demo.data import photos, text, token_batches
+from saehooks.demo.data import photos, text
 from saehooks.demo.models import small_clip, smollm2
 
-__all__ = ["photos", "small_clip", "smollm2", "text", "token_batches"]
+__all__ = ["photos", "small_clip", "smollm2", "text"]
