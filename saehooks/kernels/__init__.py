@@ -4,13 +4,27 @@
 with gradients, `spmm` decodes. Each has a plain-torch reference and faster paths; `dispatch` chooses.
 """
 
-from saehooks.kernels.dispatch import PATHS, force, path
+from saehooks.kernels.dispatch import PATHS, force, path, select_rows
 from saehooks.kernels.products import sddmm, spmm
-from saehooks.kernels.rules import RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import (
+    BatchRule,
+    BatchTopK,
+    Entmax,
+    FeatureChoice,
+    RowRule,
+    Sparsemax,
+    Support,
+    Threshold,
+    TopK,
+)
 from saehooks.kernels.scores import score_chunks, select
 
 __all__ = [
     "PATHS",
+    "BatchRule",
+    "BatchTopK",
+    "Entmax",
+    "FeatureChoice",
     "RowRule",
     "Sparsemax",
     "Support",
@@ -21,5 +35,6 @@ __all__ = [
     "score_chunks",
     "sddmm",
     "select",
+    "select_rows",
     "spmm",
 ]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
 from saehooks.kernels import reference
+from saehooks.kernels.rules import RowRule, Support
 
-PATHS = ("reference",)
+PATHS = ("reference", "cpu")
 _forced: str | None = os.environ.get("SAEHOOKS_KERNELS") or None
 
 
@@ -33,5 +37,19 @@ def force(name: str) -> Iterator[None]:
 
 
 def path(tensor: Tensor) -> ModuleType:
-    """The module whose kernels serve this tensor."""
-    return reference
+    """The module whose kernels serve this tensor: the forced one, else the fastest for its device and dtype."""
+    name = _forced or _fastest(tensor)
+    if name not in PATHS:
+        raise ConfigError(f"no kernel path {name!r}; choose one of {', '.join(PATHS)}")
+    return reference if name == "reference" else import_module(f"saehooks.kernels.{name}")
+
+
+def _fastest(tensor: Tensor) -> str:
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and find_spec("numba"):
+        return "cpu"
+    return "reference"
+
+
+def select_rows(scores: Tensor, rule: RowRule) -> Support:
+    """Select from given scores (rows, d_sae); a path passes rules it does not know on to the reference."""
+    return path(scores).select(scores, rule)

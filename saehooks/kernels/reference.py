@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saehooks.codes import offsets_of, rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels.rules import RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
 
 GROUP = 64
 """Scores in a group whose maximum bounds the threshold; smaller for small dictionaries."""
@@ -28,7 +28,9 @@ def select(scores: Tensor, rule: RowRule) -> Support:
     if isinstance(rule, TopK):
         return _select_topk(scores, rule.k)
     if isinstance(rule, Sparsemax):
-        return _select_sparsemax(scores)
+        return _select_simplex(scores, 2.0)
+    if isinstance(rule, Entmax):
+        return _select_simplex(scores, rule.alpha)
     raise ConfigError(f"no kernel selects by {rule!r}")
 
 
@@ -38,27 +40,35 @@ def _per_row(theta: Tensor | float, scores: Tensor) -> Tensor:
 
 
 def _support(mask: Tensor, scores: Tensor, threshold: Tensor) -> Support:
-    """Support from a dense mask; rows without a finite maximum keep their argmax alone."""
+    """Support from a dense mask; rows without a finite maximum keep their argmax alone, which is their threshold."""
     if scores.shape[1] and scores.shape[0]:
         best, place = scores.max(dim=1)
         odd = ~best.isfinite()
         if odd.any():
             mask = mask & ~odd[:, None]
             mask[odd, place[odd]] = True
-    return Support(mask.nonzero(as_tuple=True)[1], offsets_of(mask.sum(1)), threshold)
+            threshold = torch.where(odd, best, threshold)
+    rows, indices = mask.nonzero(as_tuple=True)
+    return Support(indices, offsets_of(mask.sum(1)), threshold, scores[rows, indices])
 
 
 def _select_topk(scores: Tensor, k: int) -> Support:
-    rows, d_sae = scores.shape
+    """Of scores equal to the k-th largest, the first ones, so that every path agrees."""
+    check_k(k, scores.shape[1])
+    smallest = scores.topk(k, dim=1).values[:, -1].clamp(min=0)
+    above, equal = scores > smallest[:, None], (scores == smallest[:, None]) & (scores > 0)
+    equal &= equal.cumsum(1) <= k - above.sum(1, keepdim=True)
+    return _support(above | equal, scores, smallest)
+
+
+def check_k(k: int, d_sae: int) -> None:
+    """Raise ConfigError if there are fewer than k latents."""
     if k > d_sae:
         raise ConfigError(f"top-k with k={k} needs at least that many latents, this SAE has {d_sae}")
-    values, places = scores.topk(k, dim=1)
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, values > 0)
-    return _support(mask, scores, values[:, -1] if rows else scores.new_zeros(0))
 
 
-def _select_sparsemax(scores: Tensor) -> Support:
-    """Group maxima bound tau from below, so only scores above that bound can be in the support."""
+def _select_simplex(scores: Tensor, alpha: float) -> Support:
+    """Entmax support, sparsemax for alpha = 2: group maxima bound tau from below, so only scores above it can be in."""
     rows, d_sae = scores.shape
     if rows == 0 or d_sae == 0:
         return Support(
@@ -69,9 +79,9 @@ def _select_sparsemax(scores: Tensor) -> Support:
     best, place = scores.max(dim=1)
     finite = best.isfinite()
     shift = torch.where(finite, best, 0.0)
-    bound = simplex_threshold(_group_maxima(scores) - shift[:, None]).to(scores.dtype)
+    bound = entmax_threshold(_group_maxima(scores) - shift[:, None], alpha).to(scores.dtype)
     # A hair below the bound: rounding it to the dtype of the scores must not lose a candidate.
-    slack = torch.finfo(scores.dtype).eps * (shift.abs() + 1)
+    slack = torch.finfo(scores.dtype).eps * (shift.abs() + bound.abs() + 1)
     mask = (scores >= (shift + bound - slack)[:, None]) & finite[:, None]
     mask[~finite, place[~finite]] = True
     _, indices = mask.nonzero(as_tuple=True)
@@ -80,12 +90,18 @@ def _select_sparsemax(scores: Tensor) -> Support:
     offsets = offsets_of(sizes)
     entry = rows_of(offsets, indices.numel())
     shifted = scores[entry, indices] - shift[entry]
-    padded = shifted.new_full((rows, int(sizes.max())), -torch.inf)
-    padded[entry, torch.arange(indices.numel(), device=indices.device) - offsets[entry]] = shifted
-    tau = simplex_threshold(padded)
+    tau = entmax_threshold(padded(shifted, entry, offsets), alpha)
     keep = (shifted.double() > tau[entry]) | ~finite[entry]
     sizes = torch.zeros_like(sizes).index_add_(0, entry, keep.long())
-    return Support(indices[keep], offsets_of(sizes), (tau + shift).to(scores.dtype))
+    threshold = torch.where(finite, tau + shift, best).to(scores.dtype)
+    return Support(indices[keep], offsets_of(sizes), threshold, scores[entry[keep], indices[keep]])
+
+
+def padded(values: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """(rows, largest row) of compressed rows, filled up with -inf."""
+    out = values.new_full((offsets.numel() - 1, int(offsets.diff().max())), -torch.inf)
+    out[rows, torch.arange(values.numel(), device=values.device) - offsets[rows]] = values
+    return out
 
 
 def _group_maxima(scores: Tensor) -> Tensor:
@@ -105,6 +121,27 @@ def simplex_threshold(scores: Tensor) -> Tensor:
     # Padding is -inf: its cumulative sum is -inf and 1 + r * -inf > -inf is False, as wanted.
     size = (rank * ordered > excess).sum(1).clamp(min=1)
     return excess.gather(1, size[:, None] - 1)[:, 0] / size
+
+
+def entmax_threshold(scores: Tensor, alpha: float) -> Tensor:
+    """(rows,) float64 score above which alpha-entmax is positive, for (rows, n) scores whose maximum is 0.
+
+    Newton's rule on ``sum of max((alpha - 1) (s - t), 0)^(1 / (alpha - 1)) = 1``: the sum is convex and falls with t,
+    so from below each step stays below the root and none overshoots.
+    Source: Peters et al. 2019, arXiv:1905.05702.
+    """
+    if alpha == 2:
+        return simplex_threshold(scores)
+    power, scores = 1 / (alpha - 1), scores.double() * (alpha - 1)
+    tau = scores.new_full((scores.shape[0],), -1.0)
+    for _ in range(100):
+        above = (scores - tau[:, None]).clamp(min=0)
+        slope = above.pow(power - 1)
+        step = ((slope * above).sum(1) - 1) / (power * slope.sum(1))
+        tau = tau + step.clamp(min=0)
+        if not (step > 1e-15).any():
+            break
+    return tau * power
 
 
 def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, WidthError
-from saehooks.kernels.dispatch import path
-from saehooks.kernels.rules import RowRule, Support, TopK
+from saehooks.kernels.batch import Columns, batch_topk, feature_choice
+from saehooks.kernels.dispatch import select_rows
+from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
 
 SCORE_BYTES = 256 * 2**20
 """Most memory a chunk of scores takes."""
 
 
-def select(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None = None) -> Support:
+def select(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None) -> Support:
     """Select, for each query, from its scores against all keys.
 
     Args:
@@ -28,11 +29,31 @@ def select(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None = N
         Support of the rows. No gradient: recompute the selected scores with `sddmm`.
     Raises:
         WidthError: queries and keys of different width.
+        ConfigError: a rule that asks for more latents, or more rows, than there are.
     """
     if isinstance(rule, TopK) and rule.k > keys.shape[0]:
         raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {keys.shape[0]}")
-    parts = [path(scores).select(scores, rule) for scores in score_chunks(queries, keys, bias)]
-    return join(parts, keys)
+    if isinstance(rule, BatchTopK):
+        rows, d_sae = queries.shape[0], keys.shape[0]
+        return batch_topk(score_chunks(queries, keys, bias), rule.k * rows, rows, d_sae, keys.device)
+    if isinstance(rule, FeatureChoice):
+        return feature_choice(_columns(queries, keys, bias), rule.budgets, queries.shape[0], column_block(queries))
+    return join([select_rows(scores, rule) for scores in score_chunks(queries, keys, bias)], keys)
+
+
+def column_block(queries: Tensor) -> int:
+    """How many latents all rows can be scored against at a time."""
+    return max(1, SCORE_BYTES // max(1, queries.shape[0] * _wide(queries).element_size()))
+
+
+def _columns(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Columns:
+    queries = _wide(queries.detach())
+
+    def scores(start: int, stop: int) -> Tensor:
+        part = queries @ _wide(keys[start:stop].detach()).T
+        return part if bias is None else part + bias[start:stop].detach().to(part.dtype)
+
+    return scores
 
 
 @torch.no_grad()

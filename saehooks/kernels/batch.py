@@ -1,0 +1,111 @@
+"""Selection across rows, from blocks of scores: rows x d_sae is never kept, only what is selected so far.
+
+Rows without a finite maximum take part in no competition and select their argmax alone, as in the row rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from saehooks.codes import offsets_of
+from saehooks.errors import ConfigError
+from saehooks.kernels.rules import Support
+
+Columns = Callable[[int, int], Tensor]
+"""Scores (rows, stop - start) of latents ``start .. stop - 1``."""
+
+
+def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, device: torch.device) -> Support:
+    """Select the ``total`` largest scores of all rows together, positive ones only.
+
+    Args:
+        chunks: scores (chunk, d_sae) of consecutive rows; each is done with before the next is asked for.
+        total: how many entries; at most rows * d_sae.
+        rows, d_sae, device: of the whole.
+    Returns:
+        Support; its threshold is the smallest selected score, the same for every row (infinite if none was selected).
+    Raises:
+        ConfigError: a budget larger than the batch.
+    """
+    if total > rows * d_sae:
+        raise ConfigError(f"a budget of {total} matches is larger than the batch: {rows} rows x {d_sae} latents")
+    best: Tensor | None = None
+    places = torch.zeros(0, dtype=torch.int64, device=device)
+    odd, start, lowest = [], 0, 0.0
+    for scores in chunks:
+        row_best, column = scores.max(dim=1)
+        broken = ~row_best.isfinite()
+        if broken.any():
+            bad = broken.nonzero()[:, 0]
+            odd.append((bad + start) * d_sae + column[bad])
+            scores[bad] = -torch.inf
+        flat = scores.reshape(-1)
+        here = (flat > lowest).nonzero()[:, 0]
+        found = flat[here]
+        if best is not None:
+            found, here = torch.cat([best, found]), torch.cat([places, here + start * d_sae])
+        if found.numel() > total:
+            found, order = found.topk(total, sorted=False)
+            here = here[order]
+            lowest = float(found.min())
+        best, places, start = found, here, start + scores.shape[0]
+    if best is None or not best.numel():
+        threshold = torch.full((rows,), torch.inf, device=device)
+    else:
+        threshold = best.min().float().expand(rows)
+    return _from_places(torch.cat([places, *odd]), rows, d_sae, threshold)
+
+
+def feature_choice(columns: Columns, budgets: Tensor, rows: int, block: int) -> Support:
+    """Select, for each latent, the rows with the highest scores, positive ones only.
+
+    Args:
+        columns: scores of a range of latents.
+        budgets: (d_sae,) int64, rows each latent takes.
+        rows: how many there are.
+        block: latents scored at a time.
+    Returns:
+        Support; its threshold is 0, since every latent has its own.
+    Raises:
+        ConfigError: a budget larger than the batch.
+    """
+    d_sae = budgets.numel()
+    if d_sae and int(budgets.max()) > rows:
+        raise ConfigError(f"a latent's budget of {int(budgets.max())} rows is larger than the batch of {rows}")
+    places, odd_best, odd_column = [], None, None
+    for start in range(0, d_sae, block):
+        scores = columns(start, min(start + block, d_sae))
+        odd_best, odd_column = _follow_odd_rows(scores, start, odd_best, odd_column)
+        budget = budgets[start : start + block]
+        most = int(budget.max())
+        if not most:
+            continue
+        values, order = scores.masked_fill(~scores.isfinite(), -torch.inf).topk(most, dim=0)
+        taken = (torch.arange(most, device=scores.device)[:, None] < budget) & (values > 0)
+        rank, column = taken.nonzero(as_tuple=True)
+        places.append(order[rank, column] * d_sae + column + start)
+    device = budgets.device
+    found = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64, device=device)
+    if odd_best is not None and odd_column is not None and (~odd_best.isfinite()).any():
+        odd = (~odd_best.isfinite()).nonzero()[:, 0]
+        found = torch.cat([found[~torch.isin(found // d_sae, odd)], odd * d_sae + odd_column[odd]])
+    return _from_places(found, rows, d_sae, torch.zeros(rows, device=device))
+
+
+def _follow_odd_rows(scores: Tensor, start: int, best: Tensor | None, column: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row maxima over the columns so far (NaN wins) and where they are."""
+    here, place = scores.max(dim=1)
+    if best is None or column is None:
+        return here, place
+    better = (here > best) | (here.isnan() & ~best.isnan())
+    return torch.where(better, here, best), torch.where(better, place + start, column)
+
+
+def _from_places(places: Tensor, rows: int, d_sae: int, threshold: Tensor) -> Support:
+    """Support from unordered flat places ``row * d_sae + latent``."""
+    places = places.sort().values
+    row = places // max(1, d_sae)
+    return Support(places - row * d_sae, offsets_of(torch.bincount(row, minlength=rows)), threshold)
