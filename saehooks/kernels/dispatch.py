@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -45,9 +46,14 @@ def path(tensor: Tensor) -> ModuleType:
 
 
 def _fastest(tensor: Tensor) -> str:
-    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and find_spec("numba"):
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _has_numba():
         return "cpu"
     return "reference"
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 def select_rows(scores: Tensor, rule: RowRule) -> Support:
