@@ -64,8 +64,12 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
     trainer.sae.load_state_dict(_part(tensors, "sae."))
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = list(trainer.sae.parameters())
     for name, value in _part(tensors, "adam.").items():
         index, key = name.split(".", 1)
+        like = parameters[int(index)]
+        if value.shape == like.shape:  # the fused update reads memory in order: the layout must be the parameter's
+            value = torch.empty_like(like).copy_(value)
         state.setdefault(int(index), {})[key] = value
     trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
     trainer.buffer.restore(_part(tensors, "buffer."))

@@ -112,7 +112,8 @@ class Trainer:
         Raises:
             NotFiniteError: an activation, or the loss, is NaN or infinite; the SAE is as after the last good step.
         """
-        self._train(self.buffer.add(rows.to(self.sae.device)))
+        with torch.inference_mode(False):  # a user may call the model under inference_mode
+            self._train(self.buffer.add(rows.to(self.sae.device)))
         self.rows_seen += len(rows)
         self.batches_seen += 1
 
@@ -143,7 +144,7 @@ class Trainer:
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             loss = training_loss(self.sae, x, self.loss_config, idle=self.idle)
             loss.total.backward()
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
