@@ -96,3 +96,19 @@ def tinyclip():
     if folder is None:
         pytest.skip("the small CLIP is not here")
     return open_clip.create_model(f"local-dir:{folder}").eval()
+
+
+@pytest.fixture
+def hooks_of():
+    """A function that lists every hook of every module of a model, in order: equal lists are the same hooks."""
+
+    def snapshot(model):
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        kinds += ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+        found = []
+        for name, module in model.named_modules():
+            hooks = tuple(tuple((key, id(hook)) for key, hook in getattr(module, kind).items()) for kind in kinds)
+            found.append((name, hooks, {key for key in module.__dict__ if callable(module.__dict__[key])}))
+        return found
+
+    return snapshot

@@ -45,7 +45,8 @@ def host(model: Any) -> Host:
         )
     if hasattr(model, "hook_dict"):
         return TransformerLensHost(model)
-    if isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image"):
+    stack = getattr(getattr(model, "transformer", None), "resblocks", None)
+    if stack is not None or (isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image")):
         return OpenClipHost(model)
     return ModuleHost(model)
 

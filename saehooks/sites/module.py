@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
 from saehooks.sites.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head, is_tokens
-from saehooks.sites.layout import View
-from saehooks.sites.names import unknown_site
+from saehooks.sites.names import check_name, unknown_site
 from saehooks.sites.widths import config_width, module_widths
+
+LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|in|out)")
 
 
 class ModuleHost(Host):
@@ -26,19 +28,20 @@ class ModuleHost(Host):
     family = "module"
 
     def site(self, name: str, head: int | None = None) -> Site:
+        check_name(name)
         modules = dict(self.model.named_modules())
-        if name not in modules or not name:
-            raise unknown_site(name, [one for one in modules if one])
-        refuse_unfired(name, modules)
+        if name not in modules:
+            raise self._unknown(name, modules)
+        refuse_uncalled(name, modules)
         check_head(name, head, None)
-        return Site(name=name, given=name, module=modules[name], width=self._width(modules[name]), view=View())
+        return Site(name=name, given=name, module=modules[name], width=self._width(modules[name]))
 
     def list(self) -> list[SiteInfo]:
         modules = dict(self.model.named_modules())
         infos = []
         for name, module in modules.items():
             width = self._width(module)
-            if name and width is not None and not is_fused(name, modules):
+            if name and width is not None and why_uncalled(name, modules) is None:
                 infos.append(SiteInfo(name, (), width, "batch pos width"))
         return infos
 
@@ -54,51 +57,52 @@ class ModuleHost(Host):
         yield self.model, "forward"
 
     def run(self, batch: Any) -> Any:
-        cheap = {"use_cache": False, "logits_to_keep": 1}
         known = inspect.signature(self.model.forward).parameters
+        cheap = {"use_cache": False, "logits_to_keep": 1}
         kwargs = {name: value for name, value in cheap.items() if name in known}
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             return self.model(**{**kwargs, **batch})
         return self.model(batch, **kwargs)
 
     def _width(self, module: nn.Module) -> int | None:
-        """The width of a module's output: a leaf tells it, a block of a known model has the residual width."""
-        out = module_widths(module).out
-        if out is not None:
-            return out
+        """The width of a module's output: a leaf says it; what ends in a layer of the residual width has that width."""
+        own = module_widths(module).out
+        if own is not None:
+            return own
+        layers = [one for one in module.modules() if getattr(getattr(one, "weight", None), "ndim", 0) == 2]
         residual = config_width(getattr(self.model, "config", None))
-        leaves = [one for one in module.modules() if module_widths(one).out is not None]
-        linear = [one for one in leaves if module_widths(one).into != module_widths(one).out or _is_square(one)]
-        if residual is None or not linear:
-            return None
-        return residual if module_widths(linear[-1]).out == residual else None
+        return residual if layers and module_widths(layers[-1]).out == residual else None
+
+    def _unknown(self, name: str, modules: dict[str, nn.Module]) -> SiteError:
+        meant = LENS_NAME.fullmatch(name)
+        stacks = {path: one for path, one in modules.items() if isinstance(one, nn.ModuleList)}
+        path = max(stacks, key=lambda one: len(stacks[one]), default=None)
+        if meant is None or path is None:
+            return unknown_site(name, [one for one in modules if one and why_uncalled(one, modules) is None])
+        layer = int(meant.group(1)) - (meant.group(2) in ("resid_pre", "in"))
+        instead = f"write '{path}.{layer}'" if 0 <= layer < len(stacks[path]) else f"its blocks are '{path}.N'"
+        return SiteError(f"no site '{name}': sites of a {type(self.model).__name__} are module paths; {instead}")
 
 
-def _is_square(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return getattr(weight, "ndim", 0) == 2
+def why_uncalled(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why a module never runs, with the module to take instead; None if it may."""
+    parent = name.rpartition(".")[0]
+    if name.endswith(".out_proj") and isinstance(modules.get(parent), nn.MultiheadAttention):
+        return f"nn.MultiheadAttention uses its weights without calling it; take '{parent}', its output"
+    if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        return f"it is a container; take one of its members, such as '{name}.{next(iter(modules[name]._modules), 0)}'"
+    return None
 
 
-def is_fused(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module is one that its parent reads the weights of and never calls."""
-    parent, _, last = name.rpartition(".")
-    return last == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention)
-
-
-def refuse_unfired(name: str, modules: dict[str, nn.Module]) -> None:
+def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
     """Refuse a module that is never called.
 
     Raises:
         SiteError: names the module to take instead.
     """
-    if is_fused(name, modules):
-        parent = name.rpartition(".")[0]
-        raise SiteError(
-            f"site '{name}' never fires: nn.MultiheadAttention uses its weights without calling it; "
-            f"take '{parent}', its output"
-        )
-    if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
-        raise SiteError(f"site '{name}' is a container that is never called; take one of its members, '{name}.0'")
+    why = why_uncalled(name, modules)
+    if why is not None:
+        raise SiteError(f"site '{name}' never fires: {why}")
 
 
 def watch_module(model: nn.Module, fn: Callable[[ForwardCall], None]) -> Handle:

@@ -5,8 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from saehooks.errors import SiteError
+
+LAYER = re.compile(r"(?<=\.)-?\d+(?=\.|$)")
+
+
+def check_name(name: Any) -> None:
+    """Refuse what is no name at all.
+
+    Raises:
+        SiteError: ``name`` is not a string.
+    """
+    if not isinstance(name, str) or not name:
+        raise SiteError(f"a site is a name such as 'blocks.8.hook_resid_pre', got {name!r}")
 
 
 def unknown_site(name: str, known: Iterable[str]) -> SiteError:
@@ -20,7 +33,7 @@ def unknown_site(name: str, known: Iterable[str]) -> SiteError:
     names = list(dict.fromkeys(known))
     layers = _layers_of(name, names)
     if layers:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name, count=1)
+        pattern = LAYER.sub("N", name, count=1)
         return SiteError(f"no site '{name}': '{pattern}' exists for N in {min(layers)} .. {max(layers)}")
     near = suggestions(name, names)
     if not near:
@@ -29,23 +42,21 @@ def unknown_site(name: str, known: Iterable[str]) -> SiteError:
 
 
 def suggestions(name: str, names: list[str], n: int = 2) -> list[str]:
-    """The names nearest to ``name``, best first; one alone where it differs only by a missing ``hook_``."""
+    """The names nearest to ``name``, best first: first those that differ only by ``hook_`` or by what comes before."""
     bare = name.replace("hook_", "")
     exact = [one for one in names if one.replace("hook_", "") == bare]
     if exact:
         return exact[:1]
-    ending = [one for one in names if one.endswith("." + bare) or one.endswith(".hook_" + bare)]
-    same_layer = [one for one in names if _numbers(one) == _numbers(name)]
-    return get_close_matches(name, same_layer, n, 0.6) or get_close_matches(name, names, n, 0.6) or ending[:n]
-
-
-def _numbers(name: str) -> list[str]:
-    return re.findall(r"\d+", name)
+    longer = [one for one in names if bare and one.replace("hook_", "").endswith("." + bare)]
+    if longer:
+        return longer[:n]
+    same_layer = [one for one in names if re.findall(r"\d+", one) == re.findall(r"\d+", name)]
+    return get_close_matches(name, same_layer, n, 0.6) or get_close_matches(name, names, n, 0.6)
 
 
 def _layers_of(name: str, names: list[str]) -> list[int]:
     """The layers at which the same name exists, when only the first number of ``name`` is wrong."""
-    match = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    match = LAYER.search(name)
     if match is None:
         return []
     before, after = name[: match.start()], name[match.end() :]

@@ -14,7 +14,7 @@ from saehooks.errors import SiteError
 from saehooks.sites.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head
 from saehooks.sites.layout import View
 from saehooks.sites.module import watch_module
-from saehooks.sites.names import unknown_site
+from saehooks.sites.names import check_name, unknown_site
 from saehooks.sites.watch_hooked import watch_hooked
 from saehooks.sites.widths import module_widths
 
@@ -56,6 +56,7 @@ class TransformerLensHost(Host):
     family = "transformer_lens"
 
     def site(self, name: str, head: int | None = None) -> Site:
+        check_name(name)
         point = self._points.get(name)
         if point is None:
             raise unknown_site(name, [one for one, hook in self._points.items() if not self._refusal(one, hook)])
