@@ -10,6 +10,7 @@ from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.codes import Codes
 from saehooks.formats import load
 from saehooks.losses import LossConfig
+from saehooks.measure import measure
 from saehooks.sae import SAE, SAEConfig, SAEOutput
 from saehooks.sites import sites
 from saehooks.stream import TokenBatches, harvest
@@ -36,6 +37,7 @@ __all__ = [
     "harvest",
     "last",
     "load",
+    "measure",
     "not_special",
     "positions",
     "read",

@@ -1,0 +1,108 @@
+"""The commands, on the small CLIP that is carried in the package."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import saehooks as sh
+from saehooks.cli import main
+
+pytestmark = pytest.mark.real
+SITE = "visual.blocks.4.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with an SAE that ``saehooks fit`` trained for three steps."""
+    pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("saes") / "clip"
+    status = main(
+        f"fit --model tinyclip --at {SITE} --d-sae 256 --batch-size 512 --steps 3 --sequences 4 --out {folder}".split()
+    )
+    assert status == 0
+    return folder
+
+
+def test_help_teaches(capsys):
+    """Every command says what it is for and shows an example."""
+    for command in ([], ["demo"], ["fit"], ["measure"], ["sites"], ["info"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--help"])
+        text = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert re.search(r"example", text)
+        assert "saehooks " + " ".join(command) in text
+
+
+def test_sites_lists_and_finds(capsys):
+    """``sites`` prints names with widths, and ``--find`` narrows them."""
+    assert main(["sites", "tinyclip", "--find", "visual.blocks.4.hook_resid"]) == 0
+    out = capsys.readouterr().out
+    assert SITE in out
+    assert "128" in out
+    assert "text.blocks" not in out
+
+
+def test_fit_leaves_an_sae_that_knows_its_site(trained, capsys):
+    """What ``fit`` writes can be loaded, measured and asked about without naming the site again."""
+    sae = sh.load(trained)
+    assert (sae.d_in, sae.d_sae, sae.hook_name) == (128, 256, SITE)
+    assert main(["info", str(trained)]) == 0
+    out = capsys.readouterr().out
+    assert SITE in out
+    assert "CIFAR-10" in out
+    assert main(["info", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["d_sae"] == 256
+
+
+def test_measure_prints_a_table_or_json(trained, capsys):
+    """``measure`` gives cosine and zero-shot accuracy of the packaged photos."""
+    assert main(["measure", str(trained), "--model", "tinyclip"]) == 0
+    assert "zero-shot accuracy" in capsys.readouterr().out
+    assert main(["measure", str(trained), "--model", "tinyclip", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["n_images"] == 200
+    assert figures["acc_clean"] > 0.6
+    assert figures["acc_zero"] < 0.2
+
+
+def test_fit_reads_the_users_own_pictures(tmp_path):
+    """A folder of pictures, or an array in an .npz file, trains as well."""
+    from PIL import Image
+
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=pictures)
+    (tmp_path / "own").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "own" / f"{i}.png")
+    for name in ("own.npz", "own"):
+        common = f"fit --model tinyclip --at {SITE} --d-sae 64 --batch-size 64 --steps 1 --activation topk --k 4"
+        assert main(f"{common} --images {tmp_path / name} --out {tmp_path / 'sae'}".split()) == 0
+        assert sh.load(tmp_path / "sae").cfg.metadata["data"]["images"] == name
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"fit --model tinyclip --at {SITE[:-1]} --d-sae 64 --out x", "did you mean"),
+        (f"fit --model tinyclip --at {SITE} --d-sae 64 --out x --set values", "NAME=VALUE"),
+        (f"fit --model tinyclip --at {SITE} --d-sae 64 --out x --set nothing=1", "unknown setting"),
+        (f"fit --model tinyclip --at {SITE} --d-sae 64 --out x --images nowhere", "no such folder"),
+        ("measure nowhere --model tinyclip", "no folder"),
+        ("info nowhere", "no folder"),
+        ("sites no/such-model-anywhere", "cannot open model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, message, capsys, tmp_path, monkeypatch):
+    """No traceback: what was wrong and what to write."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(command.split()) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "x" / "cfg.json").exists()
