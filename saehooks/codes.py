@@ -97,6 +97,11 @@ class Codes:
         """The same support with other values, (nnz,)."""
         return replace(self, values=values)
 
+    def keep(self, kept: Tensor) -> Codes:
+        """Only some of the entries: ``kept`` (nnz,) bool; rows and their scale stay."""
+        sizes = torch.zeros_like(self.sizes).index_add_(0, self.rows, kept.long())
+        return replace(self, indices=self.indices[kept], values=self.values[kept], offsets=offsets_of(sizes))
+
     def detach(self) -> Codes:
         """The same codes, cut from the autograd graph."""
         return replace(self, values=self.values.detach(), scale=None if self.scale is None else self.scale.detach())
@@ -201,6 +206,6 @@ def offsets_of(sizes: Tensor) -> Tensor:
 
 
 def rows_of(offsets: Tensor, nnz: int) -> Tensor:
-    """(nnz,) int64, the row of each entry of compressed rows."""
-    rows = torch.arange(offsets.numel() - 1, device=offsets.device)
-    return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
+    """(nnz,) int64, the row of each entry of compressed rows; padding past the last row gets the number of rows."""
+    sizes = torch.cat([offsets.diff(), nnz - offsets[-1:]])
+    return torch.repeat_interleave(torch.arange(sizes.numel(), device=offsets.device), sizes, output_size=nnz)

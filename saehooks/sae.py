@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saehooks.activations import ACTIVATIONS
+from saehooks.activations import ACTIVATIONS, LatentDensity
 from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
 from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
@@ -75,7 +75,10 @@ class Encoded(NamedTuple):
     support: Support
     scores: Tensor
     """(nnz,) scores of the selected latents, differentiable."""
+    candidates: Codes
+    """Codes of all that was selected: what training decodes, so that gradients reach what is not active too."""
     codes: Codes
+    """Codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
 
 
 class SAE(nn.Module):
@@ -118,9 +121,11 @@ class SAE(nn.Module):
         metadata = {} if hook_name is None else {"hook_name": hook_name}
         self.cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
         kinds = _known("dictionary", dictionary, DICTIONARIES), _known("activation", activation, ACTIVATIONS)
-        for_dictionary, for_activation = _route(settings, *kinds)
+        for_dictionary, for_activation, for_density = _route(settings, *kinds, LatentDensity)
         self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
         self.activation = kinds[1](d_sae, **for_activation)
+        for_density["track_density"] = for_density.get("track_density", False) or kinds[1].tracks_density
+        self.density = LatentDensity(d_sae, **for_density)
         self.to(device=device, dtype=dtype)
 
     # ------------------------------------------------------------------- use
@@ -142,11 +147,23 @@ class SAE(nn.Module):
         flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
         prepared = self.dictionary.prepare(flat)
         with torch.no_grad():
-            support = self.dictionary.select(prepared, self.activation.rule())
+            rule = self.activation.rule(flat.shape[0], self.density.mean)
+            silenced = self.density.silenced
+            support = self.dictionary.select(prepared, rule, silenced=silenced)
         scores = self.dictionary.scores(prepared, support)
+        if silenced is not None:
+            scores = scores.masked_fill(silenced[support.indices], 0.0)
         values = self.activation.values(scores, support)
-        codes = Codes(support.indices, values, support.offsets, tuple(x.shape[:-1]), self.cfg.d_sae, prepared.scale)
-        return Encoded(prepared, support, scores, codes)
+        codes = candidates = Codes(
+            support.indices, values, support.offsets, tuple(x.shape[:-1]), self.cfg.d_sae, prepared.scale
+        )
+        active = self.activation.active(scores, support)
+        if active is not None:
+            codes = candidates.keep(active)
+        if self.training:
+            self.activation.observe(scores.detach(), support)
+            self.density.update(codes.counts(), flat.shape[0])
+        return Encoded(prepared, support, scores, candidates, codes)
 
     def decode(self, codes: Codes) -> Tensor:
         """(*shape, d_in) reconstruction of codes."""
@@ -163,8 +180,16 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encode and decode activations (*shape, d_in)."""
-        codes = self.encode(x)
-        return SAEOutput(self.decode(codes), codes)
+        stages = self.encode_stages(x)
+        return SAEOutput(self.decode(stages.candidates), stages.codes)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set what is best set from data, before training, from a sample (rows, d_in)."""
+        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        self.dictionary.initialise(flat)
+        prepared = self.dictionary.prepare(flat)
+        self.activation.initialise(prepared.queries, lambda: self.dictionary.score_chunks(prepared))
 
     def directions(self, latents: int | list[int] | Tensor) -> Tensor:
         """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1.
@@ -234,7 +259,7 @@ class SAE(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: SAEConfig, tensors: dict[str, Tensor], where: str = "the given tensors") -> SAE:
-        """Build an SAE of a config and fill it.
+        """Build an SAE of a config and fill it; it is in eval mode.
 
         Raises:
             FormatError: tensors are missing, left over, or of another shape than the config says.
@@ -255,7 +280,7 @@ class SAE(nn.Module):
                     f"says {tuple(expected[name].shape)}"
                 )
         sae.load_state_dict(tensors)
-        return sae
+        return sae.eval()
 
     def __repr__(self) -> str:
         settings = "".join(f", {name}={value!r}" for name, value in self.cfg.settings.items())
@@ -276,13 +301,11 @@ def settings_of(kind: type) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"dtype"}
 
 
-def _route(settings: dict[str, Any], dictionary: type, activation: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split settings between the two; complain about one that neither takes."""
-    parts: list[dict[str, Any]] = []
-    for kind in (dictionary, activation):
-        parts.append({name: value for name, value in settings.items() if name in settings_of(kind)})
-    unknown = sorted(set(settings) - set(parts[0]) - set(parts[1]))
+def _route(settings: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
+    """Split settings between those that take them; complain about one that none takes."""
+    parts = [{name: value for name, value in settings.items() if name in settings_of(kind)} for kind in kinds]
+    unknown = sorted(set(settings) - {name for part in parts for name in part})
     if unknown:
-        known = sorted(settings_of(dictionary) | settings_of(activation))
+        known = sorted({name for kind in kinds for name in settings_of(kind)})
         raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known) or 'none'}")
-    return parts[0], parts[1]
+    return parts

@@ -130,7 +130,7 @@ class Trainer:
             if batch is None:
                 return
             if self.steps == 0 and self._fresh:
-                self.sae.dictionary.initialise(self.buffer.rows[: self.buffer.filled])
+                self.sae.initialise(self.buffer.rows[: self.buffer.filled])
             self.step(batch)
 
     # ------------------------------------------------------------------ steps

@@ -1,9 +1,43 @@
 """Activations: which scores are active, and what value each carries. One file per family."""
 
 from saehooks.activations.base import Activation
+from saehooks.activations.choice import FeatureChoiceActivation, MutualChoiceActivation
+from saehooks.activations.density import LatentDensity
+from saehooks.activations.entmax import EntmaxActivation
+from saehooks.activations.relu import GatedActivation, JumpReLUActivation, ReLUActivation
 from saehooks.activations.sparsemax import SparsemaxActivation, SparsemaxResult, sparsemax
-from saehooks.activations.topk import TopKActivation
+from saehooks.activations.topk import BatchTopKActivation, TopKActivation
+from saehooks.activations.zipf import Zipf, fit_zipf
 
-ACTIVATIONS: dict[str, type[Activation]] = {kind.name: kind for kind in (SparsemaxActivation, TopKActivation)}
+KINDS: tuple[type[Activation], ...] = (
+    ReLUActivation,
+    GatedActivation,
+    JumpReLUActivation,
+    TopKActivation,
+    BatchTopKActivation,
+    MutualChoiceActivation,
+    FeatureChoiceActivation,
+    SparsemaxActivation,
+    EntmaxActivation,
+)
 
-__all__ = ["ACTIVATIONS", "Activation", "SparsemaxActivation", "SparsemaxResult", "TopKActivation", "sparsemax"]
+ACTIVATIONS: dict[str, type[Activation]] = {kind.name: kind for kind in KINDS}
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "BatchTopKActivation",
+    "EntmaxActivation",
+    "FeatureChoiceActivation",
+    "GatedActivation",
+    "JumpReLUActivation",
+    "LatentDensity",
+    "MutualChoiceActivation",
+    "ReLUActivation",
+    "SparsemaxActivation",
+    "SparsemaxResult",
+    "TopKActivation",
+    "Zipf",
+    "fit_zipf",
+    "sparsemax",
+]

@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from saehooks.kernels import RowRule, Support
+from saehooks.kernels import BatchRule, RowRule, Support
 
 
 class Activation(nn.Module):
     """Which scores are active, and what value each carries. Subclasses override `rule` and, if not relu, `values`."""
 
     name: ClassVar[str]
+    default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Settings of the `LossConfig` that goes with this activation."""
+    tracks_density: ClassVar[bool] = False
+    """Whether the SAE must count how often each latent fires."""
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()
         self.d_sae = d_sae
 
-    def rule(self) -> RowRule:
-        """How the kernels select."""
+    def rule(self, rows: int = 1, density: Tensor | None = None) -> RowRule | BatchRule:
+        """How the kernels select.
+
+        Args:
+            rows: of the batch at hand; only rules across rows look at it.
+            density: (d_sae,) share of rows in which each latent fired, where it is tracked.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it selects: override rule()")
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
         """(nnz,) activations of the selected scores (nnz,), differentiable in them."""
         return scores.relu()
+
+    def active(self, scores: Tensor, support: Support) -> Tensor | None:
+        """(nnz,) bool, which of the selected scores count as active; None for all.
+
+        An activation whose gradient needs scores that are not active (jumprelu) selects more than it activates.
+        """
+        return None
+
+    def penalised(self, scores: Tensor, support: Support, values: Tensor) -> Tensor:
+        """(nnz,) magnitudes that the l1 penalty charges, differentiable."""
+        return values.abs()
+
+    def count(self, scores: Tensor, support: Support) -> Tensor | None:
+        """(nnz,) 0 or 1 whose sum is L0, with a gradient; None where the activation offers none."""
+        return None
+
+    def observe(self, scores: Tensor, support: Support) -> None:
+        """Update running statistics from a training batch; called without gradient, never in eval mode."""
+
+    def initialise(self, queries: Tensor, scores: Callable[[], Iterable[Tensor]]) -> None:
+        """Set what is best set from data, before training.
+
+        Args:
+            queries: (rows, d), what the dictionary multiplies with its keys.
+            scores: gives the dense scores of these rows in chunks (chunk, d_sae).
+        """
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}"

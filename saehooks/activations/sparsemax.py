@@ -31,7 +31,7 @@ class SparsemaxActivation(Activation):
             raise ConfigError(f"values={values!r}: sparsemax carries one of {', '.join(map(repr, VALUES))}")
         self.carries = values
 
-    def rule(self) -> Sparsemax:
+    def rule(self, rows: int = 1, density: Tensor | None = None) -> Sparsemax:
         return Sparsemax()
 
     def values(self, scores: Tensor, support: Support) -> Tensor:

@@ -1,27 +1,76 @@
-"""TopK: the k largest scores of each token."""
+"""TopK: the k largest scores of each token; BatchTopK: of the whole batch."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from saehooks.activations.base import Activation
 from saehooks.errors import ConfigError
-from saehooks.kernels import TopK
+from saehooks.kernels import BatchTopK, Support, Threshold, TopK
+
+RATE = 0.01
+"""Weight of the newest batch in a running threshold, once there were enough for a plain mean to weigh less."""
+
+
+def check_k(k: int, d_sae: int) -> int:
+    """k, if a row can have that many latents."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
+        raise ConfigError(f"top-k needs a whole 1 <= k <= d_sae, got k={k} with d_sae={d_sae}")
+    return k
 
 
 class TopKActivation(Activation):
     """Select the k largest positive scores of each row. Source: Gao et al. 2024, arXiv:2406.04093."""
 
     name: ClassVar[str] = "topk"
+    default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
 
     def __init__(self, d_sae: int, *, k: int = 32) -> None:
         super().__init__(d_sae)
-        if not 1 <= k <= d_sae:
-            raise ConfigError(f"top-k needs 1 <= k <= d_sae, got k={k} with d_sae={d_sae}")
-        self.k = k
+        self.k = check_k(k, d_sae)
 
-    def rule(self) -> TopK:
+    def rule(self, rows: int = 1, density: Tensor | None = None) -> TopK:
         return TopK(self.k)
+
+    def extra_repr(self) -> str:
+        return f"d_sae={self.d_sae}, k={self.k}"
+
+
+class BatchTopKActivation(Activation):
+    """In training, select the k * rows largest positive scores of the batch; in eval mode, those above a threshold.
+
+    The threshold is the running mean of the smallest selected score (plain at first, then exponential with rate 0.01).
+    Before any training it is 0. A batch of one row is plain top-k.
+    Source: Bussmann et al. 2024, arXiv:2412.06410.
+    """
+
+    name: ClassVar[str] = "batchtopk"
+    default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, d_sae: int, *, k: int = 32) -> None:
+        super().__init__(d_sae)
+        self.k = check_k(k, d_sae)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def rule(self, rows: int = 1, density: Tensor | None = None) -> BatchTopK | Threshold:
+        return BatchTopK(self.k) if self.training else Threshold(self.threshold)
+
+    @torch.no_grad()
+    def observe(self, scores: Tensor, support: Support) -> None:
+        smallest = support.threshold.min() if support.threshold.numel() else self.threshold.new_tensor(torch.inf)
+        if not smallest.isfinite():
+            return
+        self.batches += 1
+        rate = (1 / self.batches.double()).clamp(min=RATE)
+        self.threshold.lerp_(smallest.to(self.threshold), rate.to(self.threshold))
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, k={self.k}"

@@ -2,8 +2,11 @@
 
 from saehooks.dictionaries.base import Dictionary, Prepared
 from saehooks.dictionaries.concepts import ConceptDictionary
+from saehooks.dictionaries.kron import KronDictionary
 from saehooks.dictionaries.linear import LinearDictionary
 
-DICTIONARIES: dict[str, type[Dictionary]] = {kind.name: kind for kind in (ConceptDictionary, LinearDictionary)}
+KINDS: tuple[type[Dictionary], ...] = (ConceptDictionary, LinearDictionary, KronDictionary)
 
-__all__ = ["DICTIONARIES", "ConceptDictionary", "Dictionary", "LinearDictionary", "Prepared"]
+DICTIONARIES: dict[str, type[Dictionary]] = {kind.name: kind for kind in KINDS}
+
+__all__ = ["DICTIONARIES", "ConceptDictionary", "Dictionary", "KronDictionary", "LinearDictionary", "Prepared"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from saehooks import kernels
 from saehooks.codes import Codes
-from saehooks.kernels import RowRule, Support
+from saehooks.kernels import BatchRule, RowRule, Support
 
 
 class Prepared(NamedTuple):
@@ -24,8 +25,8 @@ class Prepared(NamedTuple):
 class Dictionary(nn.Module):
     """Scores are ``queries @ keys.T + bias``; a reconstruction is ``scale * (values @ directions) + offset``.
 
-    Subclasses say what the queries, keys and directions are. `score_chunks` and `scores` may be overridden where
-    scores are no plain product.
+    Subclasses say what the queries, keys and directions are. `select`, `scores` and `score_chunks` are overridden
+    where scores are no plain product.
     """
 
     name: ClassVar[str]
@@ -77,14 +78,42 @@ class Dictionary(nn.Module):
 
     # ---- what follows from them
 
-    def select(self, prepared: Prepared, rule: RowRule) -> Support:
-        """Which latents each row selects, without gradient and without keeping the score matrix."""
-        return kernels.select(prepared.queries, self.keys, rule, self.bias)
+    def select(
+        self,
+        prepared: Prepared,
+        rule: RowRule | BatchRule,
+        *,
+        among: Tensor | None = None,
+        silenced: Tensor | None = None,
+    ) -> Support:
+        """Which latents each row selects, without gradient and without keeping the score matrix.
+
+        Args:
+            prepared: the rows.
+            rule: how.
+            among: (n,) int64 ascending, the only latents to choose from; None for all.
+            silenced: (d_sae,) bool, latents whose score is taken to be 0; None for none.
+        """
+        keys, bias = self.keys, self.bias
+        if silenced is not None:
+            keys = keys.masked_fill(silenced[:, None], 0.0)
+            bias = None if bias is None else bias.masked_fill(silenced, 0.0)
+        if among is None:
+            support = kernels.select(prepared.queries, keys, rule, bias)
+        else:
+            support = kernels.select(prepared.queries, keys[among], rule, None if bias is None else bias[among])
+            support = support._replace(indices=among[support.indices])
+        return support if silenced is None else support._replace(scores=None)
+
+    def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
+        """Dense scores (chunk, d_sae) of consecutive rows, without gradient; the next chunk overwrites the last."""
+        return kernels.score_chunks(prepared.queries, self.keys, self.bias)
 
     def scores(self, prepared: Prepared, support: Support) -> Tensor:
         """(nnz,) scores of the selected latents, differentiable."""
-        scores = kernels.sddmm(prepared.queries, self.keys, support.indices, support.offsets)
-        return scores if self.bias is None else scores + self.bias[support.indices]
+        return kernels.sddmm(
+            prepared.queries, self.keys, support.indices, support.offsets, bias=self.bias, known=support.scores
+        )
 
     def decode(self, codes: Codes, with_offset: bool = True) -> Tensor:
         """(rows, d_in) reconstruction of codes, flattened; without the offset it is linear in the values."""
@@ -93,9 +122,17 @@ class Dictionary(nn.Module):
             recons = recons * codes.scale[:, None]
         return recons + self.offset if with_offset and self.offset is not None else recons
 
+    def forward(self, codes: Codes) -> Tensor:
+        """Decode: so that a decoder with other parameters can be called functionally."""
+        return self.decode(codes)
+
     def directions(self, latents: Tensor) -> Tensor:
         """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1."""
         return self.project(self.table[latents])
+
+    def direction_norms(self) -> Tensor:
+        """(d_sae,) norm of every latent's direction, differentiable."""
+        return self.project(self.table).norm(dim=1)
 
 
 def unit_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

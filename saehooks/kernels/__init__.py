@@ -4,6 +4,7 @@
 with gradients, `spmm` decodes. Each has a plain-torch reference and faster paths; `dispatch` chooses.
 """
 
+from saehooks.kernels.batch import batch_topk
 from saehooks.kernels.dispatch import PATHS, force, path, select_rows
 from saehooks.kernels.products import sddmm, spmm
 from saehooks.kernels.rules import (
@@ -30,6 +31,7 @@ __all__ = [
     "Support",
     "Threshold",
     "TopK",
+    "batch_topk",
     "force",
     "path",
     "score_chunks",

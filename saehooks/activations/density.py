@@ -1,0 +1,59 @@
+"""How often each latent fires, and silencing those that fire too often."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saehooks.errors import ConfigError
+
+HORIZON = 1_000_000
+"""Rows after which old counts are halved, so that densities follow the training."""
+
+
+class LatentDensity(nn.Module):
+    """Running share of rows in which each latent fired: saved with the SAE, updated in train mode only.
+
+    Args:
+        d_sae: number of latents.
+        track_density: keep the counts, for losses and rankings that need them.
+        max_density: a latent that fired in more than this share of the rows so far has its score set to 0 before
+            selection. The authors of the Sparsemax SAE use 0.1 while training, evaluation included; here the mask
+            is off by default, and in eval mode it stays as training left it.
+    """
+
+    fired: Tensor
+    rows: Tensor
+
+    def __init__(self, d_sae: int, *, track_density: bool = False, max_density: float | None = None) -> None:
+        super().__init__()
+        if max_density is not None and not 0 < max_density <= 1:
+            raise ConfigError(f"max_density is a share of rows, above 0 and at most 1, got {max_density}")
+        self.tracked, self.max_density = track_density or max_density is not None, max_density
+        if self.tracked:
+            self.register_buffer("fired", torch.zeros(d_sae, dtype=torch.int64))
+            self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def mean(self) -> Tensor | None:
+        """(d_sae,) float32 share of rows in which each latent fired, 0 before any training; None if not tracked."""
+        return self.fired.float() / self.rows.clamp(min=1) if self.tracked else None
+
+    @property
+    def silenced(self) -> Tensor | None:
+        """(d_sae,) bool, latents whose scores are set to 0; None if there are none."""
+        if self.max_density is None:
+            return None
+        silenced = self.fired > self.max_density * self.rows
+        return silenced if bool(silenced.any()) else None
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, rows: int) -> None:
+        """Add a batch: in how many of its rows each latent fired."""
+        if not self.tracked:
+            return
+        self.fired += counts
+        self.rows += rows
+        if int(self.rows) > HORIZON:
+            self.fired.div_(2, rounding_mode="floor")
+            self.rows.div_(2, rounding_mode="floor")

@@ -1,0 +1,175 @@
+"""The Kronecker dictionary: heads of two small encoders, whose outputs meet by a smooth AND."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from saehooks import kernels
+from saehooks.codes import rows_of
+from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+from saehooks.dictionaries.pairs import Factors, select_pairs
+from saehooks.errors import ConfigError
+from saehooks.kernels import BatchRule, FeatureChoice, RowRule, Support
+from saehooks.kernels.batch import feature_choice
+from saehooks.kernels.scores import SCORE_BYTES, join
+
+SMALLEST = 1e-6
+"""Scores below this have the gradient of this score, so that the square root's stays finite."""
+
+
+class KronDictionary(Dictionary):
+    """Head k scores pair (i, j) by ``sqrt(p_i q_j)`` with ``p = relu(P_k x)``, ``q = relu(Q_k x)``; decoder as linear.
+
+    The encoder has ``heads (m + n) d_in`` parameters instead of ``d_sae d_in``. Latent ``(k m + i) n + j`` is pair
+    (i, j) of head k. Scores are never negative. Pairs that cannot be selected are never multiplied. Rows of W_dec
+    start as the normalised sum of their two factors' rows, which have norm 1.
+
+    Args:
+        m, n: sizes of the two factors of a head.
+        heads: d_sae / (m n) if not given.
+        subtract_b_dec: encode x - b_dec rather than x.
+    Source: KronSAE, arXiv:2505.22255.
+    """
+
+    name: ClassVar[str] = "kron"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        m: int = 4,
+        n: int = 4,
+        heads: int | None = None,
+        subtract_b_dec: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        if m < 1 or n < 1:
+            raise ConfigError(f"the factors of a head need m >= 1 and n >= 1, got m={m}, n={n}")
+        found = d_sae // (m * n) if heads is None else heads
+        if found < 1 or found * m * n != d_sae:
+            raise ConfigError(
+                f"heads of {m} x {n} pairs do not factor d_sae={d_sae}"
+                + (f" with heads={heads}" if heads is not None else "")
+                + f"; d_sae = heads * m * n, for example {max(1, round(d_sae / (m * n))) * m * n}"
+            )
+        self.heads, self.m, self.n, self.subtract_b_dec = found, m, n, subtract_b_dec
+        self.P = nn.Parameter(unit_rows(found * m, d_in, dtype))
+        self.Q = nn.Parameter(unit_rows(found * n, d_in, dtype))
+        pairs = self.P.detach().view(found, m, 1, d_in) + self.Q.detach().view(found, 1, n, d_in)
+        self.W_dec = nn.Parameter(nn.functional.normalize(pairs.reshape(d_sae, d_in), dim=1))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The factors, (rows, heads * m + heads * n), already rectified."""
+        x = x - self.b_dec if self.subtract_b_dec else x
+        return Prepared((x @ torch.cat([self.P, self.Q]).T).relu(), None)
+
+    @property
+    def table(self) -> Tensor:
+        return self.W_dec
+
+    @property
+    def offset(self) -> Tensor:
+        return self.b_dec
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        self.b_dec.copy_(x.mean(0))
+
+    # ------------------------------------------------------------- selection
+
+    def select(
+        self,
+        prepared: Prepared,
+        rule: RowRule | BatchRule,
+        *,
+        among: Tensor | None = None,
+        silenced: Tensor | None = None,
+    ) -> Support:
+        queries = prepared.queries.detach()
+        rows = queries.shape[0]
+        if among is not None or silenced is not None:
+            return self._select_dense(queries, rule, among, silenced)
+        if isinstance(rule, FeatureChoice):
+            block = max(1, SCORE_BYTES // max(1, 3 * rows * queries.element_size()))
+            return feature_choice(
+                lambda start, stop: self._block(queries, torch.arange(start, stop, device=queries.device)),
+                rule.budgets,
+                rows,
+                block,
+            )
+        return select_pairs(self._factors(queries), rule)
+
+    def _factors(self, queries: Tensor) -> Factors:
+        split = self.heads * self.m
+        p, q = queries[:, :split], queries[:, split:]
+        return Factors(p.reshape(-1, self.heads, self.m), q.reshape(-1, self.heads, self.n))
+
+    def _select_dense(
+        self, queries: Tensor, rule: RowRule | BatchRule, among: Tensor | None, silenced: Tensor | None
+    ) -> Support:
+        """Selection from few latents, or with some silenced: block by block of rows."""
+        latents = torch.arange(self.d_sae, device=queries.device) if among is None else among
+
+        def chunks() -> Iterator[Tensor]:
+            step = max(1, SCORE_BYTES // max(1, 3 * latents.numel() * queries.element_size()))
+            for part in queries.split(step):
+                scores = self._block(part, latents)
+                yield scores if silenced is None else scores.masked_fill(silenced[latents], 0.0)
+
+        if isinstance(rule, kernels.BatchTopK):
+            rows = queries.shape[0]
+            support = kernels.batch_topk(chunks(), rule.k * rows, rows, latents.numel(), queries.device)
+        elif isinstance(rule, FeatureChoice):
+            whole = torch.cat(list(chunks()))
+            support = feature_choice(lambda a, b: whole[:, a:b], rule.budgets, queries.shape[0], self.d_sae)
+        else:
+            support = join([kernels.select_rows(scores, rule) for scores in chunks()], queries)
+        return support._replace(indices=latents[support.indices])
+
+    def _block(self, queries: Tensor, latents: Tensor) -> Tensor:
+        """(rows, n) scores of some latents."""
+        p, q = self._places(latents)
+        return (queries[:, p] * queries[:, q]).sqrt()
+
+    def _places(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the two factors of each latent are in the queries."""
+        pair, j = latents // self.n, latents % self.n
+        return pair, self.heads * self.m + (pair // self.m) * self.n + j
+
+    def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
+        queries = prepared.queries.detach()
+        latents = torch.arange(self.d_sae, device=queries.device)
+        step = max(1, SCORE_BYTES // max(1, 3 * self.d_sae * queries.element_size()))
+        for part in queries.split(step):
+            yield self._block(part, latents)
+
+    def scores(self, prepared: Prepared, support: Support) -> Tensor:
+        width = prepared.queries.shape[1]
+        start = rows_of(support.offsets, support.indices.numel()) * width
+        p, q = self._places(support.indices)
+        flat = prepared.queries.reshape(-1)
+        return _Root.apply(flat[start + p] * flat[start + q])
+
+
+class _Root(torch.autograd.Function):
+    """Square root whose gradient stays finite at 0."""
+
+    @staticmethod
+    def forward(ctx, product):
+        root = product.sqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (root,) = ctx.saved_tensors
+        return 0.5 * grad / root.clamp(min=SMALLEST)

@@ -1,0 +1,186 @@
+"""Selection among products of two factors, without forming the products that cannot be selected.
+
+A row's score of pair (i, j) in a head is ``sqrt(p_i q_j)``. The pairs with each head's largest p or q are scored
+first; they bound the threshold of the whole row from below. Then, in each head, every p descends the sorted q only
+as far as the product stays above the bound.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saehooks.codes import offsets_of, rows_of
+from saehooks.errors import ConfigError
+from saehooks.kernels import BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK, reference, select_rows
+
+SLACK = 1e-5
+"""Relative room below a bound, so that rounding loses no candidate."""
+
+
+class Factors(NamedTuple):
+    """Non-negative factors of all rows."""
+
+    p: Tensor
+    """(rows, heads, m)."""
+    q: Tensor
+    """(rows, heads, n)."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of pairs."""
+        return self.p.shape[1] * self.p.shape[2] * self.q.shape[2]
+
+
+class Pairs(NamedTuple):
+    """Candidate pairs of each row, in compressed sparse rows."""
+
+    rows: Tensor
+    """(nnz,) int64 ascending."""
+    latents: Tensor
+    """(nnz,) int64, ascending inside a row."""
+    scores: Tensor
+    """(nnz,), positive."""
+    offsets: Tensor
+    """(rows + 1,) int64."""
+
+
+def select_pairs(factors: Factors, rule: RowRule | BatchTopK) -> Support:
+    """Support of each row by a row rule, or of the batch by `BatchTopK`; what the explicit products would give.
+
+    Raises:
+        ConfigError: more latents asked for than there are.
+    """
+    rows, d_sae = factors.p.shape[0], factors.d_sae
+    if isinstance(rule, TopK | BatchTopK) and rule.k > d_sae:
+        raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {d_sae}")
+    finite = factors.p.flatten(1).isfinite().all(1) & factors.q.flatten(1).isfinite().all(1)
+    usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in factors))
+    if isinstance(rule, BatchTopK):
+        pairs = pairs_above(usable, _batch_bound(usable, rule.k * rows))
+        keep, threshold = _best_of_batch(pairs, rule.k * rows, rows)
+        full = torch.zeros_like(finite)
+    else:
+        pairs = pairs_above(usable, _row_bound(usable, rule))
+        keep, threshold, full = _by_row(pairs, rule, rows, d_sae)
+    places = (pairs.rows * d_sae + pairs.latents)[keep & ~full[pairs.rows]]
+    extra = [_odd_places(factors, ~finite)]
+    if bool((full & finite).any()):
+        everywhere = (full & finite).nonzero()[:, 0]
+        whole = select_rows(explicit(factors, everywhere), rule)  # type: ignore[arg-type]
+        extra.append(everywhere[rows_of(whole.offsets, whole.indices.numel())] * d_sae + whole.indices)
+        threshold = threshold.index_put((everywhere,), whole.threshold)
+    places = torch.cat([places, *extra]).sort().values
+    row = places // d_sae
+    return Support(places - row * d_sae, offsets_of(torch.bincount(row, minlength=rows)), threshold)
+
+
+def pairs_above(factors: Factors, bound: Tensor) -> Pairs:
+    """The pairs of each row whose score exceeds its bound (rows,), found by descending each head's sorted q."""
+    p, q = factors
+    heads, m, n = p.shape[1], p.shape[2], q.shape[2]
+    ordered, order = q.sort(dim=2, descending=True)
+    least = (bound.clamp(min=0) * (1 - SLACK)).square()[:, None, None] / p
+    least = torch.where(p > 0, least, torch.inf).clamp(min=torch.finfo(p.dtype).tiny)
+    depth = torch.searchsorted(-ordered, -least, right=True)
+    counts = depth.reshape(-1)
+    starts = offsets_of(counts)
+    source = rows_of(starts, int(starts[-1]))
+    place = torch.arange(source.numel(), device=p.device) - starts[source]
+    head = source // m
+    j = order.reshape(-1)[head * n + place]
+    scores = (p.reshape(-1)[source] * q.reshape(-1)[head * n + j]).sqrt()
+    row = source // (heads * m)
+    places, by = (source * n + j).sort()
+    return Pairs(row, places - row * (heads * m * n), scores[by], offsets_of(depth.sum((1, 2))))
+
+
+def explicit(factors: Factors, rows: Tensor) -> Tensor:
+    """(len(rows), d_sae) all scores of some rows: for rows that select everything."""
+    p, q = factors.p[rows], factors.q[rows]
+    return (p[:, :, :, None] * q[:, :, None, :]).sqrt().flatten(1)
+
+
+def _edges(factors: Factors) -> Tensor:
+    """(rows, heads * (m + n)) scores of the pairs with a head's largest p or largest q, none twice (-inf instead)."""
+    p, q = factors
+    best_p, best_q = p.max(2, keepdim=True).values, q.max(2, keepdim=True)
+    along_q = (best_p * q).sqrt().scatter(2, best_q.indices, -torch.inf)
+    return torch.cat([(p * best_q.values).sqrt(), along_q], dim=2).flatten(1)
+
+
+def _row_bound(factors: Factors, rule: RowRule) -> Tensor:
+    """(rows,) a score below which no pair of the row can be selected, or 0."""
+    rows = factors.p.shape[0]
+    if isinstance(rule, Threshold):
+        theta = rule.theta.min() if isinstance(rule.theta, Tensor) else torch.tensor(rule.theta)
+        return theta.to(factors.p).clamp(min=0).expand(rows)
+    edges = _edges(factors)
+    if isinstance(rule, TopK):
+        real = edges.shape[1] - factors.p.shape[1]
+        if rule.k > real:
+            return factors.p.new_zeros(rows)
+        return edges.topk(rule.k, dim=1).values[:, -1]
+    best = edges.max(1).values
+    tau = reference.entmax_threshold(edges - best[:, None], rule.alpha if isinstance(rule, Entmax) else 2.0)
+    return (tau.to(best) + best - 2 * torch.finfo(best.dtype).eps * (best + tau.abs().to(best))).clamp(min=0)
+
+
+def _batch_bound(factors: Factors, total: int) -> Tensor:
+    """(rows,) a score below which no pair of the batch can be among the ``total`` largest."""
+    rows = factors.p.shape[0]
+    edges = _edges(factors).flatten()
+    if total > edges.numel() - rows * factors.p.shape[1] or not total:
+        return factors.p.new_zeros(rows)
+    return edges.topk(total, sorted=False).values.min().clamp(min=0).expand(rows)
+
+
+def _best_of_batch(pairs: Pairs, total: int, rows: int) -> tuple[Tensor, Tensor]:
+    keep = torch.ones_like(pairs.rows, dtype=torch.bool)
+    if pairs.scores.numel() > total:
+        keep = torch.zeros_like(keep)
+        keep[pairs.scores.topk(total, sorted=False).indices] = True
+    chosen = pairs.scores[keep]
+    lowest = chosen.min() if chosen.numel() else pairs.scores.new_tensor(torch.inf)
+    return keep, lowest.expand(rows)
+
+
+def _by_row(pairs: Pairs, rule: RowRule, rows: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which candidates a rule keeps, its threshold in each row, and the rows that select zeros too: everything."""
+    if isinstance(rule, Threshold):
+        theta = rule.theta if isinstance(rule.theta, Tensor) else pairs.scores.new_tensor(rule.theta)
+        theta = theta.to(pairs.scores)
+        lowest = theta.min().expand(rows)
+        own = theta[pairs.latents] if theta.dim() else theta
+        return pairs.scores > own, lowest, lowest < 0
+    if not pairs.scores.numel():
+        below = -1.0 if isinstance(rule, Sparsemax | Entmax) else 0.0
+        threshold = pairs.scores.new_full((rows,), below)
+        return torch.zeros_like(pairs.rows, dtype=torch.bool), threshold, threshold < 0
+    table = reference.padded(pairs.scores, pairs.rows, pairs.offsets)
+    if isinstance(rule, TopK):
+        table = table.clamp(min=0.0)
+        table = torch.nn.functional.pad(table, (0, max(0, rule.k - table.shape[1])))
+    else:
+        # A row without any positive pair is one of all zeros: give it one, and its tau comes out negative.
+        table[pairs.offsets.diff() == 0, 0] = 0.0
+    found = reference.select(table, rule)
+    chosen = torch.zeros_like(table, dtype=torch.bool)
+    chosen[rows_of(found.offsets, found.indices.numel()), found.indices] = True
+    place = torch.arange(pairs.rows.numel(), device=pairs.rows.device) - pairs.offsets[pairs.rows]
+    full = found.threshold < 0 if isinstance(rule, Sparsemax | Entmax) else torch.zeros_like(found.threshold) > 0
+    return chosen[pairs.rows, place], found.threshold, full
+
+
+def _odd_places(factors: Factors, odd: Tensor) -> Tensor:
+    """Flat places of one pair in each row that is not finite, where it is not."""
+    rows = odd.nonzero()[:, 0]
+    if not rows.numel():
+        return rows
+    heads, m, n = factors.p.shape[1], factors.p.shape[2], factors.q.shape[2]
+    broken = ~(factors.p[rows].isfinite().all(2) & factors.q[rows].isfinite().all(2))
+    head = broken.float().argmax(1)
+    i, j = factors.p[rows, head].argmax(1), factors.q[rows, head].argmax(1)
+    return rows * (heads * m * n) + (head * m + i) * n + j
