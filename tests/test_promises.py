@@ -424,7 +424,10 @@ def test_5_a_mask_of_the_wrong_shape_fails_at_the_first_forward(host):
 def test_5_a_position_that_never_comes_is_an_error(host):
     """A listed position beyond every forward would be a silent no-op."""
     before = state(host.model)
-    with pytest.raises(WhereError, match="position 99 .*never came"), steer(host.model, host.sae, {0: 1.0}, where=[99]):
+    with (
+        pytest.raises(WhereError, match=r"position 99 .*never came"),
+        steer(host.model, host.sae, {0: 1.0}, where=[99]),
+    ):
         host.call(host.model)
     assert state(host.model) == before
 
@@ -487,7 +490,7 @@ def test_7_a_block_that_failed_keeps_its_own_error(host):
 def test_7_the_wrong_tower_is_an_error(tiny_clip):
     """The error says which call goes through the site's tower."""
     visual = SAE(d_in=32, d_sae=D_SAE, hook_name="visual.blocks.1.hook_resid_post")
-    with pytest.raises(NeverFiredError, match="visual tower, so call model.encode_image"), read(tiny_clip, visual):
+    with pytest.raises(NeverFiredError, match=r"visual tower, so call model\.encode_image"), read(tiny_clip, visual):
         tiny_clip.encode_text(TOKENS)
 
 
@@ -504,5 +507,5 @@ def test_7_one_silent_site_among_several_is_named(tiny_clip):
         SAE(d_in=32, d_sae=D_SAE, hook_name="visual.blocks.1.hook_resid_post"),
         SAE(d_in=24, d_sae=D_SAE, hook_name="text.blocks.1.hook_resid_post"),
     ]
-    with pytest.raises(NeverFiredError, match="text.blocks.1"), attach(tiny_clip, saes):
+    with pytest.raises(NeverFiredError, match=r"text\.blocks\.1"), attach(tiny_clip, saes):
         tiny_clip.encode_image(images())
