@@ -9,17 +9,27 @@ from torch.autograd.function import once_differentiable
 from saehooks.kernels.dispatch import path
 
 
-def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-    """Differentiable sampled product: ``left[row] . table[index]`` for every selected entry.
+def sddmm(
+    left: Tensor,
+    table: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Differentiable sampled product: ``left[row] . table[index] + bias[index]`` for every selected entry.
 
     Args:
         left: (rows, d).
         table: (d_sae, d), one row a latent.
         indices, offsets: compressed rows, (nnz,) and (rows + 1,).
+        bias: (d_sae,), or None for none.
+        known: (nnz,) the result, where selection had it at hand; only the gradient is computed then.
     Returns:
         (nnz,) products, in the order of ``indices``.
     """
-    return _Sddmm.apply(left, table, indices, offsets)
+    return _Sddmm.apply(left, table, bias, indices, offsets, known)
 
 
 def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
@@ -37,21 +47,27 @@ def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Ten
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, left, table, indices, offsets):
+    def forward(ctx, left, table, bias, indices, offsets, known):
         ctx.save_for_backward(left, table, indices, offsets)
-        return path(left).sddmm(left, table, indices, offsets)
+        if known is not None:
+            return known.detach().to(left.dtype, copy=True)
+        found = path(left).sddmm(left, table, indices, offsets)
+        return found if bias is None else found + bias[indices]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         left, table, indices, offsets = ctx.saved_tensors
         kernels = path(left)
-        d_left = d_table = None
+        d_left = d_table = d_bias = None
+        grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             d_left = kernels.spmm(grad, indices, offsets, table)
         if ctx.needs_input_grad[1]:
             d_table = kernels.spmm_transposed(grad, indices, offsets, left, table.shape[0])
-        return d_left, d_table, None, None
+        if ctx.needs_input_grad[2]:
+            d_bias = grad.new_zeros(table.shape[0]).index_add_(0, indices, grad)
+        return d_left, d_table, d_bias, None, None, None
 
 
 class _Spmm(torch.autograd.Function):

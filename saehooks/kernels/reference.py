@@ -89,9 +89,9 @@ def _select_simplex(scores: Tensor, alpha: float) -> Support:
     del mask
     offsets = offsets_of(sizes)
     entry = rows_of(offsets, indices.numel())
-    shifted = scores[entry, indices] - shift[entry]
+    shifted = scores[entry, indices].double() - shift[entry].double()
     tau = entmax_threshold(padded(shifted, entry, offsets), alpha)
-    keep = (shifted.double() > tau[entry]) | ~finite[entry]
+    keep = (shifted > tau[entry]) | ~finite[entry]
     sizes = torch.zeros_like(sizes).index_add_(0, entry, keep.long())
     threshold = torch.where(finite, tau + shift, best).to(scores.dtype)
     return Support(indices[keep], offsets_of(sizes), threshold, scores[entry[keep], indices[keep]])

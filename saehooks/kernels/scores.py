@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels.batch import Columns, batch_topk, feature_choice
 from saehooks.kernels.dispatch import select_rows
+from saehooks.kernels.memory import KEPT_BYTES, lend
 from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
 
 SCORE_BYTES = 256 * 2**20
@@ -68,16 +70,19 @@ def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> I
         )
     queries, keys = _wide(queries.detach()), _wide(keys.detach())
     rows, d_sae = queries.shape[0], keys.shape[0]
-    step = max(1, min(rows, SCORE_BYTES // max(1, d_sae * queries.element_size())))
-    buffer = queries.new_empty(step, d_sae)
-    for start in range(0, rows, step):
-        part = queries[start : start + step]
-        scores = buffer[: part.shape[0]]
-        if bias is None:
-            torch.mm(part, keys.T, out=scores)
-        else:
-            torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
-        yield scores
+    reused = queries.device.type == "cpu" and queries.dtype == torch.float32
+    room = (KEPT_BYTES if reused else SCORE_BYTES) // max(1, d_sae * queries.element_size())
+    chunks = -(-rows // max(1, room))
+    step = -(-rows // max(1, chunks))
+    with lend(step, d_sae) if reused else nullcontext(queries.new_empty(step, d_sae)) as buffer:
+        for start in range(0, rows, max(1, step)):
+            part = queries[start : start + step]
+            scores = buffer[: part.shape[0]]
+            if bias is None:
+                torch.mm(part, keys.T, out=scores)
+            else:
+                torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
+            yield scores
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -92,4 +97,6 @@ def join(parts: list[Support], like: Tensor) -> Support:
     if not parts:
         return Support(empty, empty.new_zeros(1), like.new_zeros(0))
     indices, sizes, threshold = zip(*((p.indices, p.offsets.diff(), p.threshold) for p in parts), strict=True)
-    return Support(torch.cat(indices), offsets_of(torch.cat(sizes)), torch.cat(threshold))
+    known = [part.scores for part in parts if part.scores is not None]
+    scores = torch.cat(known) if len(known) == len(parts) else None
+    return Support(torch.cat(indices), offsets_of(torch.cat(sizes)), torch.cat(threshold), scores)

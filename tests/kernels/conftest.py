@@ -1,0 +1,24 @@
+"""Every kernel test runs on every path that this machine can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saehooks import kernels
+
+
+HERE = [name for name in kernels.PATHS if name != "gpu" or torch.cuda.is_available()]
+
+
+@pytest.fixture(params=HERE)
+def path(request):
+    """The name of a forced path; tensors of the test belong on `device`."""
+    with kernels.force(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(path):
+    """Where the tensors of a test on this path live."""
+    return torch.device("cuda" if path == "gpu" else "cpu")
