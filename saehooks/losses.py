@@ -1,4 +1,7 @@
-"""What training minimises: a reconstruction term, and the penalties and auxiliary terms an activation asks for."""
+"""What training minimises: a reconstruction term, and the penalties and auxiliary terms an activation asks for.
+
+All terms are relative to the size of the activations, so a coefficient means the same at every site of every model.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,58 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from saehooks.activations.zipf import fit_zipf, ranks
+from saehooks.codes import Codes
 from saehooks.errors import ConfigError
+from saehooks.kernels import TopK
 from saehooks.sae import SAE, Encoded
 
 RECONSTRUCTION = ("relative", "mse", "per_norm")
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which terms the training loss has."""
+    """Which terms the training loss has. The coefficients of penalties and auxiliary terms are 0 when they are off."""
 
     reconstruction: str = "relative"
     """See `reconstruction`."""
+    l1: float = 0.0
+    """Coefficient of the magnitudes of the codes, weighed by decoder norms: see `l1`."""
+    l0: float = 0.0
+    """Coefficient of the mean number of active latents; jumprelu only, whose thresholds it moves."""
+    l0_target: float | None = None
+    """Charge ``l0 * (L0 / l0_target - 1)^2`` instead of ``l0 * L0``. Source: arXiv:2407.14435, appendix."""
+    penalty_warmup: int = 0
+    """Training batches over which the coefficients of l1 and l0 rise from 0; counted by the trainer's ``step``."""
+    gate: float = 0.0
+    """Coefficient of the gate's own reconstruction; gated only."""
+    aux_k: float = 0.0
+    """Coefficient of the error's reconstruction by dead latents. Source: arXiv:2406.04093, appendix A.2."""
+    aux_zipf: float = 0.0
+    """Coefficient of the error's reconstruction by under-used latents. Source: arXiv:2411.02124."""
+    k_aux: int | None = None
+    """Latents of a row in aux_k and aux_zipf; None for half of d_in."""
+    dead_after: int = 50_000
+    """A latent is dead, for aux_k, when it has not fired for this many rows."""
+    zipf_share: float = 0.5
+    """A latent is under-used, for aux_zipf, below this share of the density the Zipf curve expects at its rank."""
 
     def __post_init__(self) -> None:
         if self.reconstruction not in RECONSTRUCTION:
             raise ConfigError(f"reconstruction={self.reconstruction!r}: choose one of {', '.join(RECONSTRUCTION)}")
+        negative = [n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf") if getattr(self, n) < 0]
+        if negative:
+            raise ConfigError(f"coefficients must not be negative: {', '.join(negative)}")
+        if (self.k_aux is not None and self.k_aux < 1) or (self.l0_target is not None and self.l0_target <= 0):
+            raise ConfigError(f"k_aux and l0_target must be positive, got {self.k_aux} and {self.l0_target}")
 
 
 def default_loss(sae: SAE) -> LossConfig:
     """The loss that goes with an SAE's activation, where the user names none."""
-    return LossConfig(**getattr(sae.activation, "default_loss", {}))
+    return LossConfig(**sae.activation.default_loss)
 
 
 class TrainingLoss(NamedTuple):
@@ -44,7 +77,9 @@ class TrainingLoss(NamedTuple):
     """The stages of encoding, with codes."""
 
 
-def training_loss(sae: SAE, x: Tensor, config: LossConfig, *, idle: Tensor | None = None) -> TrainingLoss:
+def training_loss(
+    sae: SAE, x: Tensor, config: LossConfig, *, idle: Tensor | None = None, step: int | None = None
+) -> TrainingLoss:
     """Encode, decode and score one batch.
 
     Args:
@@ -52,10 +87,28 @@ def training_loss(sae: SAE, x: Tensor, config: LossConfig, *, idle: Tensor | Non
         x: (rows, d_in) activations in the dtype of the SAE.
         config: which terms.
         idle: (d_sae,) int64, rows seen since each latent last fired, for terms about dead latents.
+        step: steps made before, for coefficients that rise; None for full coefficients.
+    Raises:
+        ConfigError: a term that this SAE cannot have.
     """
     stages = sae.encode_stages(x)
-    recons = sae.decode(stages.codes)
-    terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, sae.dictionary.offset)}
+    recons = sae.decode(stages.candidates)
+    center = sae.dictionary.offset
+    terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center)}
+    risen = 1.0 if step is None or not config.penalty_warmup else min(1.0, (step + 1) / config.penalty_warmup)
+    if config.l1:
+        terms["l1"] = config.l1 * risen * l1(sae, x, stages)
+    if config.l0:
+        terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
+    if config.gate:
+        terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
+    error = (x - recons).detach()
+    for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
+        if not coefficient:
+            continue
+        helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
+        if helpers is not None and helpers.numel():
+            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux)
     total = torch.stack(list(terms.values())).sum()
     return TrainingLoss(total, {name: term.detach() for name, term in terms.items()}, recons.detach(), stages)
 
@@ -72,10 +125,97 @@ def reconstruction(x: Tensor, recons: Tensor, kind: str = "relative", center: Te
     """
     error = (recons - x).square()
     if kind == "per_norm":
-        return 10.0 * (error / x.norm(dim=1, keepdim=True).clamp(min=1e-12)).mean()
-    energy = (x if center is None else x - center).detach().square().sum(1)
+        return 10.0 * (error / x.norm(dim=1, keepdim=True).clamp(min=TINY)).mean()
+    energy = _norms(x, center).square()
     if kind == "relative":
-        return (error.sum(1) / energy.clamp(min=1e-12)).mean()
+        return (error.sum(1) / energy.clamp(min=TINY)).mean()
     if kind == "mse":
-        return error.sum() / energy.sum().clamp(min=1e-12)
+        return error.sum() / energy.sum().clamp(min=TINY)
     raise ConfigError(f"loss {kind!r}: choose one of {', '.join(RECONSTRUCTION)}")
+
+
+def _norms(x: Tensor, center: Tensor | None) -> Tensor:
+    return (x if center is None else x - center).detach().norm(dim=1)
+
+
+def l1(sae: SAE, x: Tensor, stages: Encoded) -> Tensor:
+    """Scalar: mean over rows of ``sum |a_i| |W_i|``, relative to the row's own norm about the decoder's offset.
+
+    Scaling by the decoder norms |W_i| keeps the penalty from being escaped by small codes and large directions.
+    """
+    codes = stages.candidates
+    sizes = sae.activation.penalised(stages.scores, stages.support, codes.values)
+    sizes = sizes * sae.dictionary.direction_norms()[codes.indices]
+    rows = codes.rows
+    if codes.scale is not None:
+        sizes = sizes * codes.scale[rows]
+    relative = sizes / _norms(x, sae.dictionary.offset).clamp(min=TINY)[rows]
+    return relative.sum() / max(1, x.shape[0])
+
+
+def l0(sae: SAE, stages: Encoded, target: float | None = None) -> Tensor:
+    """Scalar: mean number of active latents, or ``(L0 / target - 1)^2``, with a gradient for the thresholds.
+
+    Raises:
+        ConfigError: an activation whose L0 has no gradient.
+    """
+    count = sae.activation.count(stages.scores, stages.support)
+    if count is None:
+        raise ConfigError(f"the l0 penalty needs thresholds that learn (jumprelu), not {sae.activation.name!r}")
+    mean = count.sum() / max(1, stages.support.offsets.numel() - 1)
+    return mean if target is None else (mean / target - 1).square()
+
+
+def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str) -> Tensor:
+    """Scalar: reconstruction loss of what opens the gates, relu(pi), through the detached decoder.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 8.
+    """
+    opening = sae.activation.penalised(stages.scores, stages.support, stages.candidates.values)
+    frozen = {name: parameter.detach() for name, parameter in sae.dictionary.named_parameters()}
+    recons = functional_call(sae.dictionary, frozen, (stages.candidates.with_values(opening),))
+    return reconstruction(x, recons, kind, sae.dictionary.offset)
+
+
+def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
+    """(n,) int64 latents that have not fired for ``config.dead_after`` rows; None if nobody counts."""
+    return None if idle is None else (idle >= config.dead_after).nonzero()[:, 0]
+
+
+def under_used(sae: SAE, config: LossConfig) -> Tensor:
+    """(n,) int64 latents far below the density that the Zipf curve expects at their rank.
+
+    The curve is fitted to the densities of the latents that fire. A latent counts once the curve expects it to have
+    fired five times, so that chance alone does not name it; dead latents are the extreme case. The factor
+    ``zipf_share`` and this rule are our reading of arXiv:2411.02124.
+
+    Raises:
+        ConfigError: the SAE does not track densities.
+    """
+    density = sae.density.mean
+    if density is None:
+        raise ConfigError("aux_zipf needs running densities: make the SAE with track_density=True")
+    rank = ranks(density)
+    expected = fit_zipf(density).at(rank)
+    return ((density < config.zipf_share * expected) & (expected * sae.density.rows >= 5)).nonzero()[:, 0]
+
+
+def auxiliary(sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int | None = None) -> Tensor:
+    """Scalar: how badly each row's k best of some latents reconstruct the error, 1 if not at all.
+
+    Args:
+        sae: in train mode.
+        stages: of the rows.
+        error: (rows, d_in) detached, x - recons.
+        latents: (n,) int64 ascending.
+        k: latents of a row; None for half of d_in.
+    """
+    k = min(k or max(1, sae.d_in // 2), latents.numel())
+    prepared = stages.prepared
+    with torch.no_grad():
+        support = sae.dictionary.select(prepared, TopK(k), among=latents)
+    values = sae.dictionary.scores(prepared, support).relu()
+    shape = (error.shape[0],)
+    codes = Codes(support.indices, values, support.offsets, shape, sae.d_sae, prepared.scale)
+    missed = sae.dictionary.decode(codes, with_offset=False) - error
+    return missed.square().sum() / error.square().sum().clamp(min=TINY)

@@ -145,7 +145,7 @@ class Trainer:
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = training_loss(self.sae, x, self.loss_config, idle=self.idle)
+            loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
             loss.total.backward()
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
         self.optimizer.found_inf = (~torch.isfinite(loss.total.detach())).to(self._bad)  # type: ignore[attr-defined]

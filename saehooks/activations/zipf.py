@@ -38,7 +38,7 @@ def fit_zipf(density: Tensor, points: int = 256) -> Zipf:
         density: (d_sae,) share of rows in which each latent fired.
         points: ranks looked at.
 
-    >>> curve = fit_zipf(0.5 / (torch.arange(1, 200).double() + 3) ** 1.2)
+    >>> curve = fit_zipf(0.5 / torch.arange(1, 200).double() ** 1.2)
     >>> round(curve.scale, 2), round(curve.exponent, 2)
     (0.5, 1.2)
     """

@@ -1,0 +1,193 @@
+"""Every published autoencoder of this line by its name: each a cell of the grid with its settings.
+
+A preset returns an SAE; the loss that goes with its activation is what training uses when none is given
+(`saehooks.losses.default_loss`). All take further settings of their cell, ``dtype``, ``device`` and ``hook_name``.
+
+>>> sae = topk_sae(d_in=8, d_sae=32, k=4)
+>>> sae.cfg.dictionary, sae.cfg.activation, sae.cfg.settings
+('linear', 'topk', {'k': 4})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from saehooks.activations import fit_zipf
+from saehooks.errors import ConfigError
+from saehooks.losses import default_loss
+from saehooks.sae import SAE
+
+__all__ = [
+    "PRESETS",
+    "batchtopk_sae",
+    "default_loss",
+    "entmax_sae",
+    "feature_choice_from",
+    "feature_choice_sae",
+    "gated_sae",
+    "jumprelu_sae",
+    "kron_sae",
+    "mlp_sparsemax_sae",
+    "mutual_choice_sae",
+    "published_sparsemax_sae",
+    "relu_sae",
+    "sparsemax_sae",
+    "topk_sae",
+    "transformer_relu_sae",
+]
+
+
+def relu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The ReLU SAE: linear dictionary, relu. Loss: l1 weighed by decoder norms, so directions need no constraint.
+
+    Source: Bricken et al. 2023, Towards Monosemanticity; the norms in the penalty: Anthropic, April 2024 update.
+    """
+    return SAE(d_in, d_sae, "linear", "relu", **settings)
+
+
+def gated_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The Gated SAE: linear dictionary, gates and magnitudes apart. Loss: l1 on the gates and their own reconstruction.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+    """
+    return SAE(d_in, d_sae, "linear", "gated", **settings)
+
+
+def jumprelu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The JumpReLU SAE: linear dictionary, a learned threshold for each latent, bandwidth 0.001. Loss: l0.
+
+    The paper's small first threshold and bandwidth need long training. For a short one set ``start_l0``, a larger
+    ``bandwidth``, and ``LossConfig(l0=1.0, l0_target=...)``. Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
+    """
+    return SAE(d_in, d_sae, "linear", "jumprelu", **settings)
+
+
+def topk_sae(d_in: int, d_sae: int, *, k: int = 32, **settings: Any) -> SAE:
+    """The TopK SAE: linear dictionary, the k largest scores. Loss: aux_k, weight 1/32.
+
+    Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+    return SAE(d_in, d_sae, "linear", "topk", k=k, **settings)
+
+
+def batchtopk_sae(d_in: int, d_sae: int, *, k: int = 32, **settings: Any) -> SAE:
+    """The BatchTopK SAE: linear dictionary, the k * rows largest scores of the batch; in use a threshold. Loss: aux_k.
+
+    Source: Bussmann et al. 2024, arXiv:2412.06410.
+    """
+    return SAE(d_in, d_sae, "linear", "batchtopk", k=k, **settings)
+
+
+def mutual_choice_sae(d_in: int, d_sae: int, *, k: int = 32, **settings: Any) -> SAE:
+    """The Mutual Choice SAE: linear dictionary, the k * rows largest affinities. Loss: aux_zipf, weight 1/32.
+
+    Source: Ayonrinde 2024, arXiv:2411.02124.
+    """
+    return SAE(d_in, d_sae, "linear", "mutual_choice", k=k, **settings)
+
+
+def feature_choice_sae(d_in: int, d_sae: int, *, k: int = 32, budgets: str = "zipf", **settings: Any) -> SAE:
+    """The Feature Choice SAE: each latent takes its own top tokens, budgets along a Zipf curve. Loss: aux_zipf.
+
+    Usually fine-tuned from Mutual Choice: see `feature_choice_from`. Source: Ayonrinde 2024, arXiv:2411.02124.
+    """
+    return SAE(d_in, d_sae, "linear", "feature_choice", k=k, budgets=budgets, **settings)
+
+
+def feature_choice_from(trained: SAE, *, budgets: str = "zipf") -> SAE:
+    """A Feature Choice SAE that starts where a trained one ended, its Zipf curve fitted to that one's densities.
+
+    Args:
+        trained: usually a Mutual Choice SAE.
+        budgets: ``"zipf"`` or ``"uniform"``.
+    Raises:
+        ConfigError: the SAE did not count how often its latents fire, or has no k.
+    """
+    density, settings = trained.density.mean, dict(trained.cfg.settings)
+    if density is None or "k" not in settings:
+        raise ConfigError("feature choice continues an SAE with a k and with tracked densities, such as mutual choice")
+    curve = fit_zipf(density)
+    fitted = {"zipf_shift": curve.shift, "zipf_exponent": max(0.0, curve.exponent)}
+    sae = SAE(
+        trained.d_in,
+        trained.d_sae,
+        trained.cfg.dictionary,
+        "feature_choice",
+        dtype=trained.dtype,
+        device=trained.device,
+        hook_name=trained.hook_name,
+        **{**settings, **fitted, "budgets": budgets},
+    )
+    sae.dictionary.load_state_dict(trained.dictionary.state_dict())
+    sae.density.load_state_dict(trained.density.state_dict())
+    return sae
+
+
+def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The Sparsemax SAE, the default of this package: shared concepts, sparsemax. Loss: reconstruction alone.
+
+    Values are the scores on the sparsemax support, as in the authors' code; relative to it this one is centred on a
+    learned bias and its keys start at the concepts' own directions. Source: Sparsemax SAE, CVPR 2026.
+    """
+    return SAE(d_in, d_sae, "concepts", "sparsemax", **settings)
+
+
+def published_sparsemax_sae(d_in: int, d_sae: int, *, max_density: float | None = 0.1, **settings: Any) -> SAE:
+    """The Sparsemax SAE as the authors' code runs it: not centred, no epsilon, over-frequent latents silenced.
+
+    Loss: ``LossConfig(reconstruction="per_norm")``; Adam, lr 4e-4, constant after 500 steps of warm-up. Their tables
+    start from random matrices; here, as everywhere, keys start at the concepts. Source: Sparsemax SAE, CVPR 2026.
+    """
+    given = {"center": False, "eps": 0.0, "values": "score", "max_density": max_density}
+    return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
+
+
+def mlp_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The paper's ablation "MLP + sparsemax": linear dictionary, sparsemax. Loss: reconstruction alone.
+
+    Its supports depend on the scale of the activations. Source: Sparsemax SAE, CVPR 2026.
+    """
+    return SAE(d_in, d_sae, "linear", "sparsemax", **settings)
+
+
+def transformer_relu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The paper's ablation "Transformer + ReLU": shared concepts, relu. Loss: l1. Source: Sparsemax SAE, CVPR 2026."""
+    return SAE(d_in, d_sae, "concepts", "relu", **settings)
+
+
+def entmax_sae(d_in: int, d_sae: int, *, alpha: float = 1.5, **settings: Any) -> SAE:
+    """Shared concepts with alpha-entmax for sparsemax, which the paper names as open. Loss: reconstruction alone.
+
+    Source: Peters et al. 2019, arXiv:1905.05702.
+    """
+    return SAE(d_in, d_sae, "concepts", "entmax", alpha=alpha, **settings)
+
+
+def kron_sae(d_in: int, d_sae: int, *, k: int = 32, m: int = 4, n: int = 4, **settings: Any) -> SAE:
+    """KronSAE: heads of m x n pairs of two small encoders that meet by a smooth AND, then top-k. Loss: aux_k.
+
+    Source: arXiv:2505.22255.
+    """
+    return SAE(d_in, d_sae, "kron", "topk", k=k, m=m, n=n, **settings)
+
+
+PRESETS: dict[str, Callable[..., SAE]] = {
+    preset.__name__.removesuffix("_sae"): preset
+    for preset in (
+        relu_sae,
+        gated_sae,
+        jumprelu_sae,
+        topk_sae,
+        batchtopk_sae,
+        mutual_choice_sae,
+        feature_choice_sae,
+        sparsemax_sae,
+        published_sparsemax_sae,
+        mlp_sparsemax_sae,
+        transformer_relu_sae,
+        entmax_sae,
+        kron_sae,
+    )
+}
+"""Presets by name: ``PRESETS["topk"](d_in=576, d_sae=3072, k=32)``."""
