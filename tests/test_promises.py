@@ -340,7 +340,7 @@ def test_4_gradients_are_the_models_own_under_read(host):
 
 def test_4_latent_gradients_agree_with_finite_differences(host):
     """``trace.grads`` holds the effect on the metric of moving one latent at one position."""
-    model, sae = host.model.double(), host.sae.double()
+    model, sae = host.model.to(torch.float64), host.sae.double()
     call = (lambda m: m.encode_image(images().double())) if "visual" in host.site else host.call
 
     def metric():
