@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,7 @@ from saehooks.errors import ConfigError
 from saehooks.kernels import reference
 from saehooks.kernels.rules import RowRule, Support
 
-PATHS = ("reference", "cpu")
+PATHS = ("reference", "cpu", "gpu")
 _forced: str | None = os.environ.get("SAEHOOKS_KERNELS") or None
 
 
@@ -48,12 +49,31 @@ def path(tensor: Tensor) -> ModuleType:
 def _fastest(tensor: Tensor) -> str:
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _has_numba():
         return "cpu"
+    if tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _has_kernels(tensor.device):
+        return "gpu"
     return "reference"
 
 
 @cache
 def _has_numba() -> bool:
     return find_spec("numba") is not None
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this GPU; if not, warns, once, that plain torch serves it."""
+    try:
+        import_module("saehooks.kernels.gpu").probe(device)
+    except Exception as error:  # whatever keeps them from running (no Triton, no C compiler, an old GPU): torch runs
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        warnings.warn(
+            f"the Triton kernels do not run on {device} ({reason}); saehooks uses plain torch there, which gives the "
+            "same results more slowly",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def select_rows(scores: Tensor, rule: RowRule) -> Support:

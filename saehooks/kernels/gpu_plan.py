@@ -1,0 +1,90 @@
+"""Launch shapes of the GPU path, in one place, by measured size where there is a measurement.
+
+Every figure here is a reasoned default: none has been measured on a GPU yet. `recipes/benchmark/gpu.py` measures.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SelectPlan(NamedTuple):
+    """How the selection kernels are launched."""
+
+    tile: int
+    """Columns read at a time; also the number of groups, column mod tile, whose maxima bound the threshold."""
+    cap: int
+    """Candidates of a row kept aside; rows with more are read again."""
+    collect_warps: int
+    finish_warps: int
+
+
+def select_plan(d_sae: int, k: int = 0) -> SelectPlan:
+    """Launch shape for rows of ``d_sae`` scores, of which top-k wants ``k``."""
+    whole = power_of_two(d_sae)
+    tile = min(whole, max(128, min(8192, power_of_two(-(-d_sae // 4)))))
+    cap = min(whole, max(1024, min(8192, power_of_two(2 * k))))
+    return SelectPlan(tile, cap, max(1, min(8, tile // 1024)), max(1, min(8, cap // 512)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class ProductPlan(NamedTuple):
+    """How the sparse products are launched."""
+
+    width: int
+    """Columns of a table that a program handles at a time."""
+    blocks: int
+    """Programs beside each other that cover the width."""
+    entries: int
+    """Entries of a row handled at a time."""
+    column_entries: int
+    """Entries of a column handled at a time: columns are short."""
+    warps: int
+
+
+def product_plan(width: int) -> ProductPlan:
+    """Launch shape for tables of rows of ``width``."""
+    block = min(256, max(16, power_of_two(width)))
+    return ProductPlan(block, -(-width // block), 16, 8, 4)
+
+
+class GemmPlan(NamedTuple):
+    """How the product that keeps only candidates is launched."""
+
+    step: int
+    """Every step-th latent is scored first, for the bounds."""
+    rows: int
+    latents: int
+    depth: int
+    band: int
+    """Row tiles that share a pass over the keys."""
+    warps: int
+    stages: int
+    cap: int
+    """Candidates of a row that are listed; more, and the scores have to be written after all."""
+
+
+GEMM_PLAN = GemmPlan(step=8, rows=128, latents=128, depth=64, band=8, warps=8, stages=3, cap=512)
+"""128 x 256 tiles spill registers."""
+
+
+SCORE_BYTES = 2**30
+"""Most memory the scores of a chunk of rows take."""
+
+UNWRITTEN_FROM: int | None = None
+"""Scores (rows x d_sae) from which on they are not written but scored and filtered in one kernel. None: always
+written, by the vendor's product, which is the safe form; set it where a measurement says so."""
+
+
+def writes_scores(rows: int, d_sae: int, k: int) -> bool:
+    """Whether the scores of a batch are written to memory before selection (for top-k, of how many)."""
+    return UNWRITTEN_FROM is None or rows * d_sae < UNWRITTEN_FROM or 4 * k > GEMM_PLAN.cap
+
+
+def score_rows(rows: int, d_sae: int) -> int:
+    """Rows scored at a time."""
+    return max(1, min(rows, SCORE_BYTES // (4 * d_sae)))

@@ -1,0 +1,266 @@
+"""Triton kernels that select from given scores: one program a row, no sort, no capacity that a row could exceed.
+
+Three launches. `collect` reads a row once and keeps, in registers, the maximum of each group of strided columns; a
+threshold of those maxima bounds the row's own from below, so only groups above it are read again and only scores
+above it are candidates. `finish` finds the exact threshold among the candidates, `fill` writes the compressed rows.
+Up to CAP candidates a row are kept aside; a row with more (ties, all equal, the first steps of training) is streamed
+again by `finish` and `fill`, on the device, with the same result.
+
+A rule is (KIND, parameters). SIMPLEX is sparsemax and entmax: weights ``((v - tau)+) ** power`` sum to 1, where
+``v = slope * (score - best)``. TOPK keeps the k largest positive scores, ties by lowest latent. THRESHOLD keeps scores
+above theta. A row whose best score is not finite keeps its argmax alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from saehooks.kernels.triton_thresholds import (
+    finite,
+    kth,
+    kth_streamed,
+    reaching,
+    read,
+    simplex_streamed,
+    simplex_threshold,
+    topk_bound,
+)
+
+SIMPLEX = tl.constexpr(0)
+TOPK = tl.constexpr(1)
+THRESHOLD = tl.constexpr(2)
+
+SMALLEST = tl.constexpr(1.401298464324817e-45)
+"""The smallest positive float32."""
+
+SLACK = tl.constexpr(4e-6)
+"""How far below the bound of the group maxima, in units of v, a candidate may lie: more than float32 sums err."""
+
+
+@triton.jit
+def collect(
+    Z,
+    stride,
+    BIAS,
+    THETA,
+    VALUES,
+    PLACES,
+    COUNTS,
+    BEST,
+    BOUND,
+    d_sae,
+    step,
+    k,
+    slope_of,
+    power,
+    KIND: tl.constexpr,
+    BIASED: tl.constexpr,
+    LINEAR: tl.constexpr,
+    SCALAR: tl.constexpr,
+    TILE: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Candidates of a row: the first CAP of them, how many there are, the best score, and the bound they reach.
+
+    The scores may be those of every ``step``-th latent.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_row = Z + row * stride
+    lane = tl.arange(0, TILE)
+    top = tl.full((TILE,), float("-inf"), tl.float32)
+    for start in range(0, d_sae, TILE):
+        z = read(z_row, BIAS, start + lane, start + lane < d_sae, BIASED)
+        top = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
+    nan = tl.sum((top != top).to(tl.int32), 0) > 0
+    best = tl.max(tl.where(top == top, top, float("-inf")), 0)
+    best = tl.where(nan, float("nan"), best)
+    tl.store(BEST + row, best)
+    if finite(best):
+        if KIND == SIMPLEX:
+            bound = simplex_threshold((top - best) * slope_of, best * 0.0 - 1.0, power, LINEAR) - SLACK
+        elif KIND == TOPK:
+            bound = topk_bound(top, best, k)
+        else:
+            bound = best
+        reach = bound
+        if KIND == SIMPLEX:
+            reach = best + bound / slope_of - SLACK * tl.abs(best)
+        elif KIND == TOPK:
+            reach = tl.maximum(bound, SMALLEST)
+        tl.store(BOUND + row, reach)
+        n = 0
+        for start in range(0, d_sae, TILE):
+            column = start + lane
+            opened = column < d_sae
+            if KIND == SIMPLEX:
+                opened = opened & ((top - best) * slope_of >= bound)
+            elif KIND == TOPK:
+                opened = opened & (top >= bound) & (top > 0.0)
+            z = read(z_row, BIAS, column, opened, BIASED)
+            if KIND == SIMPLEX:
+                hit = opened & ((z - best) * slope_of >= bound)
+            elif KIND == TOPK:
+                hit = opened & (z >= bound) & (z > 0.0)
+            elif SCALAR:
+                hit = opened & (z > power)
+            else:
+                hit = opened & (z > tl.load(THETA + column, mask=opened, other=float("inf")))
+            found = hit.to(tl.int32)
+            many = tl.sum(found, 0)
+            if (many > 0) & (n < CAP):
+                slot = n + tl.cumsum(found, 0) - 1
+                tl.store(VALUES + row * CAP + slot, z, mask=hit & (slot < CAP))
+                tl.store(PLACES + row * CAP + slot, column * step, mask=hit & (slot < CAP))
+            n += many
+        tl.store(COUNTS + row, n)
+    else:
+        tl.store(BOUND + row, best)
+        place = d_sae
+        for start in range(0, d_sae, TILE):
+            column = start + lane
+            z = read(z_row, BIAS, column, column < d_sae, BIASED)
+            named = tl.where(nan, z != z, z == best) & (column < d_sae)
+            place = tl.minimum(place, tl.min(tl.where(named, column, d_sae), 0))
+        tl.store(VALUES + row * CAP, best)
+        tl.store(PLACES + row * CAP, place * step)
+        tl.store(COUNTS + row, 1)
+
+
+@triton.jit
+def finish(
+    Z,
+    stride,
+    BIAS,
+    VALUES,
+    COUNTS,
+    BEST,
+    TAU,
+    QUOTA,
+    SIZES,
+    d_sae,
+    k,
+    slope_of,
+    power,
+    KIND: tl.constexpr,
+    BIASED: tl.constexpr,
+    LINEAR: tl.constexpr,
+    TILE: tl.constexpr,
+    CAP: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """The exact threshold of a row (in units of v for SIMPLEX), how many ties at it are kept, and the support size."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row = Z + row * stride
+    n = tl.load(COUNTS + row)
+    best = tl.load(BEST + row)
+    tau = best
+    quota = n * 0
+    size = n * 0 + 1
+    if finite(best) & (KIND == SIMPLEX):
+        if (n <= CAP) | (not STREAM):
+            slot = tl.arange(0, CAP)
+            z = tl.load(VALUES + row * CAP + slot, mask=slot < n, other=float("-inf"))
+            v = (z - best) * slope_of
+            tau = simplex_threshold(v, best * 0.0 - 1.0, power, LINEAR)
+            size = tl.sum((v > tau).to(tl.int32), 0)
+        else:
+            tau = simplex_streamed(z_row, BIAS, best, best * 0.0 - 1.0, d_sae, slope_of, power, TILE, LINEAR, BIASED)
+            size = 0
+            lane = tl.arange(0, TILE)
+            for start in range(0, d_sae, TILE):
+                z = read(z_row, BIAS, start + lane, start + lane < d_sae, BIASED)
+                size += tl.sum(((z - best) * slope_of > tau).to(tl.int32), 0)
+    if finite(best) & (KIND == TOPK):
+        tau = 0.0
+        size = n
+        if n >= k:
+            size = k
+            if (n <= CAP) | (not STREAM):
+                slot = tl.arange(0, CAP)
+                z = tl.load(VALUES + row * CAP + slot, mask=slot < n, other=float("-inf"))
+                tau = kth(z, best, k)
+                tau = tl.min(tl.where(z >= tau, z, float("inf")), 0)
+                quota = k - tl.sum((z > tau).to(tl.int32), 0)
+            else:
+                tau = kth_streamed(z_row, BIAS, best, k, d_sae, TILE, BIASED)
+                quota = k - reaching(z_row, BIAS, tau, True, d_sae, TILE, BIASED)
+    if finite(best) & (KIND == THRESHOLD):
+        size = n
+    tl.store(TAU + row, tau)
+    tl.store(QUOTA + row, quota)
+    tl.store(SIZES + row, size)
+
+
+@triton.jit
+def fill(
+    Z,
+    stride,
+    BIAS,
+    THETA,
+    VALUES,
+    PLACES,
+    COUNTS,
+    BEST,
+    TAU,
+    QUOTA,
+    OFFSETS,
+    INDICES,
+    SCORES,
+    room,
+    d_sae,
+    slope_of,
+    power,
+    KIND: tl.constexpr,
+    BIASED: tl.constexpr,
+    SCALAR: tl.constexpr,
+    TILE: tl.constexpr,
+    CAP: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """Write the selected latents of a row, ascending, and their scores at its offset; nothing at or beyond ``room``."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(COUNTS + row)
+    best = tl.load(BEST + row)
+    tau = tl.load(TAU + row)
+    quota = tl.load(QUOTA + row)
+    out = tl.load(OFFSETS + row)
+    if finite(best):
+        if (n <= CAP) | (not STREAM):
+            slot = tl.arange(0, CAP)
+            z = tl.load(VALUES + row * CAP + slot, mask=slot < n, other=float("-inf"))
+            column = tl.load(PLACES + row * CAP + slot, mask=slot < n, other=0)
+            if KIND == SIMPLEX:
+                kept = (z - best) * slope_of > tau
+            elif KIND == TOPK:
+                tie = z == tau
+                kept = (z > tau) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= quota))
+            else:
+                kept = slot < n
+            where = out + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(INDICES + where, column.to(tl.int64), mask=kept & (where < room))
+            tl.store(SCORES + where, z, mask=kept & (where < room))
+        else:
+            lane = tl.arange(0, TILE)
+            ties = 0
+            for start in range(0, d_sae, TILE):
+                column = start + lane
+                z = read(Z + row * stride, BIAS, column, column < d_sae, BIASED)
+                if KIND == SIMPLEX:
+                    kept = (z - best) * slope_of > tau
+                elif KIND == TOPK:
+                    tie = (z == tau) & (column < d_sae)
+                    kept = (z > tau) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= quota))
+                    ties += tl.sum(tie.to(tl.int32), 0)
+                elif SCALAR:
+                    kept = z > power
+                else:
+                    kept = z > tl.load(THETA + column, mask=column < d_sae, other=float("inf"))
+                kept = kept & (column < d_sae)
+                where = out + tl.cumsum(kept.to(tl.int32), 0) - 1
+                tl.store(INDICES + where, column.to(tl.int64), mask=kept & (where < room))
+                tl.store(SCORES + where, z, mask=kept & (where < room))
+                out += tl.sum(kept.to(tl.int32), 0)
+    else:
+        tl.store(INDICES + out, tl.load(PLACES + row * CAP).to(tl.int64), mask=out < room)
+        tl.store(SCORES + out, best, mask=out < room)
