@@ -20,13 +20,13 @@ from saehooks.stream import ShuffleBuffer
 class TrainConfig:
     """How an SAE is trained. Defaults suit activations of a language model on a laptop."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's running means."""
     batch_size: int = 1024
     """Rows (tokens or patches) in an optimiser step."""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     decay: float = 0.3
     """Last share of the steps, over which the learning rate falls to 0; needs the number of steps to be known."""
