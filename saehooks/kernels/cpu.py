@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def select(scores: Tensor, rule: RowRule) -> Support:
             room = max(d_sae, 2 * room)
         return parts
 
-    parts = sum(spread(work, blocks(rows, max(1, GRAIN // d_sae))), start=[])
+    parts = chain.from_iterable(spread(work, blocks(rows, max(1, GRAIN // d_sae))))
     indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
     return Support(indices, offsets_of(sizes), thresholds, picked)
 

@@ -53,7 +53,7 @@ def columns_of(indices, offsets, d_sae):
         starts[indices[p] + 1] += 1
     for i in range(d_sae):
         starts[i + 1] += starts[i]
-    rows = np.empty(indices.size, np.int32)
+    rows = np.empty(indices.size, np.int64)
     places = np.empty(indices.size, np.int64)
     after = starts[:-1].copy()
     for r in range(offsets.size - 1):

@@ -7,7 +7,6 @@ import torch
 
 from saehooks import kernels
 
-
 HERE = [name for name in kernels.PATHS if name != "gpu" or torch.cuda.is_available()]
 
 

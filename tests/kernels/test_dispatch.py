@@ -1,0 +1,137 @@
+"""Which path serves a tensor, and how threads share its work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hard_scores import scores_of
+
+from saehooks import kernels
+from saehooks.errors import ConfigError
+from saehooks.kernels import Sparsemax, select_rows
+
+
+def test_float32_on_cpu_takes_the_compiled_path_and_float64_the_reference():
+    """Device and dtype choose; so an SAE in float64 is served by plain torch."""
+    pytest.importorskip("numba")
+    if os.environ.get("SAEHOOKS_KERNELS"):
+        pytest.skip("a path is forced from outside")
+    assert kernels.path(torch.zeros(1)).__name__ == "saehooks.kernels.cpu"
+    assert kernels.path(torch.zeros(1, dtype=torch.float64)).__name__ == "saehooks.kernels.reference"
+
+
+def test_a_path_can_be_forced_and_is_given_back():
+    """`force` holds inside its block only, also when the block raises, and names the paths it knows."""
+    before = kernels.path(torch.zeros(1))
+    with kernels.force("reference"):
+        assert kernels.path(torch.zeros(1)).__name__ == "saehooks.kernels.reference"
+    with pytest.raises(ConfigError, match="k >= 1"), kernels.force("reference"):
+        kernels.TopK(0)
+    assert kernels.path(torch.zeros(1)) is before
+    with pytest.raises(ConfigError, match="choose one of reference, cpu"), kernels.force("fpga"):
+        pass
+
+
+def test_the_environment_forces_a_path_and_importing_compiles_nothing():
+    """SAEHOOKS_KERNELS holds for a process; neither numba nor Triton is imported before it is needed."""
+    code = (
+        "import sys, torch; from saehooks import kernels, SAE; print('numba' in sys.modules, 'triton' in sys.modules);"
+        "SAE(d_in=4, d_sae=8)(torch.zeros(1, 4)); print('numba' in sys.modules, kernels.path(torch.zeros(1)).__name__)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SAEHOOKS_KERNELS": "reference"},
+        timeout=200,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["False", "False", "False", "saehooks.kernels.reference"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_selection_works_in_a_forked_process():
+    """A child of a process that has used its threads starts its own."""
+    pytest.importorskip("numba")
+    from saehooks.kernels import cpu, threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        scores = scores_of("random", 600, 2000, 1.0)
+        expected = cpu.select(scores, Sparsemax()).indices.numpy()
+        assert threads._pool is not None
+        child = os.fork()
+        if child == 0:
+            same = threads._pool is None and (cpu.select(scores, Sparsemax()).indices.numpy() == expected).all()
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_threads_may_select_at_once():
+    """Calls from different threads neither share a score buffer nor mix their rows."""
+    made = torch.Generator().manual_seed(1)
+    queries, keys = torch.randn(64, 8, generator=made), torch.randn(4000, 8, generator=made)
+    inputs = [queries * (1 + i) for i in range(6)]
+    expected = [kernels.select(q, keys, Sparsemax()) for q in inputs]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(3):
+            if not torch.equal(kernels.select(inputs[i], keys, Sparsemax()).indices, expected[i].indices):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    """Work that fails on any thread fails the call."""
+    from saehooks.kernels.threads import spread
+
+    def fail(start, stop):
+        raise ValueError(f"rows {start} to {stop}")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="rows"):
+            spread(fail, [(0, 1), (1, 2), (2, 3)])
+        assert spread(lambda start, stop: stop, [(0, 1), (1, 2), (2, 3)]) == [1, 2, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_score_buffer_is_used_again_and_never_shared():
+    """Two chunked scorings at the same time get a buffer each; afterwards at most one is kept."""
+    from saehooks.kernels import memory
+
+    with memory.lend(10, 10) as a, memory.lend(20, 10) as b:
+        assert a.shape == (10, 10)
+        assert a.data_ptr() != b.data_ptr()
+    assert len(memory._kept) == 1
+    with memory.lend(3, 3) as c:
+        assert c.data_ptr() in (a.data_ptr(), b.data_ptr())
+    with memory.lend(memory.KEPT_BYTES, 1) as large:
+        assert large.shape == (memory.KEPT_BYTES, 1)
+    assert not memory._kept
+
+
+def test_one_row_takes_the_same_path():
+    """Generation sends one row at a time."""
+    scores = scores_of("trained", 8, 4096, 2.0)
+    together = select_rows(scores, Sparsemax())
+    alone = [select_rows(scores[i : i + 1], Sparsemax()).indices for i in range(8)]
+    assert torch.equal(torch.cat(alone), together.indices)
