@@ -1,0 +1,263 @@
+"""Sets of latents: what is left of a metric when the best n are ablated, or everything but them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from saehooks.attach import read
+from saehooks.causal.ablation import Ablations, Ablator
+from saehooks.causal.metric import as_metric
+from saehooks.causal.progress import bar
+from saehooks.causal.rank import check_latents, find_site
+from saehooks.causal.ranking import Ranking, data_frame
+from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, device_of, runner
+from saehooks.edits import latent_list
+from saehooks.errors import ConfigError
+from saehooks.sae import SAE
+from saehooks.show import html, terminal
+from saehooks.show.values import number
+from saehooks.sites import host as host_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+COUNTS = (1, 2, 5, 10, 20, 50)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SetEffects:
+    """What a metric becomes when sets of latents are ablated, or all latents but a set."""
+
+    site: str
+    metric: str
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Latents each set ablates."""
+    clean: Tensor
+    """(sequences,) float64, the metric with nothing edited; NaN for sequences an interrupt left out."""
+    values: Tensor
+    """(sets, sequences) float64."""
+
+    def of(self, name: str) -> float:
+        """The metric under one set, the mean over sequences."""
+        return float(self.values[self.names.index(name)].nanmean())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dict for each set, the clean run first."""
+        clean = float(self.clean.nanmean())
+        found = [{"set": "clean", "ablated": 0, "metric": clean, "change": 0.0}]
+        for name, size in zip(self.names, self.sizes, strict=True):
+            found.append({"set": name, "ablated": size, "metric": self.of(name), "change": self.of(name) - clean})
+        return found
+
+    def to_pandas(self) -> DataFrame:
+        """All rows as a DataFrame."""
+        return data_frame(self.rows())
+
+    def _caption(self) -> str:
+        return f"{self.site}: {self.metric}, mean of {int((~self.clean.isnan()).sum())} sequences"
+
+    def __repr__(self) -> str:
+        return self._caption() + "\n" + terminal.render(terminal.table(self.rows()))
+
+    def _repr_html_(self) -> str:
+        return html.table_html(self.rows(), caption=self._caption())
+
+
+def ablate_sets(
+    model: Any,
+    sae: SAE,
+    tokens: Any,
+    metric: Any = "ce",
+    *,
+    ablate: Mapping[str, Iterable[int]] | None = None,
+    keep: Mapping[str, Iterable[int]] | None = None,
+    at: str | None = None,
+    head: int | None = None,
+    where: Any = DEFAULT,
+    error: Literal["keep", "drop"] = "keep",
+    batch_size: int | None = None,
+    run: Callable[[Tensor], Any] | None = None,
+    progress: bool | None = None,
+) -> SetEffects:
+    """Measure a metric exactly under several sets of latents, many in one forward.
+
+    Args:
+        model, sae, tokens, metric, at, head, where, batch_size, run, progress: as in `rank_latents`.
+        ablate: sets of latents to set to zero, by name.
+        keep: sets of latents to keep while all others are set to zero, by name.
+        error: ``"keep"``: the reconstruction error stays in the activation; ``"drop"``: it does not.
+    Raises:
+        ConfigError: no set, one name twice, or empty data. LatentError: a latent out of range.
+    """
+    host, measured = host_of(model), as_metric(metric)
+    site = find_site(host, sae, at, head)
+    table, names = _table(sae, ablate or {}, keep or {})
+    place = {"at": site.given, "head": site.head, "where": default_where(host, site, where)}
+    data = as_data(host, tokens, batch_size)
+    measure = Ablator(host, site, sae, measured, runner(host, run), place, error=error, batch_size=batch_size)
+    with bar(progress) as shown:
+        found: Ablations = measure(data, table, shown)
+    sizes = tuple(table.sum(1).tolist())
+    return SetEffects(site.name, measured.name, names, sizes, found.clean, found.values)
+
+
+def _table(sae: SAE, ablate: Mapping[str, Any], keep: Mapping[str, Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """(sets, d_sae) bool, what each set zeroes; and the sets' names."""
+    twice = set(ablate) & set(keep)
+    if twice or not (ablate or keep):
+        raise ConfigError(
+            f"the name {twice.pop()!r} is given twice" if twice else "give sets of latents: ablate={'top': [1, 2]}"
+        )
+    rows = []
+    for sets, zeroed in ((ablate, True), (keep, False)):
+        for latents in sets.values():
+            listed = latent_list(latents)
+            check_latents(sae, listed)
+            row = torch.full((sae.d_sae,), not zeroed)
+            row[list(listed)] = zeroed
+            rows.append(row)
+    return torch.stack(rows), (*ablate, *keep)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve:
+    """Necessity and sufficiency: a metric against how many of the best latents are ablated, or kept alone."""
+
+    site: str
+    metric: str
+    clean: float
+    """The metric with nothing edited."""
+    none_kept: float
+    """The metric with every latent ablated."""
+    counts: tuple[int, ...]
+    ablated: tuple[float, ...]
+    """The metric with the best n ablated: falls early when they are necessary."""
+    ablated_random: tuple[float, ...]
+    """With n random active latents ablated, the mean over draws."""
+    kept: tuple[float, ...]
+    """With all but the best n ablated: rises early when they are sufficient."""
+    kept_random: tuple[float, ...]
+    """With all but n random active latents ablated, the mean over draws."""
+    n_sequences: int
+    draws: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dict for each n."""
+        columns = (self.counts, self.ablated, self.ablated_random, self.kept, self.kept_random)
+        names = ("n", "top n ablated", "n random ablated", "only top n kept", "only n random kept")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def to_pandas(self) -> DataFrame:
+        """All rows as a DataFrame."""
+        return data_frame(self.rows())
+
+    def plot(self) -> Figure:
+        """The four curves."""
+        from saehooks.show.figures import effect_curves
+
+        names = list(self.rows()[0])[1:]
+        lines = (self.ablated, self.ablated_random, self.kept, self.kept_random)
+        figure = effect_curves(
+            {name: (self.counts, line) for name, line in zip(names, lines, strict=True)},
+            xlabel="n",
+            ylabel=self.metric,
+            title=self._caption(),
+        )
+        figure.axes[0].set_xscale("log")
+        figure.axes[0].axhline(self.clean, color="black", linewidth=0.8)
+        figure.axes[0].axhline(self.none_kept, color="black", linewidth=0.8, linestyle=":")
+        return figure
+
+    def _caption(self) -> str:
+        return f"{self.site}: {self.metric}, clean {number(self.clean)}, all latents ablated {number(self.none_kept)}"
+
+    def __repr__(self) -> str:
+        return self._caption() + "\n" + terminal.render(terminal.table(self.rows()))
+
+    def _repr_html_(self) -> str:
+        return html.table_html(self.rows(), caption=self._caption())
+
+
+def curve(
+    model: Any,
+    sae: SAE,
+    tokens: Any,
+    latents: Ranking | Sequence[int],
+    metric: Any = "ce",
+    *,
+    counts: Sequence[int] = COUNTS,
+    draws: int = 3,
+    seed: int = 0,
+    **options: Any,
+) -> Curve:
+    """Ablate the best n latents, and all but them, for several n; and as many random active ones beside it.
+
+    Measure on other data than the latents were ranked on.
+
+    Args:
+        model, sae, tokens, metric: as in `rank_latents`.
+        latents: a ranking, or latents best first.
+        counts: the n.
+        draws: how many random sets to average over, drawn from the latents that are selected in the data.
+        seed: of the draws.
+        options: ``at``, ``head``, ``where``, ``error``, ``batch_size``, ``run``, ``progress``, as in `ablate_sets`.
+    Raises:
+        ConfigError: an n is larger than the number of latents given.
+    """
+    best = latents.latents.tolist() if isinstance(latents, Ranking) else list(latent_list(latents))
+    if not counts or min(counts) < 1 or max(counts) > len(best):
+        raise ConfigError(f"counts must lie in 1 .. {len(best)}, the latents given; got {tuple(counts)}")
+    pool = active_latents(model, sae, tokens, **options)
+    generator = torch.Generator().manual_seed(seed)
+    ablate: dict[str, list[int]] = {"all": list(range(sae.d_sae))}
+    keep: dict[str, list[int]] = {}
+    for n in counts:
+        ablate[f"top {n}"], keep[f"keep top {n}"] = best[:n], best[:n]
+        for draw in range(draws):
+            chosen = pool[torch.randperm(len(pool), generator=generator)[:n]].tolist()
+            ablate[f"random {n}/{draw}"], keep[f"keep random {n}/{draw}"] = chosen, chosen
+    found = ablate_sets(model, sae, tokens, metric, ablate=ablate, keep=keep, **options)
+
+    def mean(name: str) -> tuple[float, ...]:
+        return tuple(sum(found.of(f"{name} {n}/{i}") for i in range(draws)) / max(1, draws) for n in counts)
+
+    return Curve(
+        site=found.site,
+        metric=found.metric,
+        clean=float(found.clean.nanmean()),
+        none_kept=found.of("all"),
+        counts=tuple(counts),
+        ablated=tuple(found.of(f"top {n}") for n in counts),
+        ablated_random=mean("random"),
+        kept=tuple(found.of(f"keep top {n}") for n in counts),
+        kept_random=mean("keep random"),
+        n_sequences=int((~found.clean.isnan()).sum()),
+        draws=draws,
+    )
+
+
+def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
+    """(n,) int64, the latents selected somewhere in the data, in ascending order.
+
+    Args:
+        options: ``at``, ``head``, ``where``, ``batch_size``, ``run``, as in `rank_latents`; others are ignored.
+    """
+    host = host_of(model)
+    site = find_site(host, sae, options.get("at"), options.get("head"))
+    data: Data = as_data(host, tokens, options.get("batch_size"))
+    where, call = default_where(host, site, options.get("where", DEFAULT)), options.get("run") or host.run
+    counts = torch.zeros(sae.d_sae, dtype=torch.int64)
+    for part in data.batches:
+        inputs = part.inputs.to(device_of(host))
+        with torch.no_grad(), read(model, sae, at=site.given, head=site.head, where=where) as trace, host.stop_at(site):
+            call(inputs)
+        inside = trace.codes if trace.mask is None else trace.codes[trace.mask]
+        counts += inside.cpu().counts()
+    return counts.nonzero()[:, 0]
