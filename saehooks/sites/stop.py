@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from saehooks.sites.methods import replaced_method
+
 
 class _Stop(BaseException):
     """Thrown at the site, caught at the entry point. Not an Exception, so that no model swallows it on the way."""
@@ -51,22 +53,6 @@ class _Stopper:
                 self._running -= 1
 
         return stopped_forward
-
-
-@contextmanager
-def replaced_method(module: nn.Module, name: str, around: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Put ``around(method)`` in place of one method of one module for the length of the block."""
-    own = module.__dict__.get(name)
-    replacement = around(getattr(module, name))
-    module.__dict__[name] = replacement  # not setattr: nn.Module subclasses give it meanings of their own
-    try:
-        yield
-    finally:
-        if module.__dict__.get(name) is replacement:
-            if own is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = own
 
 
 @contextmanager

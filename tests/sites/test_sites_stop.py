@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from saehooks.sites import host
+from saehooks.sites.methods import replaced_method
 
 TOKENS = torch.tensor([[0, 7, 8, 9, 10, 11, 12]])
 
@@ -122,6 +124,48 @@ def test_a_model_whose_forward_was_replaced_keeps_its_own():
     with host(model).stop_at(host(model).site("0")):
         assert model(torch.ones(1, 2)) is None
     assert model.__dict__["forward"] is own
+
+
+def test_blocks_may_end_in_any_order():
+    """Whichever block ends first, the others go on, and the last one leaves the model as it was."""
+    for order in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+        model, calls = nn.Identity(), []
+
+        def wrapping(mark, calls=calls):
+            return lambda forward: lambda x: (calls.append(mark), forward(x))[1]
+
+        blocks = [replaced_method(model, "forward", wrapping(mark)) for mark in range(3)]
+        for block in blocks:
+            block.__enter__()
+        left = [0, 1, 2]
+        for ended in order:
+            calls.clear()
+            assert model(5) == 5
+            assert calls == left[::-1]
+            blocks[ended].__exit__(None, None, None)
+            left.remove(ended)
+        assert "forward" not in vars(model)
+
+
+def test_a_copy_made_inside_a_block_is_a_model_of_its_own():
+    """A deep copy does not run the model that it was copied from."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with host(model).stop_at(host(model).site("1")):
+        copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied[0].weight.zero_()
+        copied[0].bias.fill_(1.0)
+    assert copied(torch.ones(1, 2)).tolist() == [[1.0, 1.0]]
+
+
+def test_a_wrapper_that_came_meanwhile_stays():
+    """A forward that somebody puts over ours inside the block is still there after it, and works."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    with host(model).stop_at(host(model).site("0")):
+        ours = model.forward
+        model.forward = lambda x: ours(x)
+        assert model(torch.ones(1, 2)) is None
+    assert model(torch.ones(1, 2)).shape == (1, 2)
 
 
 def test_a_cached_generation_after_a_stop_is_as_before(tiny_hf_bridge):
