@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from saehooks.checkpoint import load_checkpoint, save_checkpoint
-from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError, SiteError, WidthError
+from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError
+from saehooks.place import find
 from saehooks.sae import SAE
 from saehooks.show.training import TrainingProgress
 from saehooks.sites import Host, Site, host
@@ -49,7 +50,8 @@ def train(
         NeverFiredError: on leaving, when no forward passed the site.
         NotFiniteError: from the model's call, when an activation or the loss is not finite.
     """
-    source, site = _place(model, sae, at, head)
+    source = host(model)
+    site = find(source, sae, at, head)
     trainer = Trainer(sae, _config(config, settings))
     tap = Tap(source, site, lambda rows: None if trainer.finished else trainer.push(rows), where)
     with tap.attached():
@@ -90,7 +92,8 @@ def fit(
         SiteError, WidthError, ConfigError: before anything runs.
         NotFiniteError: an activation or the loss is not finite; the last checkpoint stays.
     """
-    source, site = _place(model, sae, at, head)
+    source = host(model)
+    site = find(source, sae, at, head)
     trainer = Trainer(sae, _config(config, settings))
     folder = None if out is None else Path(out)
     if resume and folder is None:
@@ -156,19 +159,6 @@ def _timed_rows(trainer: Trainer, model: Any, batches: Iterable[Any], site: Site
                 1, len(batches) * len(part) * trainer.config.passes // trainer.config.batch_size
             )
         yield part
-
-
-def _place(model: Any, sae: SAE, at: str | None, head: int | None) -> tuple[Host, Site]:
-    name = at or sae.hook_name
-    if name is None:
-        raise SiteError("this SAE does not know its site: write at='blocks.8.hook_resid_pre', say")
-    source = host(model)
-    site = source.site(name, head)
-    if site.width is not None and site.width != sae.d_in:
-        raise WidthError(
-            f"'{site.name}' is {site.width} wide, the SAE reads width {sae.d_in}: make it SAE(d_in={site.width}, ...)"
-        )
-    return source, site
 
 
 def _config(config: TrainConfig | None, settings: dict[str, Any]) -> TrainConfig:

@@ -44,7 +44,7 @@ class TrainConfig:
     """Steps between records in the history."""
     eval_every: int = 500
     """Steps between evaluations, when there are held-out batches."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 250
     """Steps between checkpoints, when there is a folder for them."""
     seed: int = 0
     """Order of the rows."""
@@ -233,3 +233,21 @@ class Trainer:
         values = [(name, self.latest(name), form) for name, form in shown]
         parts = "".join(f", {name} {value:{form}}" for name, value, form in values if value is not None)
         return f"Trainer(step {self.steps}{total}, {self.rows_seen} rows{parts})"
+
+    def plot(self):
+        """A figure of the history: loss, NMSE, L0 and dead latents over the steps (needs matplotlib)."""
+        from saehooks.show.figures import training_curves
+
+        names = [name for name in ("loss", "nmse", "l0", "dead", "eval_nmse") if self.latest(name) is not None]
+        return training_curves(
+            self.history, names, log=[name for name in ("loss", "nmse", "eval_nmse") if name in names]
+        )
+
+    def _repr_html_(self) -> str:
+        from saehooks.show.html import table_html
+
+        shown = [*self.history[:: max(1, len(self.history) // 6)], *self.history[-1:]]
+        columns = [
+            name for name in ("step", "rows", "loss", "nmse", "l0", "dead", "lr") if self.latest(name) is not None
+        ]
+        return table_html(shown, columns, caption=repr(self))

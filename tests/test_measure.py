@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_other_blocks_end_up_with_the_clean_run(tiny_bridge, tokens):
 
 def test_history_holds_one_row_for_each_call_and_stays_bounded(tiny_bridge, tokens, monkeypatch):
     """The last row is the summary; a long run is thinned, not kept whole."""
-    monkeypatch.setattr("saehooks.measure.live.HISTORY", 4)
+    monkeypatch.setattr(sys.modules["saehooks.measure.live"], "HISTORY", 4)  # saehooks.measure is the verb
     with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:
         for _ in range(4):
             tiny_bridge(tokens)

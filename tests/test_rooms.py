@@ -13,7 +13,7 @@ import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
-    errors storage codes kernels activations dictionaries sae losses presets metrics formats sites edits where show
+    errors storage codes kernels activations dictionaries sae losses presets metrics formats sites place edits where show
     trace attach stream trainer checkpoint train measure causal demo cli
 """
 ROOMS = TABLE.split()

@@ -220,7 +220,7 @@ def test_bad_requests_fail_before_anything_runs(tiny_bridge):
         sh.fit(tiny_bridge, fresh(), batches(1), "blocks.1.resid_post", **FAST)
     with pytest.raises(SiteError, match="at="):
         sh.fit(tiny_bridge, fresh(), batches(1), **FAST)
-    with pytest.raises(WidthError, match=r"SAE\(d_in=32"):
+    with pytest.raises(WidthError, match="is 32 wide"):
         sh.fit(tiny_bridge, sh.SAE(d_in=8, d_sae=16), batches(1), SITE, **FAST)
     with pytest.raises(ConfigError, match="learning_rate"):
         sh.fit(tiny_bridge, fresh(), batches(1), SITE, learning_rate=1.0)

@@ -11,7 +11,8 @@ from torch import Tensor
 from saehooks import edits as edit
 from saehooks.codes import Codes
 from saehooks.edits import Context, EditFunction
-from saehooks.errors import NeverFiredError, WhereError, WidthError
+from saehooks.errors import NeverFiredError, WhereError
+from saehooks.place import check_width
 from saehooks.sae import SAE
 from saehooks.sites.base import Host, Site
 from saehooks.trace import Record, Trace
@@ -39,8 +40,7 @@ class Attachment:
 
     def __call__(self, acts: Tensor) -> Tensor | None:
         """The hook: (batch, pos, d_in) in, its replacement out, or None to let the very same tensor flow."""
-        if acts.shape[-1] != self.sae.d_in:
-            raise WidthError(width_message(self.sae, self.site.name, acts.shape[-1]))
+        check_width(self.sae, self.site, acts.shape[-1])
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
         with torch.set_grad_enabled(graph), self.sae.inference():
             codes = self.sae.encode(acts)
@@ -147,8 +147,3 @@ def _with_kept_grad(codes: Codes) -> Codes:
         values.requires_grad_()
     values.retain_grad()
     return codes.with_values(values)
-
-
-def width_message(sae: SAE, name: str, width: int) -> str:
-    """Say that an SAE does not fit a site."""
-    return f"the SAE has d_in={sae.d_in}, but '{name}' is {width} wide; sh.sites(model) lists all sites with widths"

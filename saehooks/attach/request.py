@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from saehooks.attach.attachment import Attachment, width_message
+from saehooks.attach.attachment import Attachment
 from saehooks.edits import Edit
-from saehooks.errors import ConfigError, SiteError, WidthError
+from saehooks.errors import ConfigError, SiteError
+from saehooks.place import check_width, name_of
 from saehooks.sae import SAE
 from saehooks.sites.base import Host, Site
 
@@ -16,7 +17,7 @@ from saehooks.sites.base import Host, Site
 def requested(saes: Any, at: str | None, head: int | None) -> dict[Any, tuple[str, int | None, SAE]]:
     """The (site name, head, SAE) under each key; one SAE is kept under the key None."""
     if isinstance(saes, SAE):
-        return {None: (*_place_of(saes, at, head), saes)}
+        return {None: (*name_of(saes, at, head), saes)}
     if at is not None or head is not None:
         raise ConfigError("at= and head= place one SAE; give several as {site name: sae} or {(site name, head): sae}")
     if isinstance(saes, Mapping):
@@ -26,21 +27,12 @@ def requested(saes: Any, at: str | None, head: int | None) -> dict[Any, tuple[st
         saes = [_as_sae(saes)]
     found: dict[Any, tuple[str, int | None, SAE]] = {}
     for sae in map(_as_sae, saes):
-        name, own_head = _place_of(sae)
+        name, own_head = name_of(sae)
         key = name if own_head is None else (name, own_head)
         if key in found:
             raise SiteError(f"two SAEs were given for the site {key!r}: a site carries one; nest two blocks instead")
         found[key] = name, own_head, sae
     return found
-
-
-def _place_of(sae: SAE, at: str | None = None, head: int | None = None) -> tuple[str, int | None]:
-    """Site name and head: as asked for, else as the SAE remembers."""
-    if at is not None:
-        return at, head
-    if sae.hook_name is None:
-        raise SiteError("this SAE does not know its site: pass at=..., one of the names in sh.sites(model)")
-    return sae.hook_name, sae.cfg.metadata.get("head") if head is None else head
 
 
 def _as_sae(sae: Any) -> SAE:
@@ -76,8 +68,8 @@ def check(attachments: Iterable[Attachment]) -> None:
                 "a site carries one, nest two blocks instead"
             )
         places[site.key] = site
-        if site.width is not None and site.width != sae.d_in:
-            raise WidthError(width_message(sae, site.name, site.width))
+        if site.width is not None:
+            check_width(sae, site, site.width)
         for one in attachment.edits:
             if isinstance(one, Edit):
                 one.check(sae.d_sae)

@@ -16,11 +16,12 @@ from rich.panel import Panel
 from torch import Tensor
 
 from saehooks.codes import Codes
-from saehooks.errors import ConfigError, NeverFiredError, SiteError, WidthError
+from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.measure.clip import ClipYardstick
 from saehooks.measure.live import Live
 from saehooks.measure.yardstick import Call, LanguageYardstick, Yardstick
 from saehooks.metrics import ReconstructionMeter
+from saehooks.place import check_width, find
 from saehooks.sae import SAE
 from saehooks.sites import Host, Site
 from saehooks.sites import host as host_of
@@ -73,7 +74,7 @@ def measure(
     Source: CE recovered as in Gated SAEs (arXiv 2404.16014), with the raw figures beside it.
     """
     host = host_of(model)
-    site = _place(host, sae, at, head)
+    site = find(host, sae, at, head)
     tower = host.tower(site)
     yardstick: Yardstick = LanguageYardstick(host)
     if tower is not None:
@@ -162,8 +163,7 @@ class _Probe:
         return None
 
     def _splice(self, acts: Tensor) -> Tensor:
-        if acts.shape[-1] != self.sae.d_in:
-            raise _too_wide(self.sae, self.site, acts.shape[-1])
+        check_width(self.sae, self.site, acts.shape[-1])
         with self.sae.inference():
             codes = self.sae.encode(acts)
             view = self.cursor.look(codes, self.host.tokenizer)
@@ -203,23 +203,6 @@ def _reporter(result: Live, probe: _Probe, panel: rich_live.Live | None) -> Call
             shown[0] = time.monotonic()
 
     return report
-
-
-def _place(host: Host, sae: SAE, at: str | None, head: int | None) -> Site:
-    """The site to measure at, with a width that fits."""
-    name = at or sae.hook_name
-    if name is None:
-        raise SiteError("this SAE does not know its site: write measure(model, sae, at='blocks.8.hook_resid_pre')")
-    site = host.site(name, head if at or head is not None else sae.cfg.metadata.get("head"))
-    if site.width is not None and site.width != sae.d_in:
-        raise _too_wide(sae, site, site.width)
-    return site
-
-
-def _too_wide(sae: SAE, site: Site, width: int) -> WidthError:
-    return WidthError(
-        f"the SAE reads width {sae.d_in}, but '{site.name}' carries width {width}: take an SAE for this site"
-    )
 
 
 def _rule(where: Any, tower: str | None) -> tuple[Where | None, str]:
