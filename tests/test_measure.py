@@ -353,7 +353,7 @@ def test_generating_inside_the_block_is_refused(tiny_hf):
     [
         (rough_sae(32), {}, SiteError, "at="),
         (rough_sae(32), {"at": "blocks.1.resid_post"}, SiteError, "did you mean"),
-        (rough_sae(16), {"at": LM_SITE}, WidthError, "width 16.*width 32"),
+        (rough_sae(16), {"at": LM_SITE}, WidthError, "d_in=16.*32 wide"),
         (rough_sae(32), {"at": LM_SITE, "prompts": ["a"]}, ConfigError, "CLIP"),
         (rough_sae(32), {"at": LM_SITE, "where": "first"}, ConfigError, "where='first'"),
     ],
