@@ -4,9 +4,10 @@
 ['ablate', 'attach', 'clamp', 'edits']
 """
 
-from saehooks import edits
+from saehooks import causal, edits
 from saehooks.activations import sparsemax
 from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
+from saehooks.causal import rank_latents
 from saehooks.codes import Codes
 from saehooks.formats import load
 from saehooks.losses import LossConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Trainer",
     "ablate",
     "attach",
+    "causal",
     "clamp",
     "edits",
     "fit",
@@ -40,6 +42,7 @@ __all__ = [
     "measure",
     "not_special",
     "positions",
+    "rank_latents",
     "read",
     "scale",
     "sites",
