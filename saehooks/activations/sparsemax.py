@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saehooks.activations.base import Activation
 from saehooks.codes import rows_of
@@ -48,12 +49,29 @@ def simplex_weights(scores: Tensor, offsets: Tensor) -> Tensor:
 
     With g the gradient of the weights, a score receives ``g - mean of g over its row's support``.
     """
+    if scores.dtype != torch.float64 and hasattr(path(scores), "center"):
+        return _Centred.apply(scores, offsets)
     rows = rows_of(offsets, scores.numel())
     sizes = offsets.diff().clamp(min=1).to(scores.dtype)
     shift = scores.new_zeros(sizes.numel()).index_add(0, rows, scores.detach()) / sizes
     centred = scores - shift[rows]
     tau = (scores.new_zeros(sizes.numel()).index_add(0, rows, centred) - 1) / sizes
     return centred - tau[rows]
+
+
+class _Centred(torch.autograd.Function):
+    """`simplex_weights` on a path with a kernel for it."""
+
+    @staticmethod
+    def forward(ctx, scores, offsets):
+        ctx.save_for_backward(offsets)
+        return path(scores).center(scores, offsets, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return path(grad).center(grad, offsets, 0.0), None
 
 
 class SparsemaxResult(NamedTuple):

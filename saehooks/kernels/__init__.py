@@ -5,6 +5,7 @@ with gradients, `spmm` decodes. Each has a plain-torch reference and faster path
 """
 
 from saehooks.kernels.batch import batch_topk
+from saehooks.kernels.capacity import Capacity, capacity
 from saehooks.kernels.dispatch import PATHS, force, path, select_rows
 from saehooks.kernels.products import sddmm, spmm
 from saehooks.kernels.rules import (
@@ -24,6 +25,7 @@ __all__ = [
     "PATHS",
     "BatchRule",
     "BatchTopK",
+    "Capacity",
     "Entmax",
     "FeatureChoice",
     "RowRule",
@@ -32,6 +34,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "batch_topk",
+    "capacity",
     "force",
     "path",
     "score_chunks",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from saehooks.codes import rows_of
 from saehooks.kernels import reference
@@ -15,8 +16,6 @@ from saehooks.kernels.gpu_plan import product_plan
 
 SEGMENT = 256
 """Entries of a column that one program sums; longer columns are cut."""
-
-_KEPT = "_saehooks_gpu_columns"
 
 
 class Columns(NamedTuple):
@@ -34,13 +33,18 @@ class Columns(NamedTuple):
     """(room for segments,) int64, the column of each segment after the first."""
 
 
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=TensorWeakRef)
+
+
 def columns(indices: Tensor, offsets: Tensor, d_sae: int) -> Columns:
-    """Sort a support by column; kept on the ``indices`` tensor for as long as that lives and is not changed."""
+    """Sort a support by column; remembered for as long as the ``indices`` tensor lives and is not changed."""
+    if indices.is_inference() or offsets.is_inference():  # these do not say whether they were changed
+        return _sort(indices, offsets, d_sae)
     stamp = (indices._version, offsets._version, offsets.data_ptr(), d_sae)
-    kept = getattr(indices, _KEPT, None)
+    kept = _kept.get(indices)
     if kept is None or kept[0] != stamp:
         kept = stamp, _sort(indices, offsets, d_sae)
-        setattr(indices, _KEPT, kept)
+        _kept[indices] = kept
     return kept[1]
 
 
@@ -136,6 +140,16 @@ def arguments(found: ColumnSum) -> tuple[Any, ...]:
     """A contribution as the kernels take it."""
     starts, rows, places, extras, _ = found.columns
     return found.values, places, rows, starts, extras, found.parts, found.left, found.left.stride(0)
+
+
+def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
+    """(nnz,) values shifted by a constant in each row, so that the row sums to ``total``; 0 for padding."""
+    values = values.contiguous()
+    out = torch.zeros_like(values)
+    with on(values, offsets):
+        if out.numel() and offsets.numel() > 1:
+            kernels.center[(offsets.numel() - 1,)](values, offsets, out, total, ENTRIES=128, num_warps=1)
+    return out
 
 
 def _rowwise(tensor: Tensor) -> Tensor:

@@ -131,12 +131,13 @@ def incomplete(found: Candidates) -> Tensor:
 
 def _threshold(tau: Tensor, best: Tensor, rule: Rule) -> Tensor:
     """(rows,) thresholds in the units of the scores."""
-    if rule.kind == kernels.THRESHOLD.value:
-        lowest = best.new_full((), rule.power) if rule.theta is None else rule.theta.min()
-        return lowest.expand(best.shape[0])
     if rule.kind == kernels.TOPK.value:
         return tau
-    return torch.where(best.isfinite(), best + tau / rule.slope, best)
+    if rule.kind == kernels.THRESHOLD.value:
+        above = best.new_full((), rule.power) if rule.theta is None else rule.theta.min()
+    else:
+        above = best + tau / rule.slope
+    return torch.where(best.isfinite(), above, best)
 
 
 def room_for(offsets: Tensor) -> tuple[Tensor, Tensor]:

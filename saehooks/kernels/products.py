@@ -66,8 +66,16 @@ class _Sddmm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_table = kernels.spmm_transposed(grad, indices, offsets, left, table.shape[0])
         if ctx.needs_input_grad[2]:
-            d_bias = grad.new_zeros(table.shape[0]).index_add_(0, indices, grad)
+            d_bias = _sum_by_latent(grad, indices, offsets, table.shape[0])
         return d_left, d_table, d_bias, None, None, None
+
+
+def _sum_by_latent(values: Tensor, indices: Tensor, offsets: Tensor, d_sae: int) -> Tensor:
+    if values.device.type == "cpu":
+        return values.new_zeros(d_sae).index_add_(0, indices, values)
+    # index_add_ on a GPU adds in any order; the column-sorted product has one order.
+    ones = values.new_ones(offsets.numel() - 1, 1)
+    return path(values).spmm_transposed(values, indices, offsets, ones, d_sae)[:, 0]
 
 
 class _Spmm(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels.batch import Columns, batch_topk, feature_choice
-from saehooks.kernels.dispatch import select_rows
+from saehooks.kernels.dispatch import path, select_rows
 from saehooks.kernels.memory import KEPT_BYTES, lend
 from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
 
@@ -40,7 +40,12 @@ def select(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tenso
         return batch_topk(score_chunks(queries, keys, bias), rule.k * rows, rows, d_sae, keys.device)
     if isinstance(rule, FeatureChoice):
         return feature_choice(_columns(queries, keys, bias), rule.budgets, queries.shape[0], column_block(queries))
-    return join([select_rows(scores, rule) for scores in score_chunks(queries, keys, bias)], keys)
+    _check_widths(queries, keys)
+    from_products = getattr(path(queries), "select_products", None)  # a path that makes the scores itself
+    parts = None if from_products is None else from_products(queries, keys, rule, bias)
+    if parts is None:
+        parts = [select_rows(scores, rule) for scores in score_chunks(queries, keys, bias)]
+    return join(parts, keys)
 
 
 def column_block(queries: Tensor) -> int:
@@ -64,10 +69,7 @@ def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> I
 
     Half-precision inputs are scored in float32: rounding scores before selection costs up to 2% of the result.
     """
-    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
-        raise WidthError(
-            f"queries (rows, d) and keys (d_sae, d) must agree in d, got {tuple(queries.shape)} and {tuple(keys.shape)}"
-        )
+    _check_widths(queries, keys)
     queries, keys = _wide(queries.detach()), _wide(keys.detach())
     rows, d_sae = queries.shape[0], keys.shape[0]
     reused = queries.device.type == "cpu" and queries.dtype == torch.float32
@@ -83,6 +85,13 @@ def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> I
             else:
                 torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
             yield scores
+
+
+def _check_widths(queries: Tensor, keys: Tensor) -> None:
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
+        raise WidthError(
+            f"queries (rows, d) and keys (d_sae, d) must agree in d, got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:

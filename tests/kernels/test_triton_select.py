@@ -1,0 +1,150 @@
+"""The selection tests of every path, on the Triton kernels: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+pytest.importorskip("triton")
+
+from hard_scores import KINDS, scores_of
+from test_select import (  # noqa: F401
+    test_empty_batches_and_one_latent,
+    test_rows_without_a_finite_maximum_keep_their_argmax_alone,
+    test_selection_by_hand,
+    test_selection_from_queries_equals_selection_from_scores,
+    test_sparsemax_is_exact,
+    test_strides_of_the_scores_do_not_matter,
+    test_threshold_takes_what_is_above,
+    test_topk_takes_the_largest_positive_scores_and_of_equals_the_first,
+    test_what_cannot_be_selected_is_refused,
+)
+
+from saehooks import kernels
+from saehooks.errors import ConfigError
+from saehooks.kernels import Entmax, Sparsemax, Support, Threshold, TopK, reference, select_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+
+@pytest.fixture
+def path():
+    with kernels.force("gpu"):
+        yield "gpu"
+
+
+@pytest.fixture
+def device(path):
+    return torch.device(DEVICE)
+
+
+def same(found: Support, expected: Support) -> bool:
+    return torch.equal(found.offsets, expected.offsets) and torch.equal(found.indices, expected.indices)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_entmax_agrees_with_the_reference(path, device, alpha):
+    """Newton's rule in float32 registers ends where the reference in float64 does."""
+    for kind in ("random", "trained", "equal", "spike"):
+        scores = scores_of(kind, 2, 600, 3.0).to(device)
+        found, expected = select_rows(scores, Entmax(alpha)), reference.select(scores, Entmax(alpha))
+        assert same(found, expected)
+        torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule", [Sparsemax(), TopK(40), Threshold(-2.0), Entmax(1.5)], ids=lambda rule: type(rule).__name__
+)
+def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, rule, monkeypatch):
+    """A short list changes nothing: rows that do not fit it are streamed, on the device."""
+    from saehooks.kernels import gpu_select
+    from saehooks.kernels.gpu_plan import SelectPlan
+
+    scores = torch.cat([scores_of(kind, 1, 200, 0.1) for kind in KINDS if kind != "two_level"]).to(device)
+    expected = reference.select(scores, rule)
+    if isinstance(rule, TopK):  # the reference breaks ties as torch.topk does
+        expected = select_rows(scores, rule)
+    monkeypatch.setattr(gpu_select, "select_plan", lambda d_sae, k: SelectPlan(64, 16, 1, 1))
+    found = select_rows(scores, rule)
+    assert same(found, expected)
+    assert torch.equal(found.scores, scores[kernels_rows(found), found.indices])
+
+
+def kernels_rows(support: Support) -> torch.Tensor:
+    from saehooks.codes import rows_of
+
+    return rows_of(support.offsets, support.indices.numel())
+
+
+def test_supports_may_be_as_large_as_the_dictionary(path, device):
+    """Silent rows select everything, next to rows that select one latent."""
+    scores = torch.zeros(6, 3000, device=device)
+    scores[::2, 7] = 5.0
+    assert select_rows(scores, Sparsemax()).offsets.diff().tolist() == [1, 3000] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_are_widened_not_rounded_further(path, device, dtype):
+    """Scores given in half precision are selected from as float32 of the same values."""
+    scores = scores_of("random", 3, 500, 1.0).to(device, dtype)
+    assert same(select_rows(scores, Sparsemax()), reference.select(scores.float(), Sparsemax()))
+
+
+@pytest.mark.parametrize("rule", [Sparsemax(), Entmax(1.5), TopK(3)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("biased", [False, True])
+def test_selection_without_writing_the_scores_is_the_same(path, device, rule, biased):
+    """Scores filtered in the product's kernel by a bound from every eighth latent give the same support."""
+    from saehooks.kernels import gpu_scores, gpu_select
+    from saehooks.kernels.gpu_plan import GemmPlan
+
+    made = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(5, 40, generator=made).to(device) * 0.4, torch.randn(300, 40, generator=made).to(device)
+    bias = torch.randn(300, generator=made).to(device) if biased else None
+    plan = GemmPlan(step=8, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=64)
+    described = gpu_select.describe(rule, 300, device)
+    found = gpu_scores.select_unwritten(queries, keys, described, bias, plan)
+    scores = queries @ keys.T + (0 if bias is None else bias)
+    expected = reference.select(scores, rule)
+    assert found is not None
+    assert same(found, expected)
+    torch.testing.assert_close(found.scores, scores[kernels_rows(found), found.indices])
+    assert gpu_scores.select_unwritten(queries, keys, described, bias, plan._replace(cap=2)) is None, "too many for it"
+    queries[3, 2] = float("nan")
+    assert gpu_scores.select_unwritten(queries, keys, described, bias, plan) is None, "a NaN is left to the other form"
+
+
+def test_a_capacity_gives_codes_of_a_fixed_size(path, device):
+    """Padding belongs to no row and names a selected latent; offsets and entries are otherwise the same."""
+    scores = scores_of("random", 4, 300, 3.0).to(device)
+    exact = select_rows(scores, Sparsemax())
+    nnz = exact.indices.numel()
+    with kernels.capacity(nnz + 9) as room:
+        found = select_rows(scores, Sparsemax())
+    assert found.indices.shape == found.scores.shape == (nnz + 9,)
+    assert torch.equal(found.offsets, exact.offsets)
+    assert torch.equal(found.indices[:nnz], exact.indices)
+    assert set(found.indices[nnz:].tolist()) <= set(exact.indices.tolist())
+    assert not found.scores[nnz:].any()
+    assert (room.used, room.overflowed, float(room.found_inf)) == (nnz, False, 0.0)
+
+
+def test_a_capacity_that_does_not_suffice_says_so_and_writes_nowhere_else(path, device):
+    """An overflow is seen on the device, so that the optimiser can leave the step out."""
+    scores = scores_of("random", 4, 300, 1.0).to(device)
+    exact = select_rows(scores, Sparsemax())
+    with kernels.capacity(10) as room:
+        found = select_rows(scores, Sparsemax())
+        assert float(room.found_inf) == 1.0
+    assert (room.used, room.overflowed) == (exact.indices.numel(), True)
+    assert torch.equal(found.indices, exact.indices[:10])
+    assert int(found.offsets[-1]) == 10
+    room.reset()
+    assert not room.overflowed
+    with pytest.raises(ConfigError, match="at least one"), kernels.capacity(0):
+        pass
