@@ -92,6 +92,8 @@ class Site:
     """The one attention head that is shown, or None for all of them joined."""
     aliases: tuple[str, ...] = ()
     """Every other name of this place."""
+    note: str = ""
+    """What to know before writing here; the same as in the table of sites."""
     view: View = field(default_factory=View, repr=False)
     """How the raw activation becomes the (batch, pos, width) that users know."""
 

@@ -54,7 +54,8 @@ class OpenClipHost(Host):
             module=place.module,
             width=self._width(place),
             slot=place.slot,
-            aliases=tuple(names[1:]) if friendly else (),
+            aliases=tuple(names[1:]),
+            note=self._note(names[0]),
             view=View(batch_first=self._is_batch_first(place.path)),
         )
 

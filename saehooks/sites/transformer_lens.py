@@ -77,6 +77,7 @@ class TransformerLensHost(Host):
             width=width,
             head=head,
             aliases=tuple(one for one in names if one != portable),
+            note=self._note(names, point),
             view=View(conversion=getattr(point, "hook_conversion", None), heads=n_heads, head=head),
         )
 
@@ -89,12 +90,11 @@ class TransformerLensHost(Host):
                 continue
             n_heads, per_head = self._heads(names)
             width = self._width(names, point) if n_heads is None else n_heads * per_head
-            gate = self._gate(portable, point)
             if width is None:
                 continue
             shape = "batch pos width" if n_heads is None else f"batch pos ({n_heads} heads x {per_head})"
-            note = f"off: model.set_{gate}(True) switches it on" if gate else ""
-            infos.append(SiteInfo(portable, tuple(one for one in names if one != portable), width, shape, note))
+            aliases = tuple(one for one in names if one != portable)
+            infos.append(SiteInfo(portable, aliases, width, shape, self._note(names, point)))
         return infos
 
     def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
@@ -150,6 +150,14 @@ class TransformerLensHost(Host):
         own = getattr(point, "name", None) or name
         flag = next((flag for ending, flag in GATES.items() if own.endswith(ending)), None)
         return flag if flag is not None and not self._cfg(flag) else None
+
+    def _note(self, names: Sequence[str], point: nn.Module) -> str:
+        gate = self._gate(names[0], point)
+        if gate:
+            return f"off: model.set_{gate}(True) switches it on"
+        if hasattr(self.model, "original_model") and any(one.endswith("hook_resid_mid") for one in names):
+            return "on a bridge, what is written here reaches the MLP and not the residual stream"
+        return ""
 
     def _heads(self, names: Sequence[str]) -> tuple[int, int] | tuple[None, int]:
         """(number of heads, width of one) where hooks see (batch, pos, heads, width), else (None, 0)."""

@@ -102,6 +102,18 @@ def test_gradients_flow_through_a_replaced_activation():
     torch.testing.assert_close(x.grad, (3 * model[0].weight.sum(0)).expand(2, 4, 3))
 
 
+def test_gradients_flow_through_an_odd_memory_layout():
+    """A replaced activation has the strides of the original, and its gradient is that of the plain formula."""
+    model = nn.Sequential(Pair(lambda x: x), Pair(lambda x: x.transpose(0, 1)))
+    strides = []
+    host(model).site("1").hook(lambda acts: (acts * 3).contiguous())
+    host(model).site("1").hook(lambda acts: strides.append(acts.stride()))
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    (model(x) ** 2).sum().backward()
+    assert strides == [x.transpose(0, 1).stride()]
+    torch.testing.assert_close(x.grad, 18 * x.detach())
+
+
 def test_what_is_no_activation_is_refused_at_the_forward_pass():
     """Images of channels, integers and empty outputs raise, naming the site and what it carries."""
     conv = nn.Sequential(nn.Conv2d(3, 8, 3))

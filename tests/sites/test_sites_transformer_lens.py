@@ -37,7 +37,7 @@ def run(model):
 
 def test_every_listed_site_fires_once_with_its_width(bridge):
     """Each site of the table that is on fires once per forward, as (batch, pos, width)."""
-    on = [info for info in sites(bridge) if not info.note]
+    on = [info for info in sites(bridge) if not info.note.startswith("off")]
     fired = {info.name: [] for info in on}
     for info in on:
         host(bridge).site(info.name).hook(lambda acts, name=info.name: fired[name].append(tuple(acts.shape)))
@@ -55,7 +55,7 @@ def test_reading_changes_nothing_and_returns_the_same_tensor(bridge):
     run(bridge)
     before = run(bridge)
     for info in sites(bridge):
-        if not info.note:
+        if not info.note.startswith("off"):
             host(bridge).site(info.name).hook(lambda acts: None)
     assert torch.equal(run(bridge), before)
 
@@ -187,6 +187,21 @@ def test_hooks_are_gone_after_remove_and_survive_reset(tiny_hf_bridge, hooks_of)
         handle.remove()
     assert hooks_of(model) == before
     assert torch.equal(run(model), kept)
+
+
+def test_resid_mid_of_a_bridge_says_where_it_leads(gpt2_bridge):
+    """A bridge's hook_resid_mid feeds the MLP alone; the table and the site say so, and it is so."""
+    found, seen = host(gpt2_bridge), {}
+    for name in ("hook_mlp_out", "hook_resid_post"):
+        found.site(f"blocks.1.{name}").hook(lambda acts, name=name: seen.setdefault(name, []).append(acts))
+    run(gpt2_bridge)
+    site = found.site("blocks.1.hook_resid_mid")
+    site.hook(lambda acts: acts + torch.linspace(0, 1, 32))
+    run(gpt2_bridge)
+    changes = [second - first for first, second in seen.values()]
+    torch.testing.assert_close(*changes)
+    assert "reaches the MLP and not the residual stream" in site.note
+    assert sites(gpt2_bridge).find("1.hook_resid_mid")[0].note == site.note
 
 
 def test_returned_tensor_is_cast_to_the_model(tiny_hf_bridge):
