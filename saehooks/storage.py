@@ -87,8 +87,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
     if not path.is_file():
         raise FormatError(f"no {path.name} in {path.parent}; an SAE folder holds {CONFIG} and {WEIGHTS}")
     with path.open("rb") as file:
-        head = file.read(8)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    # A safetensors file opens with the length of its header, whose bytes can be any, and the header's brace.
+    if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise FormatError(f"{path} is a pickle, not safetensors; it was not opened, since a pickle can run code")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -149,6 +149,10 @@ class Span(Where):
         inside = (positions >= begin) & ((positions - begin) % step == 0)
         return inside if end is None else inside & (positions < end)
 
+    def __repr__(self) -> str:
+        ends = [self.span.start, self.span.stop, *([] if self.span.step is None else [self.span.step])]
+        return f"positions [{':'.join('' if end is None else str(end) for end in ends)}]"
+
 
 @dataclass(frozen=True, eq=False)
 class Mask(Where):

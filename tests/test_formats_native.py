@@ -1,0 +1,20 @@
+"""The project's own SAE folder, read back whatever its bytes happen to be."""
+
+import torch
+from safetensors.torch import save
+
+from saehooks.storage import read_safetensors
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    """A safetensors file opens with its header's length; a length of 0x80 or 'PK' is no pickle."""
+    for wanted in (0x80, 0x100 + 0x80):
+        for padding in range(wanted + 8):
+            data = save({"a": torch.ones(2)}, metadata={"cfg": "{}", "p": "x" * padding})
+            if data[0] == 0x80 and int.from_bytes(data[:8], "little") == wanted:
+                break
+        else:
+            raise AssertionError(f"no header of {wanted} bytes was made")
+        path = tmp_path / "sae_weights.safetensors"
+        path.write_bytes(data)
+        assert torch.equal(read_safetensors(path)[0]["a"], torch.ones(2))
