@@ -1,7 +1,7 @@
 """Attach sparse autoencoders to the hook points of transformer models.
 
 >>> sorted(name for name in __all__ if name.islower())[:4]
-['ablate', 'attach', 'clamp', 'edits']
+['ablate', 'attach', 'causal', 'clamp']
 """
 
 from saehooks import causal, edits
