@@ -126,9 +126,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from saehooks.demo.language import Budget
     from saehooks.demo.run import run
 
-    run(arguments.out, sae=arguments.sae, clip_sae=arguments.clip_sae, train_seconds=arguments.train_seconds)
+    budget = Budget(train_seconds=arguments.train_seconds)
+    run(arguments.out, sae=arguments.sae, clip_sae=arguments.clip_sae, budget=budget)
 
 
 # ------------------------------------------------------------------------- fit

@@ -1,0 +1,302 @@
+"""The demo on a language model: support sizes, what splicing costs, ablating, steering, training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehooks.attach import ablate, read, steer
+from saehooks.codes import Codes
+from saehooks.demo.data import text
+from saehooks.demo.report import Report
+from saehooks.demo.survey import Survey
+from saehooks.measure import measure
+from saehooks.sae import SAE
+from saehooks.show import figures
+from saehooks.show.values import visible
+from saehooks.stream import TokenBatches
+from saehooks.train import fit
+
+PROMPT = "The Eiffel Tower is located in the city of"
+STEERED = "Last week I went to the"
+OPENINGS = (STEERED, "We talked for hours about the", "What she remembered most was the")
+THEMES = {
+    "the sea": (
+        "The ship sailed across the ocean, and the captain watched the waves. The fleet left the harbour at dawn; "
+        "sailors hauled the anchor, the naval vessel turned into the wind, and the coast sank behind the sea.",
+        (" sea", " ocean", " beach", " boat", " ship", " harbor", " coast", " port", " island", " water", " river"),
+    ),
+    "music": (
+        "The band recorded their new album in the studio, and the song reached number one on the charts. The singer "
+        "played guitar and piano; the orchestra performed the symphony, and the concert tour sold out.",
+        (" music", " song", " band", " concert", " album", " album", " guitar", " piano", " songs", " singer", " show"),
+    ),
+    "war": (
+        "The army attacked the fort at night, and the soldiers held the line under heavy artillery fire. The general "
+        "ordered the division to advance; the battalion took the hill, and the enemy troops retreated from the battle.",
+        (" war", " army", " battle", " soldiers", " military", " enemy", " soldier", " troops", " front", " fort"),
+    ),
+}
+"""A theme: sentences by which its latents are found, and words by which its rise is seen."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the demo does; the defaults take about three minutes on two CPU cores."""
+
+    train_seconds: float = 60.0
+    """Training of the fresh SAE."""
+    tokens: int = 4096
+    """Held-out tokens measured and surveyed."""
+    new_tokens: int = 30
+    """Tokens of each generated text."""
+    candidates: int = 12
+    """Latents tried one by one."""
+    photos: int = 200
+    """Photos that the CLIP part reads."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model, its tokenizer and an SAE at one of its sites."""
+
+    model: Any
+    tokenizer: Any
+    sae: SAE
+    report: Report
+    budget: Budget
+
+    def batches(self, split: str, tokens: int | None = None) -> TokenBatches:
+        """Packaged text as token batches."""
+        return TokenBatches(self.tokenizer, text(split), context=256, batch_size=4, limit=tokens)
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """(1, pos) tokens, with the token that sequences begin with."""
+        first = self.tokenizer.bos_token_id
+        return torch.tensor([[first, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+
+    def generated(self, prompt: str) -> str:
+        """What the model writes after a prompt, always taking the likeliest token."""
+        tokens = self.encode_prompt(prompt)
+        out = self.model.generate(
+            tokens, max_new_tokens=self.budget.new_tokens, do_sample=False, return_type="tokens", verbose=False
+        )
+        return self.tokenizer.decode(out[0, tokens.shape[1] :].tolist(), skip_special_tokens=True)
+
+    def next_probs(self, tokens: Tensor) -> Tensor:
+        """(vocabulary,) probabilities of the token after the last."""
+        with torch.no_grad():
+            return self.model(tokens)[0, -1].float().softmax(-1)
+
+    def word(self, token: int) -> str:
+        """A token as text that shows its spaces."""
+        return visible(self.tokenizer.decode([token]))
+
+    # ------------------------------------------------------------------ parts
+
+    def support_sizes(self) -> None:
+        """How many latents each token of a paragraph uses."""
+        self.report.begin(
+            "How many latents does each token need?",
+            f"`read` attaches the SAE at `{self.sae.hook_name}` and changes nothing. Under sparsemax every token "
+            "chooses its own number of latents. Point at a token to see its strongest ones.",
+            "with sh.read(model, sae) as trace:\n    model(tokens)\ntrace.support_size, trace.codes, trace.top(5)",
+        )
+        passage = max(text("eval").splitlines()[:60], key=lambda line: -abs(len(line) - 620))
+        tokens = self.encode_prompt(passage)
+        with torch.no_grad():
+            clean = self.model(tokens)
+            with read(self.model, self.sae) as trace:
+                same = torch.equal(self.model(tokens), clean)
+        sizes = trace.support_size[0].float()
+        sizes[0] = float("nan")  # the first token is an attention sink, and left out of training
+        self.report.tokens(
+            trace.token_strings(), sizes, top=strongest(trace.codes[0], 5), unit="latents", caption="latents per token"
+        )
+        words = "bit-identical to" if same else "DIFFERENT from"
+        self.report.say(f"The logits with the SAE attached are {words} the logits without it.")
+
+    def degradation(self) -> None:
+        """What splicing costs, live on ordinary calls."""
+        self.report.begin(
+            "What does the reconstruction cost the model?",
+            "`measure` runs each ordinary call again with the reconstruction at the site, and with zeros there. The "
+            "text is WikiText-2, which the SAE was not trained on.",
+            "with sh.measure(model, sae) as live:\n    for tokens in batches:\n        model(tokens)\nlive.summary()",
+        )
+        with torch.no_grad(), measure(self.model, self.sae) as live:
+            for batch in self.batches("eval", self.budget.tokens):
+                self.model(batch)
+        self.report.show(live)
+        sizes = live.support_sizes
+        self.report.figure(
+            figures.support_size_histogram(torch.arange(len(sizes)).repeat_interleave(sizes)),
+            "histogram of support sizes",
+        )
+        calls = [row["calls"] for row in live.history]
+        lines = {run: (calls, [row[f"ce_{run}"] for row in live.history]) for run in ("clean", "spliced")}
+        curve = figures.effect_curves(lines, xlabel="calls of the model", ylabel="cross-entropy so far (nats)")
+        self.report.figure(curve, "running cross-entropy, clean and spliced")
+
+    def survey(self) -> Survey:
+        """Codes over held-out text, by which latents are described."""
+        return Survey(self.model, self.sae, self.batches("eval", self.budget.tokens), self.tokenizer)
+
+    def ablation(self, survey: Survey) -> None:
+        """Which latents carry a fact, and what the model says without them."""
+        self.report.begin(
+            "Which latents carry a fact?",
+            f"The prompt is “{PROMPT}”. Latents are ranked by attribution (gradient times value), the best are ablated "
+            "one by one, and those whose loss hurts most are ablated together. The reconstruction error is kept, so "
+            "nothing else changes.",
+            "with sh.ablate(model, sae, latents):\n    edited = model(tokens)",
+        )
+        tokens = self.encode_prompt(PROMPT)
+        before = self.next_probs(tokens)
+        answer = int(before.argmax())
+        effects = {}
+        for latent in self._attributed(tokens, answer)[: self.budget.candidates]:
+            with ablate(self.model, self.sae, [latent]):
+                effects[latent] = float((self.next_probs(tokens)[answer] / before[answer]).log())
+        worst = sorted(effects, key=lambda latent: effects[latent])
+        rows = [
+            {"latent": latent, f"Δ log p({self.word(answer)})": effects[latent], "fires most on": survey.words(latent)}
+            for latent in worst[:8]
+        ]
+        self.report.table(rows, "one latent ablated at a time")
+        together = [latent for latent in worst if effects[latent] < 0][:5] or worst[:1]
+        with ablate(self.model, self.sae, together):
+            after = self.next_probs(tokens)
+            changed = self.generated(PROMPT)
+        shown = list(dict.fromkeys([*before.topk(6).indices.tolist(), *after.topk(4).indices.tolist()]))
+        series = {"clean": before[shown].tolist(), f"{len(together)} latents ablated": after[shown].tolist()}
+        bars = figures.paired_bars([self.word(token) for token in shown], series, title="next token")
+        self.report.figure(bars, "next-token probabilities before and after the ablation")
+        self.report.table(
+            [
+                {"next token": self.word(token), "clean": float(before[token]), "ablated": float(after[token])}
+                for token in shown
+            ],
+            f"latents {', '.join(map(str, together))} ablated together",
+        )
+        self.report.quotes({"clean": self.generated(PROMPT), "ablated": changed})
+
+    def _attributed(self, tokens: Tensor, answer: int) -> list[int]:
+        """Latents by how much of the answer's log-probability a first-order estimate gives to them."""
+        with read(self.model, self.sae, grads=True) as trace:
+            self.model(tokens)[0, -1].float().log_softmax(-1)[answer].backward()
+        codes, grads = trace.codes.detach()[:, 1:], trace.grads[:, 1:]
+        credit = torch.zeros(self.sae.d_sae).index_add_(0, codes.indices, (codes.values * grads.values).float().cpu())
+        return credit.argsort(descending=True).tolist()
+
+    def steering(self, survey: Survey) -> None:
+        """Push one latent, and read what the model then writes."""
+        theme, latent, gain = self._steerable(survey)
+        self.report.begin(
+            "Steering: push one latent",
+            f"Latent {latent} fires more in sentences about {theme} than elsewhere; in held-out text it is strongest "
+            f"on {survey.words(latent, 8)}. `steer` adds to it at every position but the first.",
+            f"with sh.steer(model, sae, {{{latent}: +strength}}, where=slice(1, None)):\n    model.generate(prompt)",
+        )
+        places = [{"where it fires most": survey.context(place)} for place in survey.places(latent, 4)]
+        self.report.table(places)
+        words, typical = self._words_of(theme), survey.typical(latent)
+        factors = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+        curves: dict[str, tuple[Sequence[float], list[float]]] = {opening: (factors, []) for opening in OPENINGS}
+        texts = {}
+        for factor in factors:
+            with steer(self.model, self.sae, {latent: factor * typical}, where=slice(1, None)):
+                for opening in OPENINGS:
+                    curves[opening][1].append(float(self.next_probs(self.encode_prompt(opening))[words].sum()))
+                if factor in (0.0, gain, 2 * gain):
+                    texts[f"{factor:g} × typical"] = f"{STEERED}{self.generated(STEERED)}"
+        figure = figures.effect_curves(
+            curves, xlabel="strength, in typical values of the latent", ylabel=f"probability of words about {theme}"
+        )
+        self.report.figure(figure, "probability of theme words over steering strength")
+        strengths = [
+            {"strength": f"{factor:g} × typical"} | {opening + " …": curves[opening][1][i] for opening in OPENINGS}
+            for i, factor in enumerate(factors)
+        ]
+        self.report.table(strengths, f"probability that the next word is about {theme}")
+        self.report.quotes(texts)
+
+    def _words_of(self, theme: str) -> Tensor:
+        """Token ids of the theme's words that are one token."""
+        ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in dict.fromkeys(THEMES[theme][1])]
+        return torch.tensor([one[0] for one in ids if len(one) == 1])
+
+    def _steerable(self, survey: Survey) -> tuple[str, int, float]:
+        """The theme and the latent whose push raises the theme's words most, and the strength that did."""
+        best = ("", 0, 1.0)
+        highest = -1.0
+        opening = self.encode_prompt(OPENINGS[1])
+        for theme, (sentences, _) in THEMES.items():
+            words = self._words_of(theme)
+            with read(self.model, self.sae) as trace, torch.no_grad():
+                self.model(self.encode_prompt(sentences))
+            for latent in (
+                survey.contrast(trace.codes[0, 1:]).argsort(descending=True)[: self.budget.candidates].tolist()
+            ):
+                for gain in (2.0, 3.0):
+                    with steer(self.model, self.sae, {latent: gain * survey.typical(latent)}, where=slice(1, None)):
+                        raised = float(self.next_probs(opening)[words].sum())
+                    if raised > highest:
+                        highest, best = raised, (theme, latent, gain)
+        return best
+
+    def training(self) -> None:
+        """A fresh SAE, trained for a minute."""
+        seconds = self.budget.train_seconds
+        site = str(self.sae.hook_name)
+        self.report.begin(
+            "Train a new one",
+            f"`fit` stops each forward pass at the site and trains on what arrives there: {seconds:.0f} seconds on "
+            "Wikipedia text, each activation used four times.",
+            f'new = sh.SAE(d_in={self.sae.d_in}, d_sae=2304)\nsh.fit(model, new, batches, at="{site}", passes=4)',
+        )
+        torch.manual_seed(0)
+        new = SAE(self.sae.d_in, 2304)
+        trainer = fit(
+            self.model,
+            new,
+            for_seconds(self.batches("train", 200_000), seconds),
+            site,
+            passes=4,
+            batch_size=512,
+            buffer_rows=8192,
+            log_every=5,
+            eval_batches=list(self.batches("eval", min(2048, self.budget.tokens))),
+        )
+        names = [name for name in ("loss", "nmse", "l0", "dead") if any(name in row for row in trainer.history)]
+        self.report.figure(figures.training_curves(trainer.history, names), "training curves")
+        first, last = trainer.history[0], trainer.history[-1]
+        rows = [
+            {"": "start", **{name: first.get(name) for name in names}},
+            {"": "end", **{n: last.get(n) for n in names}},
+        ]
+        self.report.table(rows, f"{trainer.steps} steps on {trainer.rows_seen:,} activations")
+        held_out = new.cfg.metadata.get("metrics", {}).get("held_out", {})
+        if held_out:
+            self.report.table([held_out], "on held-out text")
+
+
+def strongest(codes: Codes, k: int) -> list[list[tuple[int, float]]]:
+    """For each row of codes (n,) its k strongest latents as (latent, value)."""
+    top = codes.top(k)
+    rows = zip(top.latents.tolist(), top.values.tolist(), strict=True)
+    return [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in rows]
+
+
+def for_seconds(batches: Iterable[Tensor], seconds: float) -> Iterator[Tensor]:
+    """Batches until the time is up; at least one."""
+    end = time.monotonic() + seconds
+    for batch in batches:
+        yield batch
+        if time.monotonic() > end:
+            return

