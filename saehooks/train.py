@@ -178,5 +178,5 @@ def _remember(trainer: Trainer, source: Host, site: Site, where: Any) -> None:
         source.describe(),
         hook_name=site.name,
         head=site.head,
-        training={"steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions, **settings},
+        training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions},
     )
