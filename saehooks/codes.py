@@ -181,7 +181,8 @@ class Codes:
         entry = rows_of(offsets, int(offsets[-1]))
         source = torch.arange(entry.numel(), device=rows.device) - offsets[entry] + self.offsets[rows][entry]
         scale = None if self.scale is None else self.scale[rows]
-        return Codes(self.indices[source], self.values[source], offsets, shape or (rows.numel(),), self.d_sae, scale)
+        shape = (rows.numel(),) if shape is None else shape
+        return Codes(self.indices[source], self.values[source], offsets, shape, self.d_sae, scale)
 
     def __getitem__(self, index) -> Codes:
         """Codes at some batch positions, with the indexing rules of a tensor of shape ``shape``."""

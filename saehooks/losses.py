@@ -185,9 +185,9 @@ def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
 def under_used(sae: SAE, config: LossConfig) -> Tensor:
     """(n,) int64 latents far below the density that the Zipf curve expects at their rank.
 
-    The curve is fitted to the densities of the latents that fire. A latent counts once the curve expects it to have
-    fired five times, so that chance alone does not name it; dead latents are the extreme case. The factor
-    ``zipf_share`` and this rule are our reading of arXiv:2411.02124.
+    The curve is fitted to the densities of the first half of the ranks. A latent counts once the curve expects it to have
+    fired five times, so that chance alone does not name it; dead latents are the extreme case. These rules
+    and the factor ``zipf_share`` are our reading of arXiv:2411.02124.
 
     Raises:
         ConfigError: the SAE does not track densities.
@@ -196,7 +196,7 @@ def under_used(sae: SAE, config: LossConfig) -> Tensor:
     if density is None:
         raise ConfigError("aux_zipf needs running densities: make the SAE with track_density=True")
     rank = ranks(density)
-    expected = fit_zipf(density).at(rank)
+    expected = fit_zipf(density, head=0.5).at(rank)
     return ((density < config.zipf_share * expected) & (expected * sae.density.rows >= 5)).nonzero()[:, 0]
 
 

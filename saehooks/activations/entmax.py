@@ -52,7 +52,7 @@ class EntmaxActivation(Activation):
         return LOWEST + (2 - LOWEST) * self.raw_alpha.sigmoid()
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Entmax:
-        return Entmax(float(self.alpha))
+        return Entmax(float(torch.as_tensor(self.alpha).detach()))
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
         if self.carries == "score":
@@ -61,7 +61,7 @@ class EntmaxActivation(Activation):
         return entmax_weights(scores, support.offsets, alpha)
 
     def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, alpha={float(self.alpha):.3g}, values={self.carries!r}"
+        return f"d_sae={self.d_sae}, alpha={float(torch.as_tensor(self.alpha).detach()):.3g}, values={self.carries!r}"
 
 
 def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:

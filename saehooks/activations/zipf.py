@@ -28,7 +28,7 @@ def ranks(density: Tensor) -> Tensor:
     return torch.empty_like(order).index_put((order,), torch.arange(1, order.numel() + 1, device=order.device))
 
 
-def fit_zipf(density: Tensor, points: int = 256) -> Zipf:
+def fit_zipf(density: Tensor, head: float = 1.0, points: int = 256) -> Zipf:
     """Fit the curve to densities by least squares of their logarithms, at ranks spread evenly in log rank.
 
     Dead latents take no part. The shift is searched on a grid, the other two solved for. Our reading: the paper's
@@ -36,13 +36,15 @@ def fit_zipf(density: Tensor, points: int = 256) -> Zipf:
 
     Args:
         density: (d_sae,) share of rows in which each latent fired.
+        head: share of the ranks, from the densest, that the curve is fitted to.
         points: ranks looked at.
 
     >>> curve = fit_zipf(0.5 / torch.arange(1, 200).double() ** 1.2)
     >>> round(curve.scale, 2), round(curve.exponent, 2)
     (0.5, 1.2)
     """
-    alive = density[density > 0].double().sort(descending=True).values
+    alive = density.double().sort(descending=True).values[: max(3, round(head * density.numel()))]
+    alive = alive[alive > 0]
     n = alive.numel()
     if n < 3:
         return Zipf(float(alive.max()) if n else 0.0, 0.0, 1.0)

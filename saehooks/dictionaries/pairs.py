@@ -1,8 +1,8 @@
 """Selection among products of two factors, without forming the products that cannot be selected.
 
-A row's score of pair (i, j) in a head is ``sqrt(p_i q_j)``. The pairs with each head's largest p or q are scored
-first; they bound the threshold of the whole row from below. Then, in each head, every p descends the sorted q only
-as far as the product stays above the bound.
+A row's score of pair (i, j) in a head is ``sqrt(p_i q_j)``. The largest score of each head is known from the largest
+p and q (where heads are few: all pairs with one of these); they bound the threshold of the whole row from below. Only
+heads that reach the bound are opened, and there every p descends the sorted q only as far as the product reaches it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from saehooks.kernels import BatchTopK, Entmax, RowRule, Sparsemax, Support, Thr
 
 SLACK = 1e-5
 """Relative room below a bound, so that rounding loses no candidate."""
+
+
+MANY_HEADS = 64
+"""From so many heads on, their largest scores alone bound the threshold well enough."""
 
 
 class Factors(NamedTuple):
@@ -81,26 +85,33 @@ def pairs_above(factors: Factors, bound: Tensor) -> Pairs:
     """The pairs of each row whose score exceeds its bound (rows,), found by descending each head's sorted q."""
     p, q = factors
     heads, m, n = p.shape[1], p.shape[2], q.shape[2]
-    ordered, order = q.sort(dim=2, descending=True)
-    least = (bound.clamp(min=0) * (1 - SLACK)).square()[:, None, None] / p
-    least = torch.where(p > 0, least, torch.inf).clamp(min=torch.finfo(p.dtype).tiny)
-    depth = torch.searchsorted(-ordered, -least, right=True)
-    counts = depth.reshape(-1)
-    starts = offsets_of(counts)
+    floor = (bound.clamp(min=0) * (1 - SLACK)).square()
+    best = p.amax(2) * q.amax(2)
+    row, head = ((best >= floor[:, None]) & (best > 0)).nonzero(as_tuple=True)
+    p, (q, order) = p[row, head], q[row, head].sort(dim=1, descending=True)
+    least = torch.where(p > 0, floor[row, None] / p, torch.inf).clamp(min=torch.finfo(p.dtype).tiny)
+    depth = torch.searchsorted(-q, -least, right=True)
+    starts = offsets_of(depth.reshape(-1))
     source = rows_of(starts, int(starts[-1]))
     place = torch.arange(source.numel(), device=p.device) - starts[source]
-    head = source // m
-    j = order.reshape(-1)[head * n + place]
-    scores = (p.reshape(-1)[source] * q.reshape(-1)[head * n + j]).sqrt()
-    row = source // (heads * m)
-    places, by = (source * n + j).sort()
-    return Pairs(row, places - row * (heads * m * n), scores[by], offsets_of(depth.sum((1, 2))))
+    opened, i = source // m, source % m
+    scores = (p.reshape(-1)[source] * q.reshape(-1)[opened * n + place]).sqrt()
+    flat = ((row * heads + head)[opened] * m + i) * n + order.reshape(-1)[opened * n + place]
+    flat, by = flat.sort()
+    found = flat // (heads * m * n)
+    sizes = torch.bincount(found, minlength=bound.numel())
+    return Pairs(found, flat - found * (heads * m * n), scores[by], offsets_of(sizes))
 
 
 def explicit(factors: Factors, rows: Tensor) -> Tensor:
     """(len(rows), d_sae) all scores of some rows: for rows that select everything."""
     p, q = factors.p[rows], factors.q[rows]
     return (p[:, :, :, None] * q[:, :, None, :]).sqrt().flatten(1)
+
+
+def _tops(factors: Factors) -> Tensor:
+    """(rows, heads) the largest score of each head."""
+    return (factors.p.amax(2) * factors.q.amax(2)).sqrt()
 
 
 def _edges(factors: Factors) -> Tensor:
@@ -117,14 +128,13 @@ def _row_bound(factors: Factors, rule: RowRule) -> Tensor:
     if isinstance(rule, Threshold):
         theta = rule.theta.min() if isinstance(rule.theta, Tensor) else torch.tensor(rule.theta)
         return theta.to(factors.p).clamp(min=0).expand(rows)
-    edges = _edges(factors)
+    heads = factors.p.shape[1]
+    tops = _tops(factors) if heads >= (rule.k if isinstance(rule, TopK) else MANY_HEADS) else _edges(factors)
     if isinstance(rule, TopK):
-        real = edges.shape[1] - factors.p.shape[1]
-        if rule.k > real:
-            return factors.p.new_zeros(rows)
-        return edges.topk(rule.k, dim=1).values[:, -1]
-    best = edges.max(1).values
-    tau = reference.entmax_threshold(edges - best[:, None], rule.alpha if isinstance(rule, Entmax) else 2.0)
+        real = tops.shape[1] if tops.shape[1] == heads else tops.shape[1] - heads
+        return factors.p.new_zeros(rows) if rule.k > real else tops.topk(rule.k, dim=1).values[:, -1]
+    best = tops.max(1).values
+    tau = reference.entmax_threshold(tops - best[:, None], rule.alpha if isinstance(rule, Entmax) else 2.0)
     return (tau.to(best) + best - 2 * torch.finfo(best.dtype).eps * (best + tau.abs().to(best))).clamp(min=0)
 
 
