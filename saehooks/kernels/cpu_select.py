@@ -86,15 +86,18 @@ def candidates(row, bound, places):
     """Write the places of the scores of at least ``bound``, ascending; return how many."""
     found = 0
     d_sae = row.size
-    for start in range(0, d_sae, BLOCK):
-        part = row[start : min(start + BLOCK, d_sae)]
+    whole = d_sae // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
         hits = 0
-        for j in range(part.size):
-            hits += part[j] >= bound
+        for j in range(start, start + BLOCK):
+            hits += row[j] >= bound
         if hits:
-            for j in range(part.size):
-                places[found] = start + j
-                found += part[j] >= bound
+            for j in range(start, start + BLOCK):
+                places[found] = j
+                found += row[j] >= bound
+    for j in range(whole, d_sae):
+        places[found] = j
+        found += row[j] >= bound
     return found
 
 
@@ -114,10 +117,9 @@ def newton(work, size, tau):
         total = 0.0
         for j in range(size):
             x = work[j]
-            if x > tau:
-                work[kept] = x
-                kept += 1
-                total += x
+            work[kept] = x
+            kept += x > tau
+            total += x if x > tau else 0.0
         if kept == size or kept == 0:
             return tau
         tau = max(tau, (total - 1.0) / kept)
@@ -206,22 +208,18 @@ def topk_row(row, bits, maxima, work, places, k):
 def threshold_row(row, theta, places):
     """Places of the scores strictly above theta (d_sae,), or above its only element."""
     found = 0
-    d_sae = row.size
-    shared = theta.size == 1
-    for start in range(0, d_sae, BLOCK):
-        part = row[start : min(start + BLOCK, d_sae)]
+    if theta.size == 1:
+        # The scores above theta are those of at least the next number.
+        return candidates(row, np.nextafter(theta[0], np.float32(np.inf)), places)
+    for start in range(0, row.size, BLOCK):
+        stop = min(start + BLOCK, row.size)
         hits = 0
-        if shared:
-            for j in range(part.size):
-                hits += part[j] > theta[0]
-        else:
-            limits = theta[start : start + part.size]
-            for j in range(part.size):
-                hits += part[j] > limits[j]
+        for j in range(start, stop):
+            hits += row[j] > theta[j]
         if hits:
-            for j in range(part.size):
-                places[found] = start + j
-                found += part[j] > (theta[0] if shared else theta[start + j])
+            for j in range(start, stop):
+                places[found] = j
+                found += row[j] > theta[j]
     return found
 
 
