@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
 from saehooks.errors import ConfigError
@@ -46,9 +47,7 @@ class ConceptDictionary(Dictionary):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype)) if center else None
 
     def prepare(self, x: Tensor) -> Prepared:
-        centred = x if self.b_dec is None else x - self.b_dec
-        norm = centred.norm(dim=1)
-        return Prepared((centred / (norm + self.eps)[:, None]) @ self.W_k.T, norm)
+        return Prepared(*_Directions.apply(x, self.b_dec, self.W_k, self.eps))
 
     @property
     def keys(self) -> Tensor:
@@ -69,3 +68,41 @@ class ConceptDictionary(Dictionary):
     def initialise(self, x: Tensor) -> None:
         if self.b_dec is not None:
             self.b_dec.copy_(x.mean(0))
+
+
+class _Directions(torch.autograd.Function):
+    """``q = u @ W_k.T`` with u the direction of ``x - b_dec``, and its norm.
+
+    Written out because the gradient of b_dec alone, all that training on given activations needs, takes no product of
+    matrices: with c the centred rows and n their norms, dc = du / (n + eps) + (dn - u.du / (n + eps)) c / n, where
+    du = dq W_k and u.du = q.dq.
+    """
+
+    @staticmethod
+    def forward(ctx, x, b_dec, W_k, eps):
+        centred = x if b_dec is None else x - b_dec
+        norm = centred.norm(dim=1)
+        directions = centred / (norm + eps)[:, None]
+        queries = directions @ W_k.T
+        ctx.save_for_backward(directions, norm, queries, W_k)
+        ctx.eps = eps
+        return queries, norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_queries, d_norm):
+        directions, norm, queries, W_k = ctx.saved_tensors
+        shifted = norm + ctx.eps
+        along = (queries * d_queries).sum(1) / shifted
+        # c / n = u (n + eps) / n, which a row of zeros does not have.
+        along = torch.where(norm > 0, (d_norm - along) * shifted / norm, 0.0)
+        scaled = d_queries / shifted[:, None]
+        d_x = d_b = d_W = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.addcmul(scaled @ W_k, directions, along[:, None])
+            d_b = -d_x.sum(0) if ctx.needs_input_grad[1] else None
+        elif ctx.needs_input_grad[1]:
+            d_b = -(scaled.sum(0) @ W_k + along @ directions)
+        if ctx.needs_input_grad[2]:
+            d_W = d_queries.T @ directions
+        return d_x, d_b, d_W, None
