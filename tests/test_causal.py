@@ -126,7 +126,8 @@ def test_earlier_layers_run_once_for_each_batch(tiny_bridge, tokens):
     for layer in entered:
         mlp = tiny_bridge.blocks[layer].mlp.original_component
         mlp.register_forward_pre_hook(lambda *_, layer=layer: entered.update({layer: entered[layer] + 1}))
-    causal.ablate_sets(tiny_bridge, small_sae(32), tokens, last_logit, ablate={str(i): [i] for i in range(12)})
+    sets = {str(i): [i] for i in range(12)}
+    causal.ablate_sets(tiny_bridge, small_sae(32), tokens, last_logit, ablate=sets, batch_size=6)
     assert entered[0] == 1
     assert entered[2] > 4
 

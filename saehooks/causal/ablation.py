@@ -18,7 +18,7 @@ from saehooks.attach import attach
 from saehooks.causal.metric import Batch, Metric
 from saehooks.causal.progress import Bar
 from saehooks.causal.resume import Prefix
-from saehooks.causal.runs import Data, Inputs
+from saehooks.causal.runs import Data, Inputs, rows_at_once
 from saehooks.codes import Codes
 from saehooks.sae import SAE
 from saehooks.sites import Host, Site
@@ -113,7 +113,7 @@ class Ablator:
         clean = self.metric(run.output, batch).double().cpu()
         changed = clean.expand(len(table), -1).clone()
         ablations, sequences = self._touched(run, table)
-        size = self.batch_size or max(len(part.rows), 1)
+        size = self.batch_size or rows_at_once(tuple(part.inputs.shape[1:]))
         for start in range(0, len(ablations), size):
             which, rows = ablations[start : start + size], sequences[start : start + size]
             edited = Batch(part.inputs[rows], part.rows[rows], data.total, run.output, rows.to(run.output.device))

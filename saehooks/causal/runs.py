@@ -58,11 +58,16 @@ def as_data(host: Host, given: Any, batch_size: int | None = None) -> Data:
         raise ConfigError("there is nothing to measure: the data holds no sequence, or an empty one")
     batches = []
     for shape, rows in by_shape.items():
-        size = batch_size or (max(1, TOKENS_AT_ONCE // shape[0]) if len(shape) == 1 else IMAGES_AT_ONCE)
+        size = batch_size or rows_at_once(shape)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             batches.append(Inputs(torch.stack([pieces[row] for row in part]), torch.tensor(part)))
     return Data(batches, len(pieces))
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """Sequences of one shape in a forward, when nothing is said."""
+    return max(1, TOKENS_AT_ONCE // shape[0]) if len(shape) == 1 else IMAGES_AT_ONCE
 
 
 def _pieces(host: Host, given: Any) -> Iterator[Tensor]:
