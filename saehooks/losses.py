@@ -185,8 +185,8 @@ def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
 def under_used(sae: SAE, config: LossConfig) -> Tensor:
     """(n,) int64 latents far below the density that the Zipf curve expects at their rank.
 
-    The curve is fitted to the densities of the first half of the ranks. A latent counts once the curve expects it to have
-    fired five times, so that chance alone does not name it; dead latents are the extreme case. These rules
+    The curve is fitted to the densities of the first half of the ranks. A latent counts once the curve expects it
+    to have fired five times, so that chance alone does not name it; dead latents are the extreme case. These rules
     and the factor ``zipf_share`` are our reading of arXiv:2411.02124.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Dictionaries against dense formulations in float64, values and gradients; the Kronecker one against its explicit form."""
+"""Dictionaries against dense formulations in float64, values and gradients; kron against its explicit form."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_kron_forms_few_products(monkeypatch):
     sizes = []
     real = pairs.pairs_above
     monkeypatch.setattr(pairs, "pairs_above", lambda *given: sizes.append(real(*given)) or real(*given))
-    for m, n, heads in ((4, 4, 256), (64, 64, 1), (16, 16, 16)):
+    for m, n in ((4, 4), (64, 64), (16, 16)):
         sae = sh.SAE(32, 4096, "kron", "topk", k=16, m=m, n=n)
         sae.encode(torch.randn(50, 32))
         assert sizes[-1].scores.numel() / 50 < 256

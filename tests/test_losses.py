@@ -1,4 +1,4 @@
-"""Training losses: each term by hand or against a dense formulation, and what the auxiliary terms do for dead latents."""
+"""Training losses: each term by hand or against a dense formulation; what auxiliary terms do for dead latents."""
 
 from __future__ import annotations
 
