@@ -13,11 +13,12 @@ from saehooks.attach import read
 from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.progress import bar
-from saehooks.causal.rank import check_latents, find_site
+from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking, data_frame
 from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, device_of, runner
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
+from saehooks.place import find
 from saehooks.sae import SAE
 from saehooks.show import html, terminal
 from saehooks.show.values import number
@@ -97,7 +98,7 @@ def ablate_sets(
         ConfigError: no set, one name twice, or empty data. LatentError: a latent out of range.
     """
     host, measured = host_of(model), as_metric(metric)
-    site = find_site(host, sae, at, head)
+    site = find(host, sae, at, head)
     table, names = _table(sae, ablate or {}, keep or {})
     place = {"at": site.given, "head": site.head, "where": default_where(host, site, where)}
     data = as_data(host, tokens, batch_size)
@@ -250,7 +251,7 @@ def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
         options: ``at``, ``head``, ``where``, ``batch_size``, ``run``, as in `rank_latents`; others are ignored.
     """
     host = host_of(model)
-    site = find_site(host, sae, options.get("at"), options.get("head"))
+    site = find(host, sae, options.get("at"), options.get("head"))
     data: Data = as_data(host, tokens, options.get("batch_size"))
     where, call = default_where(host, site, options.get("where", DEFAULT)), options.get("run") or host.run
     counts = torch.zeros(sae.d_sae, dtype=torch.int64)

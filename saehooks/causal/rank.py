@@ -16,9 +16,9 @@ from saehooks.causal.progress import bar
 from saehooks.causal.ranking import ORDERS, Ranking
 from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
 from saehooks.edits import latent_list
-from saehooks.errors import ConfigError, LatentError, SiteError
+from saehooks.errors import ConfigError, LatentError
+from saehooks.place import find
 from saehooks.sae import SAE
-from saehooks.sites import Host, Site
 from saehooks.sites import host as host_of
 
 STEPS = 8
@@ -80,7 +80,7 @@ def rank_latents(
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     host, measured = host_of(model), as_metric(metric)
-    site = find_site(host, sae, at, head)
+    site = find(host, sae, at, head)
     data, call = as_data(host, tokens, batch_size), runner(host, run)
     place = {"at": site.given, "head": site.head, "where": default_where(host, site, where)}
     steps = STEPS if steps is None and measured.flat else steps
@@ -117,18 +117,6 @@ def rank_latents(
             "resumed_at_site": float(measure.resume and bool(measure.rows_run)),
         },
     )
-
-
-def find_site(host: Host, sae: SAE, at: str | None, head: int | None) -> Site:
-    """The site that is asked for, else the SAE's own.
-
-    Raises:
-        SiteError: neither is known.
-    """
-    name = at if at is not None else sae.hook_name
-    if name is None:
-        raise SiteError("this SAE does not know its site: pass at=..., one of the names in sh.sites(model)")
-    return host.site(name, sae.cfg.metadata.get("head") if at is None and head is None else head)
 
 
 def _candidates(sae: SAE, sums: Attribution, latents: Iterable[int] | None) -> Tensor:

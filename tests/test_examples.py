@@ -1,0 +1,49 @@
+"""The notebooks in examples/: they run from top to bottom, and are committed with their outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+LARGEST = 1_500_000
+"""Bytes of a notebook with its outputs."""
+
+nbformat = pytest.importorskip("nbformat")
+
+
+def test_there_are_notebooks():
+    """First steps, steering, live CE degradation, training and CLIP: each has its notebook."""
+    assert {"01_first_steps", "02_steering", "03_live_ce", "04_train_your_own"} <= {file.stem for file in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_outputs_are_committed(file):
+    """A reader sees results without running anything: no error, no path of the machine it ran on, not too large."""
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert outputs
+    assert [output for output in outputs if output.output_type == "error"] == []
+    text = file.read_text(encoding="utf-8")
+    assert "/tmp/" not in text
+    assert "site-packages" not in text
+    assert len(text) < LARGEST
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebooks_run(file, tmp_path, monkeypatch):
+    """Every cell runs, on the real small models, without a model hub."""
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
+    notebook = nbformat.read(file, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
