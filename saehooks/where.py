@@ -11,7 +11,8 @@
 The *prompt* is the first forward of a sequence. A forward belongs to the sequence before it when it
 continues its KV cache, or when, without a cache, its tokens are those of the forward before it and one
 more column. Negative positions and ``sh.last`` count from the end of the prompt, so that a generation
-edits the same places with and without the cache. For images, position 0 is the CLS token.
+edits the same places with and without the cache. For images, position 0 is the CLS token. Positions are
+columns: in a batch padded on the left, position 0 of a short text is padding.
 """
 
 from __future__ import annotations

@@ -295,6 +295,36 @@ def test_inference_mode_works(tiny, sae):
     assert trace.nmse > 0
 
 
+# ------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_an_sae_in_another_dtype(tiny, sae, dtype):
+    """The codes are in the SAE's dtype, the outputs in the model's, and untouched rows keep every bit."""
+    clean = tiny(X)
+    for block in (splice(tiny, sae.to(dtype), where=last), clamp(tiny, sae, {3: 2.0}, where=last, grads=True)):
+        with block as trace:
+            out = tiny(X)
+        assert trace.codes.values.dtype == trace.recons.dtype == dtype
+        assert out.dtype == torch.float32
+        assert torch.equal(out[:, :-1], clean[:, :-1])
+        assert not torch.equal(out[:, -1], clean[:, -1])
+
+
+def test_autocast_does_not_reach_into_the_sae(tiny, sae):
+    """Under autocast the model may compute in bf16; the SAE selects and decodes in its own dtype."""
+    tiny.site = nn.Identity()
+    with read(tiny, sae) as exact:
+        tiny(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        with read(tiny, sae) as cast:
+            tiny(X)
+        with splice(tiny, sae):
+            spliced = tiny(X)
+    assert torch.equal(cast.codes.values, exact.codes.values)
+    assert torch.equal(spliced, exact.recons)
+
+
 # ------------------------------------------------------------------------- bad input
 
 

@@ -42,7 +42,8 @@ class Attachment:
         """The hook: (batch, pos, d_in) in, its replacement out, or None to let the very same tensor flow."""
         check_width(self.sae, self.site, acts.shape[-1])
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
-        with torch.set_grad_enabled(graph), self.sae.inference():
+        exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
+        with torch.set_grad_enabled(graph), exact, self.sae.inference():
             codes = self.sae.encode(acts)
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view)

@@ -155,6 +155,14 @@ def attach(
         SiteError, WidthError, LatentError, WhereError, ConfigError: on entering, before any hook is registered;
             at the first forward, where only then it can be known.
         NeverFiredError: on leaving, when no forward went through a site.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+    >>> sae = SAE(d_in=8, d_sae=16, hook_name="0")
+    >>> with attach(model, sae, edits=edit.clamp({3: 2.0}), where=[0]) as trace:
+    ...     y = model(torch.randn(1, 3, 4))
+    >>> trace.edited.of(3)[0, 0]
+    tensor(2.)
     """
     if error not in ("keep", "drop"):
         raise ConfigError(f"error={error!r}; expected 'keep' or 'drop'")
