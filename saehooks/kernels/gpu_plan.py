@@ -15,16 +15,20 @@ class SelectPlan(NamedTuple):
     """Columns read at a time; also the number of groups, column mod tile, whose maxima bound the threshold."""
     cap: int
     """Candidates of a row kept aside; rows with more are read again."""
+    stream: int
+    """Columns read at a time in rows that are read again."""
     collect_warps: int
     finish_warps: int
 
 
 def select_plan(d_sae: int, k: int = 0) -> SelectPlan:
     """Launch shape for rows of ``d_sae`` scores, of which top-k wants ``k``."""
+    # 16 scores a thread: with 32 the compiler needs all 255 registers, and one program fills a multiprocessor.
     whole = power_of_two(d_sae)
-    tile = min(whole, max(128, min(8192, power_of_two(-(-d_sae // 4)))))
+    tile = min(whole, max(128, min(4096, power_of_two(-(-d_sae // 4)))))
     cap = min(whole, max(1024, min(8192, power_of_two(2 * k))))
-    return SelectPlan(tile, cap, max(1, min(8, tile // 1024)), max(1, min(8, cap // 512)))
+    warps = max(1, min(8, cap // 512))
+    return SelectPlan(tile, cap, min(whole, 512 * warps), max(1, tile // 512), warps)
 
 
 def power_of_two(n: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saehooks.codes import rows_of
 from saehooks.kernels import reference
@@ -33,7 +33,7 @@ class Columns(NamedTuple):
     """(room for segments,) int64, the column of each segment after the first."""
 
 
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=TensorWeakRef)
+_kept = WeakTensorKeyDictionary()
 
 
 def columns(indices: Tensor, offsets: Tensor, d_sae: int) -> Columns:

@@ -109,7 +109,7 @@ def settle(
     tau, quota, sizes = torch.empty_like(best), torch.empty_like(counts), torch.empty_like(counts)
     start = (source, source.stride(0), source if bias is None else bias)
     shared: dict[str, Any] = {"KIND": rule.kind, "BIASED": bias is not None, "STREAM": stream}
-    shared |= {"TILE": plan.tile, "CAP": plan.cap, "num_warps": plan.finish_warps}
+    shared |= {"TILE": plan.stream, "CAP": plan.cap, "num_warps": plan.finish_warps}
     kernels.finish[(rows,)](
         *start, values, counts, best, tau, quota, sizes, d_sae, rule.k, rule.slope, rule.power,
         LINEAR=rule.linear, **shared,

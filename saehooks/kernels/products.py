@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saehooks.kernels.deferred import take
 from saehooks.kernels.dispatch import path
 
 
@@ -63,7 +64,7 @@ class _Sddmm(torch.autograd.Function):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             d_left = kernels.spmm(grad, indices, offsets, table)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and not take(table, grad, indices, offsets, left):
             d_table = kernels.spmm_transposed(grad, indices, offsets, left, table.shape[0])
         if ctx.needs_input_grad[2]:
             d_bias = _sum_by_latent(grad, indices, offsets, table.shape[0])
@@ -93,6 +94,6 @@ class _Spmm(torch.autograd.Function):
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             d_values = kernels.sddmm(grad, table, indices, offsets).to(values.dtype)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and not take(table, values, indices, offsets, grad):
             d_table = kernels.spmm_transposed(values, indices, offsets, grad, table.shape[0])
         return d_values, None, None, d_table

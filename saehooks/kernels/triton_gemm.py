@@ -63,11 +63,16 @@ def scores_above(
     real = (row < rows)[:, None] & (other < others)[None, :]
     # Not "z >= bound": a NaN on either side must be seen.
     hit = real & ((z < bound[:, None]) == 0)
-    wide_row = row.to(tl.int64)[:, None] + tl.zeros((ROWS, LATENTS), tl.int64)
-    slot = tl.atomic_add(COUNTS + wide_row, 1, mask=hit, sem="relaxed")
-    kept = hit & (slot < CAP)
-    tl.store(VALUES + wide_row * CAP + slot, z, mask=kept)
-    tl.store(PLACES + wide_row * CAP + slot, latent[None, :] + tl.zeros((ROWS, LATENTS), tl.int32), mask=kept)
+    if tl.sum(tl.sum(hit.to(tl.int32), 1), 0) > 0:
+        N: tl.constexpr = ROWS * LATENTS
+        flat = tl.reshape(z, (N,))
+        hits = tl.reshape(hit, (N,))
+        rows_of = tl.reshape(row[:, None] + tl.zeros((ROWS, LATENTS), tl.int32), (N,)).to(tl.int64)
+        place = tl.reshape(latent[None, :] + tl.zeros((ROWS, LATENTS), tl.int32), (N,))
+        slot = tl.atomic_add(COUNTS + rows_of, 1, mask=hits, sem="relaxed")
+        kept = hits & (slot < CAP)
+        tl.store(VALUES + rows_of * CAP + slot, flat, mask=kept)
+        tl.store(PLACES + rows_of * CAP + slot, place, mask=kept)
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from test_select import (  # noqa: F401
     test_empty_batches_and_one_latent,
     test_rows_without_a_finite_maximum_keep_their_argmax_alone,
     test_selection_by_hand,
-    test_selection_from_queries_equals_selection_from_scores,
     test_sparsemax_is_exact,
     test_strides_of_the_scores_do_not_matter,
     test_threshold_takes_what_is_above,
@@ -70,7 +71,11 @@ def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, ru
     expected = reference.select(scores, rule)
     if isinstance(rule, TopK):  # the reference breaks ties as torch.topk does
         expected = select_rows(scores, rule)
-    monkeypatch.setattr(gpu_select, "select_plan", lambda d_sae, k: SelectPlan(64, 16, 1, 1))
+    monkeypatch.setattr(
+        gpu_select,
+        "select_plan",
+        lambda d_sae, k: SelectPlan(tile=64, cap=16, stream=32, collect_warps=1, finish_warps=1),
+    )
     found = select_rows(scores, rule)
     assert same(found, expected)
     assert torch.equal(found.scores, scores[kernels_rows(found), found.indices])
@@ -106,7 +111,7 @@ def test_selection_without_writing_the_scores_is_the_same(path, device, rule, bi
     made = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(5, 40, generator=made).to(device) * 0.4, torch.randn(300, 40, generator=made).to(device)
     bias = torch.randn(300, generator=made).to(device) if biased else None
-    plan = GemmPlan(step=8, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=64)
+    plan = GemmPlan(step=4, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=64)
     described = gpu_select.describe(rule, 300, device)
     found = gpu_scores.select_unwritten(queries, keys, described, bias, plan)
     scores = queries @ keys.T + (0 if bias is None else bias)
@@ -117,6 +122,71 @@ def test_selection_without_writing_the_scores_is_the_same(path, device, rule, bi
     assert gpu_scores.select_unwritten(queries, keys, described, bias, plan._replace(cap=2)) is None, "too many for it"
     queries[3, 2] = float("nan")
     assert gpu_scores.select_unwritten(queries, keys, described, bias, plan) is None, "a NaN is left to the other form"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_selection_from_queries_is_that_of_scores_in_float32(path, device, dtype, monkeypatch):
+    """Half-precision queries are scored with float32 sums, chunk by chunk; scores beyond float16 stay finite."""
+    from saehooks.kernels import gpu_scores
+
+    queries, keys = torch.randn(5, 16, device=device).to(dtype), torch.randn(90, 16, device=device).to(dtype)
+    bias = torch.randn(90, device=device).to(dtype)
+    queries[2] *= 30_000  # scores beyond the range of float16
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = queries.to(wide) @ keys.to(wide).T + bias.to(wide)
+    assert scores.isfinite().all()
+    monkeypatch.setattr(gpu_scores, "score_rows", lambda rows, d_sae: 2)
+    found = kernels.select(queries, keys, Sparsemax(), bias)
+    assert same(found, reference.select(scores, Sparsemax()))
+    assert dtype == torch.float64 or found.scores.dtype == torch.float32
+
+
+def test_medium_matmul_precision_scores_float32_in_bfloat16(path, device):
+    """torch's own switch decides; sums and thresholds stay float32."""
+    queries, keys = torch.randn(3, 32, device=device), torch.randn(90, 32, device=device)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = kernels.select(queries, keys, Sparsemax())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    scores = queries.bfloat16().float() @ keys.bfloat16().float().T
+    assert same(found, reference.select(scores, Sparsemax()))
+
+
+def test_tensors_on_different_devices_are_refused(path, device):
+    """The error names the devices and what to write."""
+    with pytest.raises(ConfigError, match=r"live on .* and .*: move them to one device"):
+        kernels.spmm(
+            torch.zeros(1), torch.zeros(1, dtype=torch.long), torch.tensor([0, 1]), torch.zeros(3, 4, device="meta")
+        )
+
+
+def test_an_unsupported_gpu_falls_back_with_one_warning(monkeypatch):
+    """Whatever keeps the kernels from running, plain torch serves the device and says so once."""
+    from saehooks.kernels import dispatch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    dispatch._has_kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"do not run on cuda:7 .*compute capability \(7, 0\).*plain torch"):
+        assert not dispatch._has_kernels(torch.device("cuda:7"))
+    dispatch._has_kernels.cache_clear()
+
+
+def test_cpu_tensors_need_the_interpreter():
+    """Forced onto CPU tensors without it, the path says what to set instead of failing inside Triton."""
+    if DEVICE == "cuda":
+        pytest.skip("needs no GPU")
+    code = (
+        "import torch; from saehooks import kernels\n"
+        "try:\n    kernels.select_rows(torch.zeros(2, 3), kernels.Sparsemax())\n"
+        "except kernels.dispatch.ConfigError as error: print(error)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**env, "SAEHOOKS_KERNELS": "gpu"}
+    )
+    assert "TRITON_INTERPRET=1" in done.stdout, done.stderr
 
 
 def test_a_capacity_gives_codes_of_a_fixed_size(path, device):

@@ -1,0 +1,124 @@
+"""Adam for SAEs: on a GPU the gradient of a table goes from its sparse sums into the update, and never to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehooks.errors import ConfigError
+from saehooks.kernels import path
+from saehooks.kernels.deferred import Contribution, Deferred, deferring
+from saehooks.sae import SAE
+
+
+class TableAdam(torch.optim.Adam):
+    """``torch.optim.Adam(fused=True)`` that can leave the gradients of an SAE's tables unwritten.
+
+    Backward passes run inside `deferring` keep the tables' gradients as sparse sums; `step` reads them there. What
+    the update computes is Adam, with both running means in float32; a checkpoint of one loads into the other. A table
+    that also got a gradient in the usual way, or from more than two sums, is updated from the written gradient.
+    Anything that changes gradients between backward and step (clipping, the unit-norm decoder) needs them written:
+    leave `deferring` out, or call `write_gradients`.
+
+    Args:
+        sae: whose parameters are trained.
+        **settings: of ``torch.optim.Adam``: lr, betas, eps, weight_decay.
+    Raises:
+        ConfigError: amsgrad or maximize, which the fused update does not know.
+
+    >>> sae = SAE(d_in=8, d_sae=32)
+    >>> optimizer = TableAdam(sae, lr=1e-3)
+    >>> x = torch.randn(16, 8)
+    >>> with optimizer.deferring():
+    ...     (sae(x).recons - x).square().sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(self, sae: SAE, **settings: Any) -> None:
+        unknown = sorted(set(settings) - {"lr", "betas", "eps", "weight_decay"})
+        if unknown:
+            raise ConfigError(f"TableAdam takes lr, betas, eps and weight_decay, got also {', '.join(unknown)}")
+        self._sae = sae
+        self._deferred: Deferred | None = None
+        super().__init__(sae.parameters(), fused=True, capturable=sae.device.type == "cuda", **settings)
+
+    @property
+    def tables(self) -> list[torch.nn.Parameter]:
+        """The parameters whose gradients can be left unwritten: one row of memory a latent."""
+        wanted = (self._sae.d_sae, self._sae.d_in)
+        return [p for p in self._sae.parameters() if p.requires_grad and tuple(_rows_of_latents(p).shape) == wanted]
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Backward passes inside leave the tables' gradients unwritten, where the path has a kernel for that."""
+        tables = [p for p in self.tables if _fused(p)]
+        if self._deferred is None:
+            self._deferred = Deferred(tables)
+        with deferring(self._deferred):
+            yield
+
+    def write_gradients(self) -> None:
+        """Write what was deferred into ``.grad``, as a plain backward pass does."""
+        for p in self.tables:
+            self._write(p, self._taken(p))
+
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters; a step whose ``found_inf`` is set changes nothing."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._step_table(p, group)
+        self._deferred = None
+        super().step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, the deferred ones too."""
+        self._deferred = None
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def _step_table(self, p: Tensor, group: dict[str, Any]) -> None:
+        found = self._taken(p)
+        if not found:
+            return
+        if p.grad is not None or len(found) > 2:
+            self._write(p, found)
+            return
+        from saehooks.kernels import gpu_adam  # needs Triton
+
+        state, skip = self.state[p], getattr(self, "found_inf", None)
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p).float(), torch.zeros_like(p).float()
+        state["step"] += 1 if skip is None else 1 - skip
+        rows = (_rows_of_latents(tensor) for tensor in (p, state["exp_avg"], state["exp_avg_sq"]))
+        table, mean, square = rows
+        gpu_adam.update(table, mean, square, found, gpu_adam.numbers(group, state["step"], skip))
+
+    def _taken(self, p: Tensor) -> list[Contribution]:
+        return [] if self._deferred is None else self._deferred.pop(p)
+
+    @torch.no_grad()
+    def _write(self, p: Tensor, found: list[Contribution]) -> None:
+        for one in found:
+            values, indices, offsets, left = one
+            grad = path(left).spmm_transposed(values, indices, offsets, left, self._sae.d_sae).to(p.dtype)
+            grad = grad if grad.shape == p.shape and p.stride(-1) == 1 else grad.T
+            p.grad = grad if p.grad is None else p.grad + grad
+
+
+def _rows_of_latents(p: Tensor) -> Tensor:
+    """A table as (d_sae, d) with contiguous rows, whichever way it is stored; other tensors as they are."""
+    return p.T if p.dim() == 2 and p.stride(1) != 1 and p.stride(0) == 1 else p
+
+
+def _fused(p: Tensor) -> bool:
+    return path(p).__name__.endswith(".gpu") and p.dtype != torch.float64
