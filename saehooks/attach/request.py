@@ -83,7 +83,8 @@ def _warn_if_foreign(sae: SAE, host: Host) -> None:
     if then and now and _bare(then) != _bare(now):
         warnings.warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}", stacklevel=5)
     then, now = metadata.get("processing") or {}, here.get("processing") or {}
-    differing = [f"{k}={then[k]!r} there, {now[k]!r} here" for k in then if k in now and then[k] != now[k]]
+    known = [k for k in then if then[k] is not None and now.get(k) is not None]
+    differing = [f"{k}={then[k]!r} there, {now[k]!r} here" for k in known if then[k] != now[k]]
     if differing:
         warnings.warn(
             "this SAE was trained on a model whose weights were processed differently, which changes the activations: "
