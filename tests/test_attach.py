@@ -415,7 +415,10 @@ def test_another_model_or_processing_is_warned_about(tiny_bridge):
 def test_the_same_model_is_not_warned_about(tiny_bridge):
     """Another organisation's copy of the same model is the same model."""
     sae = SAE(d_in=32, d_sae=64, hook_name=SITE)
-    sae.cfg.metadata |= {"model_name": f"org/{tiny_bridge.cfg.model_name}", "processing": {"folded": False, "centered": None}}
+    sae.cfg.metadata |= {
+        "model_name": f"org/{tiny_bridge.cfg.model_name}",
+        "processing": {"folded": False, "centered": None},
+    }
     with warnings.catch_warnings(), read(tiny_bridge, sae):
         warnings.simplefilter("error")
         tiny_bridge(TOKENS)
