@@ -1,0 +1,397 @@
+"""Train every architecture of the grid side by side on one stream of activations, and compare.
+
+    python recipes/compare_architectures.py --smoke                 # two minutes, to see it work
+    python recipes/compare_architectures.py                         # SmolLM2, d_sae 1536 and 3072
+    python recipes/compare_architectures.py --model gpt2 --at blocks.8.hook_resid_pre --d-sae 6144
+
+The model is run over the text once; its activations are kept in --out and every preset trains on the same batches in
+the same order. Kill it whenever you like: the same command goes on where it was. Writes table.csv, table.md and
+comparison.png. Nothing is tuned per preset: one learning rate, one schedule; presets with a k get --k, and the
+penalties of relu, gated and transformer_relu (their l1) and jumprelu (its l0 target) follow the same --k by rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import saehooks as sh
+from saehooks import presets
+from saehooks.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from saehooks.demo.open import open_model
+from saehooks.losses import LossConfig, default_loss
+from saehooks.sites import host
+from saehooks.storage import read_safetensors
+from saehooks.stream import AFTER_FIRST, TokenBatches, harvest
+from saehooks.trainer import TrainConfig, Trainer
+
+# One line an arm: preset, settings of the SAE ("k" stands for --k), terms of the loss that differ from the preset's.
+ARMS = {
+    "topk, k/2": ("topk", {"k": 0.5}, {}),
+    "topk": ("topk", {"k": 1.0}, {}),
+    "topk, 2k": ("topk", {"k": 2.0}, {}),
+    "topk without aux_k": ("topk", {"k": 1.0}, {"aux_k": 0.0}),
+    "batchtopk": ("batchtopk", {"k": 1.0}, {}),
+    "mutual_choice": ("mutual_choice", {"k": 1.0}, {}),
+    "mutual_choice without aux_zipf": ("mutual_choice", {"k": 1.0}, {"aux_zipf": 0.0}),
+    "feature_choice": ("feature_choice", {"k": 1.0}, {}),
+    "relu": ("relu", {}, {"l1": "matched"}),
+    "gated": ("gated", {}, {"l1": "matched"}),
+    "jumprelu": ("jumprelu", {"start_l0": 2.0}, {"l0": 1.0, "l0_target": 1.0}),
+    "transformer_relu": ("transformer_relu", {}, {"l1": "matched"}),
+    "mlp_sparsemax": ("mlp_sparsemax", {}, {}),
+    "sparsemax": ("sparsemax", {}, {}),
+    "entmax 1.5": ("entmax", {}, {}),
+    "kron": ("kron", {"k": 1.0}, {}),
+}
+L1_START, L1_RATE = 0.03, 0.03  # an l1 that follows --k: times exp(rate * log(L0 / k)), the log held within 1
+
+
+def settings() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a Hugging Face name")
+    parser.add_argument("--at", default="blocks.15.hook_resid_post", help="the site")
+    parser.add_argument("--d-sae", type=int, nargs="+", default=[1536, 3072], help="dictionary sizes")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="which arms")
+    parser.add_argument("--tokens", type=int, default=400_000, help="tokens to train on")
+    parser.add_argument("--passes", type=int, default=2, help="how often each activation is used")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--k", type=int, default=32, help="latents per token where an arm has such a number")
+    parser.add_argument("--eval-tokens", type=int, default=16_384, help="held-out tokens for NMSE and L0")
+    parser.add_argument("--ce-tokens", type=int, default=4096, help="of which so many for cross-entropy")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/compare"))
+    parser.add_argument("--smoke", action="store_true", help="small everything, two minutes")
+    chosen = parser.parse_args()
+    if chosen.smoke:
+        chosen.d_sae, chosen.tokens, chosen.passes, chosen.batch_size = [768], 16_384, 1, 512
+        chosen.eval_tokens, chosen.ce_tokens, chosen.out = 2048, 512, Path("out/compare-smoke")
+    return chosen
+
+
+# ------------------------------------------------------------------------- the stream
+
+
+def stream(options: argparse.Namespace, opened, split: str, tokens: int) -> Tensor:
+    """Activations of one split, (n, d_in) float16: harvested once, in parts, so that a killed run goes on."""
+    folder = options.out / "stream"
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = opened.batches(argparse.Namespace(context=256, sequences=8), split, None, None, tokens)
+    parts, size = [], 16
+    for start in range(0, len(batches), size):
+        file = folder / f"{split}-{tokens}-{start:05d}.npy"
+        if not file.exists():
+            some = list(batches)[start : start + size]
+            rows = torch.cat(list(harvest(opened.model, some, options.at))).half().numpy()
+            np.save(file.with_suffix(".part.npy"), rows)
+            file.with_suffix(".part.npy").rename(file)
+            print(f"{split}: {min(start + size, len(batches))} of {len(batches)} batches", flush=True)
+        parts.append(torch.from_numpy(np.load(file)))
+    return torch.cat(parts)
+
+
+def batch_of(rows: Tensor, step: int, options: argparse.Namespace) -> Tensor:
+    """The batch of a step: each pass is a permutation of its own, the same for every arm."""
+    per_pass = len(rows) // options.batch_size
+    order = np.random.default_rng((options.seed, step // per_pass)).permutation(len(rows))
+    start = step % per_pass * options.batch_size
+    return rows[order[start : start + options.batch_size]].float()
+
+
+# --------------------------------------------------------------------------- the arms
+
+
+@dataclass
+class Arm:
+    """One SAE in training."""
+
+    name: str
+    d_sae: int
+    trainer: Trainer
+    folder: Path
+    follows_k: bool
+    """Whether its l1 coefficient is moved so that L0 nears --k."""
+    peak_mb: float = math.nan
+
+    def step(self, x: Tensor, k: int) -> None:
+        loss = self.trainer.step(x)
+        if self.follows_k:
+            excess = math.log(max(1e-3, float(loss.stages.codes.sizes.double().mean())) / k)
+            config = self.trainer.loss_config
+            rate = math.exp(L1_RATE * max(-1.0, min(1.0, excess)))
+            self.trainer.loss_config = replace(config, l1=config.l1 * rate)
+
+
+def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, options: argparse.Namespace) -> Arm:
+    """A new arm, or one that goes on from its checkpoint."""
+    preset, given, terms = ARMS[name]
+    given = {key: round(value * options.k) if key in ("k", "start_l0") else value for key, value in given.items()}
+    torch.manual_seed(options.seed)
+    sae = presets.PRESETS[preset](d_in, d_sae, **given)
+    follows_k = terms.get("l1") == "matched"
+    terms = {**terms, **({"l1": L1_START} if follows_k else {})}
+    if "l0_target" in terms:
+        terms["l0_target"] *= options.k
+    loss = replace(default_loss(sae), dead_after=min(50_000, steps * options.batch_size // 8), **terms)
+    config = TrainConfig(lr=options.lr, batch_size=options.batch_size, steps=steps, seed=options.seed, loss=loss)
+    trainer = Trainer(sae, replace(config, buffer_rows=2 * options.batch_size, warmup_steps=min(50, steps // 10)))
+    folder = options.out / "arms" / f"{name.replace(' ', '_').replace('/', '')}-{d_sae}".replace(",", "")
+    if (folder / CHECKPOINT).exists():
+        facts = read_safetensors(folder / CHECKPOINT)[1] or {}
+        trainer.loss_config = LossConfig(**facts["config"]["loss"])
+        load_checkpoint(trainer, folder)
+    else:
+        sae.initialise(sample)
+    return Arm(name, d_sae, trainer, folder, follows_k)
+
+
+def peak_mb_of(action) -> float:
+    """MB by which the process grows while an action runs, at most; not a number where the system does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        action()
+        return max(0.0, memory("VmHWM") - before)
+    except OSError:
+        action()
+        return math.nan
+
+
+def memory(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def train(arms: list[Arm], rows: Tensor, steps: int, options: argparse.Namespace) -> None:
+    """All arms through the same batches, checkpoints on the way."""
+    started, first = time.perf_counter(), min(arm.trainer.steps for arm in arms)
+    for step in range(first, steps):
+        x = batch_of(rows, step, options)
+        for arm in arms:
+            if arm.trainer.steps > step:
+                continue
+            if step == 5:
+                arm.peak_mb = peak_mb_of(lambda arm=arm, x=x: arm.step(x, options.k))
+                arm.trainer.sae.cfg.metadata["peak_mb"] = arm.peak_mb
+            else:
+                arm.step(x, options.k)
+        if (step + 1) % options.checkpoint_every == 0 or step + 1 == steps:
+            for arm in arms:
+                save_checkpoint(arm.trainer, arm.folder)
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            left = (time.perf_counter() - started) / (step + 1 - first) * (steps - step - 1)
+            print(f"step {step + 1} of {steps}, {left / 60:.1f} minutes left", flush=True)
+
+
+# ------------------------------------------------------------------------- measuring
+
+
+def evaluate(arm: Arm, rows: Tensor) -> dict:
+    """NMSE, FVU, L0 with its distribution and dead latents on held-out rows; cost of a step."""
+    found = arm.trainer.evaluate(rows.float())
+    with arm.trainer.sae.inference(), torch.no_grad():
+        sizes = torch.cat([arm.trainer.sae.encode(part.float()).sizes for part in rows.split(4096)]).double()
+    quantiles = sizes.quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+    seconds = arm.trainer.seconds["sae"] + arm.trainer.seconds["optimizer"]
+    sae = arm.trainer.sae
+    encoder = sum(p.numel() for name, p in sae.dictionary.named_parameters() if name in ("W_enc", "P", "Q", "C", "W_k"))
+    return {
+        **found,
+        "dead_in_training": arm.trainer.dead,
+        "dead_share": found["dead"] / arm.d_sae,
+        "support_quantiles": quantiles,
+        "ms_per_step": 1000 * seconds / max(1, arm.trainer.steps),
+        "encode_ms": encode_ms(sae, rows),
+        "peak_mb": sae.cfg.metadata.get("peak_mb", math.nan),
+        "encoder_parameters": encoder,
+        "l1": arm.trainer.loss_config.l1,
+        "steps": arm.trainer.steps,
+    }
+
+
+def encode_ms(sae: sh.SAE, rows: Tensor, n: int = 1024) -> float:
+    """Milliseconds to encode 1024 rows, the best of five."""
+    x, times = rows[:n].float(), []
+    with sae.inference(), torch.no_grad():
+        for _ in range(5):
+            started = time.perf_counter()
+            sae.encode(x)
+            times.append(time.perf_counter() - started)
+    return 1000 * min(times)
+
+
+@torch.no_grad()
+def cross_entropy(model, tokens: Tensor) -> float:
+    losses = [float(model(part, return_type="loss")) * len(part) for part in tokens.split(8)]
+    return sum(losses) / len(tokens)
+
+
+def reference_ce(model, at: str, tokens: Tensor) -> dict[str, float]:
+    """Cross-entropy of the untouched model, and with zeros at the site (but for the first position)."""
+
+    def zero(acts: Tensor) -> Tensor:
+        return torch.cat([acts[:, :1], torch.zeros_like(acts[:, 1:])], dim=1)
+
+    clean = cross_entropy(model, tokens)
+    handle = host(model).site(at).hook(zero)
+    try:
+        return {"ce_clean": clean, "ce_zero": cross_entropy(model, tokens)}
+    finally:
+        handle.remove()
+
+
+def ce_of(model, sae: sh.SAE, at: str, tokens: Tensor) -> float:
+    with sh.splice(model, sae, at=at, where=AFTER_FIRST):
+        return cross_entropy(model, tokens)
+
+
+# ------------------------------------------------------------------- table and picture
+
+
+def at_same_l0(rows: list[dict]) -> None:
+    """NMSE of TopK at each row's own L0: between (or beyond) the three TopK arms, straight in logarithms."""
+    for row in rows:
+        curve = sorted((r["l0"], r["nmse"]) for r in rows if r["d_sae"] == row["d_sae"] and r["arm"] in list(ARMS)[:3])
+        row["topk_at_l0"] = math.nan
+        if len(curve) < 2 or row["l0"] <= 0:
+            continue
+        x, (xs, ys) = math.log(row["l0"]), np.log(np.array(curve)).T
+        i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
+        slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+        row["topk_at_l0"] = math.exp(ys[i - 1] + slope * (x - xs[i - 1]))
+
+
+COLUMNS = {
+    "arm": "{}",
+    "d_sae": "{}",
+    "nmse": "{:.4f}",
+    "topk_at_l0": "{:.4f}",
+    "fvu": "{:.4f}",
+    "l0": "{:.1f}",
+    "l0_q05": "{}",
+    "l0_median": "{}",
+    "l0_q95": "{}",
+    "dead": "{}",
+    "ce_spliced": "{:.4f}",
+    "ce_degradation": "{:.4f}",
+    "ce_recovered": "{:.4f}",
+    "ms_per_step": "{:.0f}",
+    "encode_ms": "{:.1f}",
+    "peak_mb": "{:.0f}",
+    "encoder_parameters": "{}",
+    "steps": "{}",
+}
+
+
+def write_tables(rows: list[dict], facts: dict, options: argparse.Namespace) -> None:
+    with (options.out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        lines.append("| " + " | ".join(form.format(row.get(name, math.nan)) for name, form in COLUMNS.items()) + " |")
+    (options.out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(19, 6), width_ratios=[1, 1, 1.3])
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(ARMS)}
+    sizes = sorted({row["d_sae"] for row in rows})
+    for axis, key, label in ((axes[0], "nmse", "NMSE"), (axes[1], "ce_degradation", "CE degradation (nats)")):
+        for row in rows:
+            marker = "os^D"[sizes.index(row["d_sae"]) % 4]
+            axis.plot(row["l0"], row[key], marker, color=colours[row["arm"]], markersize=8)
+            if row["d_sae"] == sizes[-1]:
+                axis.annotate(row["arm"], (row["l0"], row[key]), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        for d_sae in sizes:
+            curve = sorted((r["l0"], r[key]) for r in rows if r["d_sae"] == d_sae and r["arm"] in list(ARMS)[:3])
+            axis.plot(*zip(*curve, strict=True), "-", color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="L0 (mean support size)", ylabel=label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_title(", ".join(f"{'os^D'[i]}: d_sae {d}" for i, d in enumerate(sizes)).replace("o:", "circle:"))
+    shown = [row for row in rows if row["d_sae"] == sizes[-1]]
+    for place, row in enumerate(shown):
+        q = row["support_quantiles"]
+        axes[2].plot([q[1], q[-2]], [place, place], "-", color=colours[row["arm"]], linewidth=2)
+        axes[2].plot([q[5], q[15]], [place, place], "-", color=colours[row["arm"]], linewidth=7)
+        axes[2].plot(q[10], place, "|", color="black", markersize=12)
+    axes[2].set_yticks(range(len(shown)), [row["arm"] for row in shown], fontsize=8)
+    axes[2].set(xscale="symlog", xlabel="support size of a token: 5, 25, 50, 75, 95%", title=f"d_sae {sizes[-1]}")
+    axes[2].grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    options = settings()
+    options.out.mkdir(parents=True, exist_ok=True)
+    opened = open_model(options.model)
+    train_rows = stream(options, opened, "train", options.tokens)
+    eval_rows = stream(options, opened, "eval", options.eval_tokens)
+    steps = len(train_rows) // options.batch_size * options.passes
+    d_in = train_rows.shape[1]
+    print(
+        f"{len(train_rows)} activations of width {d_in}, {steps} steps for each of {len(options.arms)} arms", flush=True
+    )
+    sample = batch_of(train_rows, 0, replace_batch(options, 8192))
+    arms = [make_arm(name, d_sae, d_in, steps, sample, options) for d_sae in options.d_sae for name in options.arms]
+    train(arms, train_rows, steps, options)
+
+    tokens = torch.cat(list(eval_batches(opened, options)))
+    references = reference_ce(opened.model, options.at, tokens)
+    rows = []
+    for arm in arms:
+        file = arm.folder / "result.json"
+        if not file.exists():
+            spliced = ce_of(opened.model, arm.trainer.sae, options.at, tokens)
+            file.write_text(json.dumps({**evaluate(arm, eval_rows), "ce_spliced": spliced}))
+        row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **references}
+        row["ce_degradation"] = row["ce_spliced"] - row["ce_clean"]
+        row["ce_recovered"] = (row["ce_zero"] - row["ce_spliced"]) / (row["ce_zero"] - row["ce_clean"])
+        rows.append(row)
+        figures = f"NMSE {row['nmse']:.4f}  L0 {row['l0']:.1f}  CE +{row['ce_degradation']:.4f}"
+        print(f"{arm.name:32s} {arm.d_sae:6d}  {figures}", flush=True)
+    at_same_l0(rows)
+    facts = {
+        "model": f"{options.model}, {options.at}, positions 1..",
+        "training": f"{len(train_rows)} tokens, {options.passes} passes, {steps} steps of {options.batch_size}, "
+        f"Adam lr {options.lr}, k {options.k}",
+        "held out": f"{len(eval_rows)} tokens; cross-entropy on {tokens.numel()} tokens: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in references.items()),
+        "topk_at_l0": "NMSE of TopK at the same L0, from its three arms",
+        "sizes": "dead: latents that fired on none of the held-out tokens; peak_mb: growth of the process in one step",
+    }
+    write_tables(rows, facts, options)
+    (options.out / "settings.json").write_text(json.dumps({**vars(options), "out": str(options.out)}, indent=2))
+    draw(rows, options.out / "comparison.png")
+    print(f"wrote {options.out / 'table.md'}, table.csv and comparison.png")
+
+
+def replace_batch(options: argparse.Namespace, size: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "batch_size": size})
+
+
+def eval_batches(opened, options: argparse.Namespace) -> TokenBatches:
+    return opened.batches(argparse.Namespace(context=256, sequences=8), "eval", None, None, options.ce_tokens)
+
+
+if __name__ == "__main__":
+    main()
