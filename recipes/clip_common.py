@@ -113,7 +113,9 @@ def _from_npz(path: Path, split: str, preprocess: Callable[[Any], Tensor]) -> Ph
 
 
 def _from_folder(path: Path, split: str, preprocess: Callable[[Any], Tensor]) -> Photos:
-    below = [path / name for name in ((split, "val", "valid") if split == "test" else (split,)) if (path / name).is_dir()]
+    below = [
+        path / name for name in ((split, "val", "valid") if split == "test" else (split,)) if (path / name).is_dir()
+    ]
     root = below[0] if below else path
     names = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     files, labels, broken = [], [], []
@@ -142,7 +144,9 @@ def _is_readable(file: Path) -> bool:
 
 
 def _warn_of_missing(labels: Tensor, names: list[str], split: str) -> None:
-    empty = [name for name, n in zip(names, torch.bincount(labels, minlength=len(names)).tolist(), strict=True) if not n]
+    empty = [
+        name for name, n in zip(names, torch.bincount(labels, minlength=len(names)).tolist(), strict=True) if not n
+    ]
     if empty:
         say(f"no {split} pictures of {', '.join(empty)}: those classes keep their prompt and get no row")
 
@@ -205,7 +209,7 @@ def class_token_and(patches: int, seed: int) -> Callable[[Any, Any], Tensor]:
 
 
 def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (n, 3, height, width) moved by up to a tenth of their size, the border mirrored, half of them flipped."""
+    """Pictures (n, 3, height, width) moved by up to a tenth of their size, borders mirrored, half of them flipped."""
     n, _, height, width = pixels.shape
     margin = max(1, height // 10)
     wide = torch.nn.functional.pad(pixels, (margin,) * 4, mode="reflect")

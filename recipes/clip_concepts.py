@@ -8,8 +8,9 @@ For each latent: the five photos on which it is strongest, each above the same p
 fires. For each photo: its strongest latents, and how many latents each patch uses, as a map; then the photos whose
 patches use most latents, and fewest.
 
-Which latents are shown, unless --latents says: for each class the --per-class ones that fire most more often on it
-than on other classes, and --random drawn from all that fire on at least five photos. None is chosen by its looks.
+Which latents are shown, unless --latents says: for each class those whose share of class tokens, then of patches, on
+which they fire exceeds that on other classes most (--per-class of each), and --random ones of all that fire on at
+least five photos. None is chosen by its looks.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ from saehooks.show import html
 SIDE = 64
 """Largest side of a picture on the page, in stored pixels; the browser enlarges it."""
 
+TOKEN = "Latents of the class token: strongest there"
+PATCHES = "Latents of patches: strongest on any patch"
+RANDOM = "Latents drawn at random: strongest on any patch"
+
 STYLE = """<style>
 .concepts{display:grid;grid-template-columns:repeat(auto-fill,minmax(27em,1fr));gap:1.4em 2em}
 .concept figure{margin:0}.concept img{image-rendering:pixelated;width:100%;border-radius:3px}
@@ -46,13 +51,15 @@ STYLE = """<style>
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR")
+    parser.add_argument(
+        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
+    )
     parser.add_argument("--sae", default=str(ASSETS / "sae-tinyclip-l4"), help="folder or hub id")
     parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
     parser.add_argument("--split", default="test", choices=["train", "test"])
     parser.add_argument("--limit", type=int, help="at most so many photos")
     parser.add_argument("--latents", type=int, nargs="+", help="show these")
-    parser.add_argument("--per-class", type=int, default=2)
+    parser.add_argument("--per-class", type=int, default=1)
     parser.add_argument("--random", type=int, default=10)
     parser.add_argument("--photos", type=int, default=8, help="photos whose own latents are shown")
     parser.add_argument("--out", type=Path, default=Path("out/clip_concepts.html"))
@@ -65,16 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     photos = load_photos(args.data, args.split, opened.preprocess).first(args.limit)
     survey = look(opened.model, sae, photos)
     chosen = choose(survey, photos, args)
-    say(f"drawing {len(chosen)} latents over {len(survey.peak)} photos")
-    cards, others = [], []
-    for latent, why in chosen:
-        (cards if why == "asked for" or why.startswith("class") else others).append(
-            latent_card(opened.model, sae, survey, photos, latent, why)
-        )
+    say(f"drawing {sum(map(len, chosen.values()))} latents over {len(survey.peak)} photos")
     sections = []
-    for title, drawn in (("Latents of each class", cards), ("Latents drawn at random", others)):
-        if drawn:
-            sections.append(html.Section(title).add(STYLE, f'<div class="concepts">{"".join(drawn)}</div>'))
+    for heading, latents in chosen.items():
+        strength = survey.token if heading == TOKEN else survey.peak
+        cards = [
+            latent_card(opened.model, sae, strength[:, latent], survey.share[:, latent], photos, latent, why)
+            for latent, why in latents
+        ]
+        if cards:
+            sections.append(html.Section(heading).add(STYLE, f'<div class="concepts">{"".join(cards)}</div>'))
     sections.append(photo_section(opened.model, sae, survey, photos, args.photos))
     sections.append(complexity_section(opened.model, sae, survey, photos))
     lead = (
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(html.page("What a CLIP's latents stand for", sections, lead=lead), encoding="utf-8")
-    print(f"{args.out}: {len(chosen)} latents, {args.out.stat().st_size / 1e6:.2f} MB")
+    print(f"{args.out}: {sum(map(len, chosen.values()))} latents, {args.out.stat().st_size / 1e6:.2f} MB")
 
 
 # ------------------------------------------------------------------------ looking
@@ -100,6 +107,8 @@ class Survey:
     """(photos, d_sae) share of patches on which it fires."""
     size: Tensor
     """(photos,) mean support size of the patches."""
+    token: Tensor
+    """(photos, d_sae) value of each latent on the class token."""
     token_size: Tensor
     """(photos,) support size of the class token."""
 
@@ -111,7 +120,7 @@ class Survey:
 
 def look(clip: Any, sae: sh.SAE, photos: Photos) -> Survey:
     """One pass over the photos; an interrupt keeps those that were done."""
-    peaks, shares, sizes, tokens = [], [], [], []
+    peaks, shares, sizes, tokens, token_sizes = [], [], [], [], []
     try:
         for pixels in photos.batches(32):
             codes = patch_codes(clip, sae, pixels)
@@ -123,12 +132,14 @@ def look(clip: Any, sae: sh.SAE, photos: Photos) -> Survey:
             counts = torch.bincount(cell, minlength=len(empty)).reshape(-1, sae.d_sae)
             shares.append((counts / patches.shape[1]).half())
             sizes.append(patches.support_size.float().mean(1))
-            tokens.append(codes.support_size[:, 0].float())
+            tokens.append(codes[:, 0].dense().half())
+            token_sizes.append(codes.support_size[:, 0].float())
     except KeyboardInterrupt:
         if not peaks:
             raise
         say(f"interrupted: the page shows the first {sum(map(len, peaks))} photos")
-    return Survey(torch.cat(peaks).float(), torch.cat(shares).float(), torch.cat(sizes), torch.cat(tokens))
+    found = [torch.cat(parts).float() for parts in (peaks, shares, sizes, tokens, token_sizes)]
+    return Survey(*found)
 
 
 def patch_codes(clip: Any, sae: sh.SAE, pixels: Tensor) -> sh.Codes:
@@ -142,49 +153,62 @@ def grid_of(patches: int) -> tuple[int, int]:
     """Rows and columns of the patches of a square picture."""
     side = round(patches**0.5)
     if side * side != patches:
-        raise ConfigError(f"{patches} patches are no square; this recipe draws maps of square pictures with a class token")
+        raise ConfigError(
+            f"{patches} patches are no square; this recipe draws maps of square pictures with a class token"
+        )
     return side, side
 
 
-def choose(survey: Survey, photos: Photos, args: argparse.Namespace) -> list[tuple[int, str]]:
-    """Latents to show, each with the rule that chose it."""
+def choose(survey: Survey, photos: Photos, args: argparse.Namespace) -> dict[str, list[tuple[int, str]]]:
+    """Latents to show under each heading, each with what is said of it."""
     if args.latents:
         wrong = [latent for latent in args.latents if not 0 <= latent < survey.peak.shape[1]]
         if wrong:
-            raise ConfigError(f"latent {wrong[0]} is out of range: this SAE has latents 0 to {survey.peak.shape[1] - 1}")
+            raise ConfigError(
+                f"latent {wrong[0]} is out of range: this SAE has latents 0 to {survey.peak.shape[1] - 1}"
+            )
         for latent in set(args.latents) & set(survey.silent):
             say(f"latent {latent} never fires on a patch of these photos, so it has no picture")
-        return [(latent, "asked for") for latent in args.latents if latent not in survey.silent]
-    labels, chosen = photos.labels[: len(survey.peak)], {}
-    for label, name in enumerate(photos.names):
-        own = labels == label
-        if not own.any() or own.all():
-            continue
-        gain = survey.share[own].mean(0) - survey.share[~own].mean(0)
-        fresh = [latent for latent in gain.argsort(descending=True).tolist() if latent not in chosen and gain[latent] > 0]
-        chosen |= {latent: f"class {name}" for latent in fresh[: args.per_class]}
+        return {PATCHES: [(latent, "") for latent in args.latents if latent not in survey.silent]}
+    labels, chosen = photos.labels[: len(survey.peak)], {TOKEN: [], PATCHES: [], RANDOM: []}
+    taken: set[int] = set()
+    for heading, fired in ((TOKEN, (survey.token > 0).float()), (PATCHES, survey.share)):
+        for label, name in enumerate(photos.names):
+            own = labels == label
+            if not own.any() or own.all():
+                continue
+            gain = fired[own].mean(0) - fired[~own].mean(0)
+            order = gain.argsort(descending=True).tolist()
+            fresh = [latent for latent in order if latent not in taken and gain[latent] > 0][: args.per_class]
+            chosen[heading] += [(latent, f"first for {name}") for latent in fresh]
+            taken |= set(fresh)
     living = ((survey.share > 0).sum(0) >= min(5, len(labels))).nonzero()[:, 0].tolist()
-    pool = [latent for latent in living if latent not in chosen]
+    pool = [latent for latent in living if latent not in taken]
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[: args.random].tolist()
-    return [*chosen.items(), *((pool[i], "random") for i in order)]
+    chosen[RANDOM] = [(pool[i], "") for i in order]
+    return chosen
 
 
 # ------------------------------------------------------------------------ drawing
 
 
-def latent_card(clip: Any, sae: sh.SAE, survey: Survey, photos: Photos, latent: int, why: str) -> str:
-    """The five strongest photos of a latent, the patches where it fires lit below."""
-    best = [i for i in survey.peak[:, latent].topk(min(5, len(survey.peak))).indices.tolist() if survey.share[i, latent]]
+def latent_card(clip: Any, sae: sh.SAE, strength: Tensor, share: Tensor, photos: Photos, latent: int, why: str) -> str:
+    """The five strongest photos of a latent, the patches where it fires lit below.
+
+    Args:
+        strength: (photos,) by which photos are ordered.
+        share: (photos,) share of patches on which it fires.
+    """
+    best = [i for i in strength.topk(min(5, len(strength))).indices.tolist() if strength[i] > 0]
     values = patch_codes(clip, sae, photos.pixels(best)).of(latent)[:, 1:].clamp_min(0)
     maps = (values / values.max().clamp_min(1e-9)).reshape(-1, *grid_of(values.shape[1])).numpy()
     seen = [photos.seen(i) for i in best]
     picture = stack([row_of(seen), row_of([lit(image, part) for image, part in zip(seen, maps, strict=True)])])
-    names = [photos.names[int(photos.labels[i])] for i in best]
-    on = int((survey.share[:, latent] > 0).sum())
-    heading = f"Latent {latent}" + (f" · first for {why.removeprefix('class ')}" if why.startswith("class") else "")
-    facts = f"{', '.join(names)}<br>fires on {on} of {len(survey.peak)} photos, {survey.share[:, latent].mean():.1%} of patches"
-    shown = html.image(png(picture), f"photos on which latent {latent} is strongest: {', '.join(names)}", photo=True)
-    return f'<div class="concept"><h3>{escape(heading)}</h3><figure>{shown}</figure><p>{facts}</p></div>'
+    names = ", ".join(photos.names[int(photos.labels[i])] for i in best)
+    facts = f"{names}<br>at patches: on {int((share > 0).sum())} of {len(share)} photos, {share.mean():.1%} of patches"
+    shown = html.image(png(picture), f"photos on which latent {latent} is strongest: {names}", photo=True)
+    heading = escape(f"Latent {latent}" + (f" · {why}" if why else ""))
+    return f'<div class="concept"><h3>{heading}</h3><figure>{shown}</figure><p>{facts}</p></div>'
 
 
 def photo_section(clip: Any, sae: sh.SAE, survey: Survey, photos: Photos, n: int) -> html.Section:
@@ -207,10 +231,13 @@ def photo_section(clip: Any, sae: sh.SAE, survey: Survey, photos: Photos, n: int
         tiles = [image, heat(own.support_size.reshape(grid).numpy(), image.shape[:2])]
         tiles += [lit(image, part / max(part.max(), 1e-9)) for part in maps]
         caption = (
-            f"{photos.names[int(photos.labels[row])]}: patches use {own.support_size.min()} to {own.support_size.max()} "
-            f"latents, the class token {survey.token_size[row]:.0f}; strongest: {', '.join(map(str, best))}"
+            f"{photos.names[int(photos.labels[row])]}: patches use {own.support_size.min()} to "
+            f"{own.support_size.max()} latents, the class token {survey.token_size[row]:.0f}; "
+            f"strongest: {', '.join(map(str, best))}"
         )
-        section.add(f'<div class="strip">{html.image(png(row_of(tiles)), caption, photo=True)}</div>', html.paragraph(caption))
+        section.add(
+            f'<div class="strip">{html.image(png(row_of(tiles)), caption, photo=True)}</div>', html.paragraph(caption)
+        )
     return section
 
 

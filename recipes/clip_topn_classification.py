@@ -1,9 +1,9 @@
 """How many of a class's latents does CLIP need? Top-n concept classification, zero-shot.
 
-    python recipes/clip_topn_classification.py                              # packaged photos and SAE, trains the others
+    python recipes/clip_topn_classification.py                       # packaged photos, SAEs trained on them
     python recipes/clip_topn_classification.py --data photos.npz --saes saes/a saes/b
-    python recipes/clip_topn_classification.py --model open_clip:ViT-B-16/openai --at visual.blocks.10.hook_resid_post \\
-        --data imagenet/ --templates "a photo of a {}." "a drawing of a {}."
+    python recipes/clip_topn_classification.py --model open_clip:ViT-B-16/openai --data imagenet/ \\
+        --at visual.blocks.10.hook_resid_post --templates "a photo of a {}." "a drawing of a {}."
 
 The protocol of the Sparsemax SAE paper: for each class, rank latents by how often they fire on its training photos
 (or how strongly, or how much more often than on other classes: --rank). On held-out photos put the reconstruction in
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ RANKS = ("frequency", "strength", "contrast")
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR")
+    parser.add_argument(
+        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
+    )
     parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
     parser.add_argument("--at", default=SITE, help="the site, where SAEs are trained here")
     parser.add_argument("--saes", nargs="*", help="folders of SAEs to compare; default: train --train ones")
@@ -59,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--l1", type=float, help="l1 coefficient of relu SAEs; default: that of the library")
     parser.add_argument("--k", type=int, default=CELLS["topk"]["k"], help="k of topk")
-    parser.add_argument("--copies", type=int, default=3, help="how often a training photo is shown, shifted and mirrored")
+    parser.add_argument("--copies", type=int, help="how often a training photo is shown; default: 9,000 in all")
+    parser.add_argument("--passes", type=int, default=3, help="how often an activation is trained on")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--rank", nargs="+", default=["frequency", "contrast"], choices=RANKS)
     parser.add_argument("--templates", nargs="+", default=["a photo of a {}."])
@@ -111,9 +115,10 @@ def load_or_train(clip: Any, train: Photos, args: argparse.Namespace) -> dict[st
         torch.manual_seed(0)
         saes[name] = new[name] = sh.SAE(width, args.d_sae, hook_name=args.at, **settings)
     if new:
-        say(f"training {', '.join(new)} on {len(train)} photos, {args.copies} times")
+        copies = args.copies or max(1, 9000 // len(train))
+        say(f"training {', '.join(new)} on {len(train)} photos, {copies} times")
         losses = {name: sh.LossConfig(l1=args.l1) for name in new if "relu" in name and args.l1 is not None}
-        train_saes(clip, new, train, losses=losses, at=args.at, copies=args.copies)
+        train_saes(clip, new, train, losses=losses, at=args.at, copies=copies, passes=args.passes)
     for name, sae in new.items():
         sae.cfg.metadata["training"]["data"] = Path(args.data).name if args.data else "saehooks photos (CIFAR-10)"
         sae.save(args.out / "saes" / name, dtype=torch.float16)
@@ -133,10 +138,11 @@ def score_latents(clip: Any, saes: dict[str, sh.SAE], train: Photos) -> dict[str
     for pixels in train.batches():
         labels = train.labels[done : done + len(pixels)]
         done += len(pixels)
+        with ExitStack() as blocks, torch.no_grad():
+            traces = {name: blocks.enter_context(sh.read(clip, sae)) for name, sae in saes.items()}
+            clip.encode_image(pixels)
         for i, (name, sae) in enumerate(saes.items()):
-            with torch.no_grad(), sh.read(clip, sae) as trace:
-                clip.encode_image(pixels)
-            codes = trace.codes
+            codes = traces[name].codes
             of = labels.repeat_interleave(codes.shape[1])
             cell = of[codes.rows] * sae.d_sae + codes.indices
             force = codes.values.relu() * sae.directions(list(range(sae.d_sae))).norm(dim=1).detach()[codes.indices]
@@ -229,7 +235,8 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace, n_test: int, n_t
         "# Top-n concept classification",
         "",
         f"Model `{args.model}`, data `{Path(args.data).name if args.data else 'packaged photos'}`: latents ranked on "
-        f"{n_train} training photos, accuracy in % on {n_test} held-out photos, {len(args.templates)} prompt template(s). "
+        f"{n_train} training photos, accuracy in % on {n_test} held-out photos, {len(args.templates)} prompt "
+        "template(s). "
         "NMSE is over all positions, class token and patches.",
         "",
     ]

@@ -1,0 +1,248 @@
+"""Which concepts move a photo from one class to another? Attribution, then exact ablation, on a CLIP.
+
+    python recipes/clip_ablation.py                                     # packaged photos and SAE
+    python recipes/clip_ablation.py --data photos.npz --pairs cat:dog truck:automobile --out out/clip_ablation.html
+
+For a class and a rival (by default the class that CLIP most often puts second for it, on the training photos), the
+logit difference of the two is attributed to all latents at once, and the best are ablated exactly; the ones that
+lower it most are taken. Then, on held-out photos that CLIP gives to the class, those latents are ablated, 1, 2, 5, 10
+and 20 at a time, and as many random active ones: how many photos go over to the rival, and how many anywhere else?
+
+Last, single photos: gradient times value of every latent (attach with grads=True), then the best ablated one after
+the other until the photo changes its class, with the patches where they fired.
+
+Writes one HTML page, and the table as Markdown beside it; after each pair, so an interrupt keeps those that are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from clip_common import Photos, load_photos, say
+from clip_concepts import grid_of, lit, patch_codes, png, row_of
+from torch import Tensor
+from torch.nn import functional as F
+
+import saehooks as sh
+from saehooks import causal
+from saehooks.demo.data import ASSETS
+from saehooks.demo.open import open_model
+from saehooks.errors import ConfigError
+from saehooks.measure.clip import class_embeddings
+from saehooks.show import html
+
+COUNTS = (1, 2, 5, 10, 20)
+DRAWS = 5
+"""Random sets of each size, averaged over."""
+STYLE = "<style>.strip img{image-rendering:pixelated;height:9em;border-radius:3px}</style>"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
+    )
+    parser.add_argument("--sae", default=str(ASSETS / "sae-tinyclip-l4"), help="folder or hub id")
+    parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
+    parser.add_argument("--pairs", nargs="+", help="class:rival, by name; default: each class and its usual runner-up")
+    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."])
+    parser.add_argument("--exact", type=int, default=48, help="latents ablated exactly, the best by attribution")
+    parser.add_argument("--limit", type=int, help="at most so many training and test photos")
+    parser.add_argument("--singles", type=int, default=6, help="single photos to follow")
+    parser.add_argument("--out", type=Path, default=Path("out/clip_ablation.html"))
+    args = parser.parse_args(argv)
+
+    opened = open_model(args.model)
+    if not opened.is_clip:
+        raise ConfigError(f"{args.model} reads text; this recipe needs a CLIP")
+    clip, sae = opened.model, sh.load(args.sae)
+    train = load_photos(args.data, "train", opened.preprocess).first(args.limit)
+    test = load_photos(args.data, "test", opened.preprocess).first(args.limit)
+    prompts = [[template.format(name) for template in args.templates] for name in test.names]
+    classes = class_embeddings(clip, prompts, opened.tokenizer)
+    guesses = {"train": ranking(clip, train, classes), "test": ranking(clip, test, classes)}
+
+    rows: list[dict[str, Any]] = []
+    moved: dict[tuple[int, int], list[int]] = {}
+    try:
+        for label, rival in pairs(args.pairs, train, guesses["train"]):
+            own, held = right(train, guesses["train"], label), right(test, guesses["test"], label)
+            name = f"{test.names[label]} → {test.names[rival]}"
+            if len(own) < 5 or len(held) < 3:
+                say(f"{name}: CLIP gives only {len(own)} training and {len(held)} test photos to the class; left out")
+                continue
+            say(name)
+            found = causal.rank_latents(
+                clip, sae, train.pixels(own), causal.class_logit(classes, label, rival),
+                order="lowering", exact=args.exact, progress=False,
+            )  # fmt: skip
+            moved[label, rival] = found.top(max(COUNTS))
+            rows += effects(clip, sae, test.pixels(held), classes, found, label, rival, name)
+            write(args, rows, [], len(train), len(test))
+    except KeyboardInterrupt:
+        say("interrupted: the page holds the pairs that were done")
+    singles = [
+        follow(clip, sae, test, row, classes, int(guesses["test"][row, 0]), int(guesses["test"][row, 1]))
+        for row in spread(test, guesses["test"], args.singles)
+    ]
+    write(args, rows, singles, len(train), len(test))
+    print((args.out.with_suffix(".md")).read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------- classes
+
+
+def ranking(clip: Any, photos: Photos, classes: Tensor) -> Tensor:
+    """(n, classes) int64, the classes of each photo, best first."""
+    with torch.no_grad():
+        return torch.cat(
+            [(clip.encode_image(part) @ classes.T).argsort(1, descending=True) for part in photos.batches()]
+        )
+
+
+def right(photos: Photos, guesses: Tensor, label: int) -> Tensor:
+    """The photos of a class that CLIP gives to it."""
+    return ((photos.labels == label) & (guesses[:, 0] == label)).nonzero()[:, 0]
+
+
+def pairs(asked: list[str] | None, train: Photos, guesses: Tensor) -> list[tuple[int, int]]:
+    """(class, rival) pairs: those asked for, or each class with its usual runner-up."""
+    if asked:
+        try:
+            return [(train.names.index(a), train.names.index(b)) for a, b in (pair.split(":") for pair in asked)]
+        except ValueError:
+            raise ConfigError(
+                f"--pairs {' '.join(asked)}: write class:rival with names among {', '.join(train.names)}"
+            ) from None
+    found = []
+    for label in range(len(train.names)):
+        own = right(train, guesses, label)
+        if len(own):
+            found.append((label, int(guesses[own, 1].bincount().argmax())))
+    return found
+
+
+# ------------------------------------------------------------------------- measuring
+
+
+def effects(
+    clip: Any, sae: sh.SAE, pixels: Tensor, classes: Tensor, found: causal.Ranking, label: int, rival: int, name: str
+) -> list[dict[str, Any]]:
+    """Where held-out photos go when the best n latents are ablated, and when random active ones are."""
+
+    def prediction(embedding: Tensor) -> Tensor:
+        return (F.normalize(embedding.float(), dim=-1) @ classes.T).argmax(-1).double()
+
+    best, active = found.top(max(COUNTS)), found.latents
+    generator = torch.Generator().manual_seed(0)
+    sets = {f"top {n}": best[:n] for n in COUNTS}
+    for n in COUNTS:
+        for draw in range(DRAWS):
+            sets[f"random {n}/{draw}"] = active[torch.randperm(len(active), generator=generator)[:n]].tolist()
+    measured = causal.ablate_sets(clip, sae, pixels, prediction, ablate=sets, progress=False)
+    rows = []
+    for n in COUNTS:
+        row: dict[str, Any] = {"class → rival": name, "photos": len(pixels), "ablated": n}
+        for kind in ("top", "random"):
+            chosen = [i for i, one in enumerate(measured.names) if one.split("/")[0] == f"{kind} {n}"]
+            values = measured.values[chosen]
+            row[f"{kind}: stay %"] = 100 * float((values == label).double().mean())
+            row[f"{kind}: to rival %"] = 100 * float((values == rival).double().mean())
+        row["Spearman"], row["first latents"] = found.agreement.spearman, ", ".join(map(str, best[:5]))
+        rows.append(row)
+    return rows
+
+
+def spread(test: Photos, guesses: Tensor, n: int) -> list[int]:
+    """For each of n classes the first held-out photo that CLIP gives to it: no choice by looks."""
+    firsts = [right(test, guesses, label)[:1].tolist() for label in range(len(test.names))]
+    return [row for first in firsts for row in first][:n]
+
+
+def follow(
+    clip: Any, sae: sh.SAE, test: Photos, row: int, classes: Tensor, label: int, rival: int
+) -> tuple[str, bytes]:
+    """Ablate a photo's latents, best by attribution first, until its class changes: (what happened, picture)."""
+    pixels = test.pixels([row])
+    with sh.attach(clip, sae, grads=True) as trace:
+        unit = F.normalize(clip.encode_image(pixels), dim=-1)
+        (100 * (unit @ (classes[label] - classes[rival]))).sum().backward()
+    codes = trace.codes.detach()
+    credit = torch.zeros(sae.d_sae).index_add(0, codes.indices, codes.values * trace.grads.values)
+    order = credit.argsort(descending=True)[: int((credit > 0).sum())].tolist()[:64]
+    now, used = label, 0
+    for used in range(1, len(order) + 1):
+        with torch.no_grad(), sh.ablate(clip, sae, order[:used]):
+            probs = (100 * F.normalize(clip.encode_image(pixels), dim=-1) @ classes.T).softmax(-1)[0]
+        now = int(probs.argmax())
+        if now != label:
+            break
+    before = float((100 * unit.detach() @ classes.T).softmax(-1)[0, label])
+    text = f"{test.names[label]} ({before:.0%}; second {test.names[rival]})"
+    if now == label:
+        text += f": still {test.names[label]} with {used} latents ablated"
+    else:
+        text += f": becomes {test.names[now]} ({float(probs[now]):.0%}) with {used} latents ablated"
+        text += f" of the {len(codes.indices.unique())} that are active"
+    shown, image = order[:5], test.seen(row)
+    maps = [patch_codes(clip, sae, pixels).of(latent)[0, 1:].clamp_min(0) for latent in shown]
+    tiles = [
+        image,
+        *(lit(image, (part / part.max().clamp_min(1e-9)).reshape(grid_of(len(part))).numpy()) for part in maps),
+    ]
+    return f"{text}. First: {', '.join(map(str, shown))}", png(row_of(tiles))
+
+
+# ------------------------------------------------------------------------- writing
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[Any], n_train: int, n_test: int) -> None:
+    """The page, and the table as Markdown."""
+    data = Path(args.data).name if args.data else "packaged photos"
+    lead = (
+        f"Model `{args.model}`, SAE `{Path(args.sae).name}`, `{data}`: latents ranked on {n_train} training photos, "
+        f"measured on those of {n_test} held-out photos that CLIP classifies rightly. Reconstruction error kept."
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    first = html.Section("A class and its rival").add(
+        html.paragraph(
+            "Share of held-out photos that stay in their class, and that go to the rival, with the top latents ablated "
+            "and with as many random active ones (mean of five draws). Spearman: attribution against exact ablation "
+            "on the training photos."
+        ),
+        html.table_html([{name: _short(value) for name, value in row.items()} for row in rows]) if rows else "",
+    )
+    second = html.Section("Single photos").add(
+        STYLE,
+        html.paragraph(
+            "The first photo of each class that CLIP gets right, its latents ablated by attribution until its class "
+            "changes; beside it the patches where the first five fired (all dark: only on the class token)."
+        ),
+    )
+    for text, picture in singles:
+        second.add(html.paragraph(text), f'<div class="strip">{html.image(picture, text, photo=True)}</div>')
+    title = "Which concepts move a photo from one class to another?"
+    args.out.write_text(html.page(title, [first, second] if singles else [first], lead=lead), encoding="utf-8")
+    lines = [f"# {title}", "", lead, ""]
+    if rows:
+        lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+        lines += ["| " + " | ".join(str(_short(value)) for value in row.values()) + " |" for row in rows]
+    lines += ["", *(f"- {text}" for text, _ in singles), ""]
+    args.out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _short(value: Any) -> Any:
+    return (
+        f"{value:.2f}"
+        if isinstance(value, float) and abs(value) <= 1
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else value
+    )
+
+
+if __name__ == "__main__":
+    main()
