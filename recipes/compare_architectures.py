@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +123,6 @@ class Arm:
     folder: Path
     follows_k: bool
     """Whether its l1 coefficient is moved so that L0 nears --k."""
-    peak_mb: float = math.nan
 
     def step(self, x: Tensor, k: int) -> None:
         loss = self.trainer.step(x)
@@ -156,15 +156,25 @@ def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, optio
     return Arm(name, d_sae, trainer, folder, follows_k)
 
 
-def peak_mb_of(action) -> float:
-    """MB by which the process grows while an action runs, at most; not a number where the system does not say."""
+def peak_mb(arm: Arm, rows: Tensor, options: argparse.Namespace) -> float:
+    """MB by which a process grows, at most, to make this SAE and train two steps; not a number where unknown."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saehooks.presets", "saehooks.trainer", "saehooks.kernels.cpu"])
+    with context.Pool(1) as pool:
+        return pool.apply(probe, (arm.name, arm.d_sae, rows[: options.batch_size].float().numpy(), options))
+
+
+def probe(name: str, d_sae: int, rows: np.ndarray, options: argparse.Namespace) -> float:
+    x, elsewhere = torch.from_numpy(rows), argparse.Namespace(**{**vars(options), "out": Path("nowhere")})
+    make_arm(name, max(128, 2 * options.k), x.shape[1], 1, x, elsewhere).step(x, options.k)  # loads what code there is
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
-        action()
-        return max(0.0, memory("VmHWM") - before)
+        arm = make_arm(name, d_sae, x.shape[1], 2, x, elsewhere)
+        for _ in range(2):
+            arm.step(x, options.k)
+        return memory("VmHWM") - before
     except OSError:
-        action()
         return math.nan
 
 
@@ -179,12 +189,7 @@ def train(arms: list[Arm], rows: Tensor, steps: int, options: argparse.Namespace
     for step in range(first, steps):
         x = batch_of(rows, step, options)
         for arm in arms:
-            if arm.trainer.steps > step:
-                continue
-            if step == 5:
-                arm.peak_mb = peak_mb_of(lambda arm=arm, x=x: arm.step(x, options.k))
-                arm.trainer.sae.cfg.metadata["peak_mb"] = arm.peak_mb
-            else:
+            if arm.trainer.steps <= step:
                 arm.step(x, options.k)
         if (step + 1) % options.checkpoint_every == 0 or step + 1 == steps:
             for arm in arms:
@@ -213,7 +218,6 @@ def evaluate(arm: Arm, rows: Tensor) -> dict:
         "support_quantiles": quantiles,
         "ms_per_step": 1000 * seconds / max(1, arm.trainer.steps),
         "encode_ms": encode_ms(sae, rows),
-        "peak_mb": sae.cfg.metadata.get("peak_mb", math.nan),
         "encoder_parameters": encoder,
         "l1": arm.trainer.loss_config.l1,
         "steps": arm.trainer.steps,
@@ -361,8 +365,9 @@ def main() -> None:
     for arm in arms:
         file = arm.folder / "result.json"
         if not file.exists():
+            peak = peak_mb(arm, eval_rows, options)
             spliced = ce_of(opened.model, arm.trainer.sae, options.at, tokens)
-            file.write_text(json.dumps({**evaluate(arm, eval_rows), "ce_spliced": spliced}))
+            file.write_text(json.dumps({**evaluate(arm, eval_rows), "ce_spliced": spliced, "peak_mb": peak}))
         row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **references}
         row["ce_degradation"] = row["ce_spliced"] - row["ce_clean"]
         row["ce_recovered"] = (row["ce_zero"] - row["ce_spliced"]) / (row["ce_zero"] - row["ce_clean"])
@@ -377,7 +382,8 @@ def main() -> None:
         "held out": f"{len(eval_rows)} tokens; cross-entropy on {tokens.numel()} tokens: "
         + ", ".join(f"{name} {value:.4f}" for name, value in references.items()),
         "topk_at_l0": "NMSE of TopK at the same L0, from its three arms",
-        "sizes": "dead: latents that fired on none of the held-out tokens; peak_mb: growth of the process in one step",
+        "columns": "dead: latents that fired on none of the held-out tokens; "
+        "peak_mb: memory that making the SAE and training two steps takes",
     }
     write_tables(rows, facts, options)
     (options.out / "settings.json").write_text(json.dumps({**vars(options), "out": str(options.out)}, indent=2))

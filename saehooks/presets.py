@@ -159,8 +159,13 @@ def transformer_relu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
 def entmax_sae(d_in: int, d_sae: int, *, alpha: float = 1.5, **settings: Any) -> SAE:
     """Shared concepts with alpha-entmax for sparsemax, which the paper names as open. Loss: reconstruction alone.
 
-    Source: Peters et al. 2019, arXiv:1905.05702.
+    At equal scores entmax selects far more than sparsemax, so keys start larger, by what gives 32 scores spread evenly
+    below the largest the same support, and values smaller by as much. Source: Peters et al. 2019, arXiv:1905.05702.
     """
+    if 1 < alpha <= 2:
+        power = 1 / (alpha - 1)
+        scale = ((power + 1) / 32) ** (alpha - 1) * power / (2 / 32)
+        settings = {"key_scale": scale, "value_scale": 1 / scale, **settings}
     return SAE(d_in, d_sae, "concepts", "entmax", alpha=alpha, **settings)
 
 

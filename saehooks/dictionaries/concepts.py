@@ -21,6 +21,7 @@ class ConceptDictionary(Dictionary):
     Args:
         center: learn b_dec and subtract it before the direction and norm are taken.
         key_scale: W_k starts at this multiple of the identity. Larger keys, smaller supports.
+        value_scale: W_v starts at this multiple of the identity: 1 / key_scale where codes carry enlarged scores.
         eps: added to the norm that divides x. The authors' code has none.
     Source: Sparsemax SAE, CVPR 2026.
     """
@@ -34,6 +35,7 @@ class ConceptDictionary(Dictionary):
         *,
         center: bool = True,
         key_scale: float = 1.0,
+        value_scale: float = 1.0,
         eps: float = 1e-6,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -43,7 +45,7 @@ class ConceptDictionary(Dictionary):
         self.eps = eps
         self.C = nn.Parameter(unit_rows(d_sae, d_in, dtype))
         self.W_k = nn.Parameter(torch.eye(d_in, dtype=dtype) * key_scale)
-        self.W_v = nn.Parameter(torch.eye(d_in, dtype=dtype))
+        self.W_v = nn.Parameter(torch.eye(d_in, dtype=dtype) * value_scale)
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype)) if center else None
 
     def prepare(self, x: Tensor) -> Prepared:
