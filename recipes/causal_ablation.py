@@ -1,6 +1,6 @@
 """Causal ablation: which latents carry four behaviours of SmolLM2-135M-Instruct?
 
-    python recipes/causal_ablation.py                     # the packaged SAE; about 15 minutes on two cores
+    python recipes/causal_ablation.py                     # the packaged SAE; about four minutes on two idle cores
     python recipes/causal_ablation.py --sae saes/mine
 
 For each behaviour: does the model have it at all? Rank latents on half of the prompts (attribution for every active
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=ASSETS / "sae-smollm2-l15")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "causal_ablation.html")
     parser.add_argument("--only", nargs="*", choices=list(BEHAVIOURS), default=list(BEHAVIOURS))
-    parser.add_argument("--prompts", type=int, default=60, help="prompts of each behaviour (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=40, help="prompts of each behaviour (%(default)s)")
     args = parser.parse_args()
     start = time.perf_counter()
     (model, tokenizer), sae = smollm2(), sh.load(args.sae)

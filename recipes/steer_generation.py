@@ -37,7 +37,7 @@ from saehooks.show import figures, html, terminal
 from saehooks.sites import host
 
 PROMPT = "I think that"
-SAMPLES, NEW_TOKENS = 6, 40
+SAMPLES, NEW_TOKENS = 8, 30
 CONTEXTS, WINDOW, AT_LEAST, WORDS = 20, 10, 3, 12
 DENSITY = (0.0002, 0.01)
 EVERYWHERE = sh.positions(slice(1, None))
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs="*", help="steer these instead of those the rule chooses")
     parser.add_argument("--n", type=int, default=6, help="how many latents the rule chooses (%(default)s)")
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.5, 1.0, 2.0, 3.0])
-    parser.add_argument("--tokens", type=int, default=48_000, help="tokens the rule looks at (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=32_000, help="tokens the rule looks at (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steer_generation.html")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -264,7 +264,7 @@ def main() -> None:
         chosen = [one for one in chosen if one.latent in args.latents]
     for one in chosen:
         print(f"latent {one.latent}: coherence {one.coherence:.0%}: {', '.join(one.words)}", flush=True)
-    neutral = sh.TokenBatches(tokenizer, packaged_text("eval"), context=64, batch_size=8, limit=512).tokens
+    neutral = sh.TokenBatches(tokenizer, packaged_text("eval"), context=64, batch_size=8, limit=256).tokens
     writer = Writer(model, sae, tokenizer, neutral)
     base, found = (writer.write(), writer.cost()), []
     try:
