@@ -10,6 +10,12 @@ import torch
 SHARED = Path(__file__).parents[2] / "shared"
 ASSETS = Path(__file__).parents[1] / "saehooks" / "demo" / "assets"
 
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Functions as parameters are named by their name: an address would differ between parallel workers."""
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(61))]
 
 

@@ -16,7 +16,9 @@ from saehooks.attach import read, splice, steer
 from saehooks.sae import SAE
 
 lens = pytest.importorskip("transformer_lens")
-if not hasattr(lens, "HookedTransformer"):
+try:
+    lens.HookedTransformer  # noqa: B018 - TransformerLens 4 answers with an ImportError
+except (AttributeError, ImportError):
     pytest.skip("TransformerLens 4 has no HookedTransformer", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -9,7 +9,9 @@ from saehooks.errors import SiteError, WidthError
 from saehooks.sites import host, sites
 
 lens = pytest.importorskip("transformer_lens")
-if not hasattr(lens, "HookedTransformer"):
+try:
+    lens.HookedTransformer  # noqa: B018 - TransformerLens 4 answers with an ImportError
+except (AttributeError, ImportError):
     pytest.skip("TransformerLens 4 has no HookedTransformer", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
