@@ -53,7 +53,7 @@ def one(rule, tokens=TOKENS, **call) -> list:
         (torch.tensor([True, False, False, True]).numpy(), [1, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_positions_of_one_forward(rule, row):
     """Ints, lists, slices and masks choose the same columns in every row."""
@@ -107,7 +107,7 @@ RECOMPUTED = [ForwardCall(tokens) for tokens in GROWING]
         (torch.tensor([[True, False, True]]), [1, 0, 1, 0, 0]),
         (lambda tokens, codes: tokens != 0, [0, 1, 1, 1, 0]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_generating_with_and_without_cache_chooses_the_same_positions(rule, final):
     """What each step adds under a KV cache is what the last recomputed forward sees as a whole."""
@@ -167,7 +167,7 @@ def test_wrong_shapes_at_the_first_forward(rule, message):
         (slice(None, None, -1), "positive"),
         (lambda tokens: tokens != 0, "two arguments"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_no_where_at_all(rule, message):
     """Wrong types are found without any forward."""
