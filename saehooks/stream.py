@@ -13,6 +13,7 @@ from torch import Tensor
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError, WidthError
 from saehooks.sites import Host, Site, host
+from saehooks.sites.eager import uncompiled
 from saehooks.where import Cursor, Where, as_where, full_mask, positions
 
 AFTER_FIRST = positions(slice(1, None))
@@ -96,6 +97,7 @@ class Tap:
         """The tap's hooks exist inside the block only."""
         cursor = Cursor()
         with ExitStack() as stack:
+            stack.enter_context(uncompiled())
             stack.callback(self.host.watch(cursor.begin).remove)
             stack.callback(self.site.hook(lambda acts: self._take(acts.detach(), cursor)).remove)
             yield self

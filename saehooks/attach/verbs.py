@@ -15,6 +15,7 @@ from saehooks.edits import EditFunction, Value, as_edits
 from saehooks.errors import ConfigError
 from saehooks.sae import SAE
 from saehooks.sites import host as host_of
+from saehooks.sites.eager import uncompiled
 from saehooks.trace import Trace, Traces
 from saehooks.where import Cursor, as_where
 
@@ -177,6 +178,7 @@ def attach(
         attachments[key] = Attachment(host, site, sae, as_edits(edits_of[key]), rule, error, grads, trace, cursor)
     check(attachments.values())
     with ExitStack() as hooks:
+        hooks.enter_context(uncompiled())
         hooks.callback(host.watch(cursor.begin).remove)
         for attachment in attachments.values():
             hooks.callback(attachment.site.hook(attachment).remove)

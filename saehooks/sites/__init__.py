@@ -39,10 +39,7 @@ def host(model: Any) -> Host:
     """
     if not isinstance(model, nn.Module):
         raise SiteError(f"a model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise SiteError(
-            "a model from torch.compile ignores new hooks: pass the model that was compiled, model._orig_mod"
-        )
+    model = getattr(model, "_orig_mod", model)  # from torch.compile, which runs eagerly while hooks are attached
     if hasattr(model, "hook_dict"):
         return TransformerLensHost(model)
     stack = getattr(getattr(model, "transformer", None), "resblocks", None)
