@@ -6,6 +6,9 @@ Every figure is a ratio to a matrix product of the same run: other programs, clo
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -138,6 +141,7 @@ def peak_memory(job: Callable[[], Any], device: str = "cpu") -> float:
         job()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    _give_back()
     before, most, done = _resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -154,6 +158,16 @@ def peak_memory(job: Callable[[], Any], device: str = "cpu") -> float:
         done.set()
         watcher.join()
     return max(0, most - before) / 2**20
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, and forget buffers, so that a job cannot use what another left."""
+    from saehooks.kernels import memory
+
+    memory._kept.clear()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident() -> int:

@@ -14,6 +14,8 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,13 +41,36 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-class Absent(ModuleType):
-    """Stands in for a package that only rendering or files need, where it is not installed."""
+class Hollow(ModuleType):
+    """A module in which every name is an empty class."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
         return type(name, (), {})
+
+
+class Absent:
+    """Finds hollow modules for packages that only rendering and files need, where they are not installed."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = [name for name in names if not self._installed(name)]
+
+    @staticmethod
+    def _installed(name: str) -> bool:
+        try:
+            return bool(import_module(name))
+        except ImportError:
+            return False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Hollow(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
 
 
 def prepare(interpret: bool) -> torch.device:
@@ -54,12 +79,7 @@ def prepare(interpret: bool) -> torch.device:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         sys.exit("no GPU here; to run the same code at toy size without one: --interpret")
-    for name in ("rich", "safetensors"):
-        try:
-            __import__(name)
-        except ImportError:
-            parts = "", ".console", ".errors", ".live", ".progress", ".style", ".table", ".text", ".torch"
-            sys.modules.update({name + part: Absent(name + part) for part in parts})
+    sys.meta_path.insert(0, Absent("rich", "safetensors"))
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
     return torch.device("cpu" if interpret else "cuda")
 

@@ -61,9 +61,11 @@ def checked(args: argparse.Namespace, clock: Clock) -> list[Row]:
             found.append(_agreement(f"{name}, support {support}", scores, mine, exact, 1e-5))
         described = gpu_select.describe(Sparsemax(), d_sae, clock.device)
         plan = _plan(clock)
+        queries, keys = queries.to(half(clock)), keys.to(half(clock))
         mine = gpu_scores.select_unwritten(queries, keys, described, None, plan)
         if mine is not None:
-            exact = kernels.reference.select(scores.double(), Sparsemax())
+            scores = queries.float() @ keys.float().T
+            exact = kernels.reference.select(queries.double() @ keys.double().T, Sparsemax())
             found.append(_agreement(f"sparsemax, scores not written, support {support}", scores, mine, exact, 1e-4))
     odd = torch.zeros(6, d_sae, device=clock.device)
     odd[1, 3], odd[2, 5], odd[3], odd[4] = float("nan"), float("inf"), -float("inf"), torch.arange(d_sae) / d_sae

@@ -46,15 +46,19 @@ def stepper(model: Any, x: Tensor, recons: Callable[[Tensor], Tensor]) -> Callab
     """One forward and backward of the mean squared error; gradients start from nothing."""
 
     def step() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
         (recons(x) - x).square().sum(1).mean().backward()
+        forget_gradients(model)
 
     return step
 
 
+def forget_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
 def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
-    """SAELens's own training forward pass and loss, without dead latents (no auxiliary loss) or decoder rescaling."""
+    """SAELens's own training forward pass and loss, its defaults, no dead latents and so no auxiliary loss."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
@@ -64,18 +68,16 @@ def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
             d_sae=d_sae,
             k=SUPPORT,
             use_sparse_activations=sparse,
-            rescale_acts_by_decoder_norm=False,
             device=str(x.device),
         )
     )
 
     def step() -> None:
-        for parameter in sae.parameters():
-            parameter.grad = None
         given = TrainStepInput(
             sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
         )
         sae.training_forward_pass(given).loss.backward()
+        forget_gradients(sae)
 
     return step
 
@@ -129,8 +131,7 @@ def optimiser(d_sae: int, args: Any) -> dict[str, Any]:
     """Adam on the SAE's parameters, fused and as torch does it by default, beside one step's forward and backward."""
     x = torch.randn(1024, WIDTH, device=args.device)
     sae, _ = concepts(d_sae, x)
-    step = stepper(sae, x, lambda x: sae(x).recons)
-    step()
+    (sae(x).recons - x).square().sum(1).mean().backward()
     grads = [parameter.grad for parameter in sae.parameters()]
     scores = x.new_empty(1024, d_sae)
     jobs: dict[str, Callable[[], Any]] = {"product": lambda: torch.mm(x, sae.dictionary.C.detach().T, out=scores)}
@@ -150,8 +151,6 @@ def largest_memory(rows: int, d_sae: int, args: Any) -> dict[str, float]:
     """Megabytes of a step beyond the parameters, their gradients and the optimiser's state."""
     x = torch.randn(rows, WIDTH, device=args.device)
     sae, _ = concepts(d_sae, x)
-    for parameter in sae.parameters():
-        parameter.grad = None
     grads = sum(parameter.numel() * parameter.element_size() for parameter in sae.parameters()) / 2**20
     peak = peak_memory(stepper(sae, x, lambda x: sae(x).recons), args.device)
     return {"rows": rows, "d_sae": d_sae, "peak_mb_beyond_gradients": peak - grads, "gradients_mb": grads}
