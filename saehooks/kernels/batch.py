@@ -1,6 +1,7 @@
 """Selection across rows, from blocks of scores: rows x d_sae is never kept, only what is selected so far.
 
-Rows without a finite maximum take part in no competition and select their argmax alone, as in the row rules.
+Rows without a finite maximum select their argmax alone, as in the row rules. In batch top-k they take nothing from the
+budget; in feature choice, where a row is known whole only at the end, what they won is lost.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, devi
         if found.numel() > total:
             found, order = found.topk(total, sorted=False)
             here = here[order]
-            lowest = float(found.min())
+            lowest = float(found.min()) if total else torch.inf
         best, places, start = found, here, start + scores.shape[0]
     if best is None or not best.numel():
         threshold = torch.full((rows,), torch.inf, device=device)
