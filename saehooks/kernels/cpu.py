@@ -12,10 +12,10 @@ from saehooks.codes import offsets_of
 from saehooks.kernels import cpu_products, cpu_select, reference
 from saehooks.kernels.columns import columns
 from saehooks.kernels.memory import empty
-from saehooks.kernels.rules import RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
 from saehooks.kernels.threads import blocks, spread
 
-RULES = (Sparsemax, TopK, Threshold)
+RULES = (Sparsemax, Entmax, TopK, Threshold)
 """What these loops know; the reference selects by other rules."""
 
 GRAIN = 2**17
@@ -32,7 +32,7 @@ def select(scores: Tensor, rule: RowRule) -> Support:
     rows, d_sae = scores.shape
     if not serves(scores) or not isinstance(rule, RULES) or rows == 0 or d_sae == 0:
         return reference.select(scores, rule)
-    kind, k, theta = _plan(rule, d_sae)
+    kind, k, alpha, theta = _plan(rule, d_sae)
     groups = cpu_select.group_count(d_sae, k)
     matrix = scores.detach().contiguous().numpy()
     sizes = torch.empty(rows, dtype=torch.int64)
@@ -45,7 +45,7 @@ def select(scores: Tensor, rule: RowRule) -> Support:
         while start < stop:
             indices, picked = np.empty(room, np.int64), np.empty(room, np.float32)
             start, used = cpu_select.select_rows(
-                matrix, start, stop, kind, k, theta, groups, indices, picked, size_array, threshold_array
+                matrix, start, stop, kind, k, alpha, theta, groups, indices, picked, size_array, threshold_array
             )
             parts.append((indices[:used], picked[:used]))
             room = max(d_sae, 2 * room)
@@ -56,15 +56,18 @@ def select(scores: Tensor, rule: RowRule) -> Support:
     return Support(indices, offsets_of(sizes), thresholds, picked)
 
 
-def _plan(rule: RowRule, d_sae: int) -> tuple[int, int, np.ndarray]:
-    """Kind of rule, k and thetas, as the compiled loop takes them."""
+def _plan(rule: RowRule, d_sae: int) -> tuple[int, int, float, np.ndarray]:
+    """Kind of rule, k, alpha and thetas, as the compiled loop takes them."""
+    none = np.zeros(1, np.float32)
     if isinstance(rule, TopK):
         reference.check_k(rule.k, d_sae)
-        return cpu_select.TOPK, rule.k, np.zeros(1, np.float32)
+        return cpu_select.TOPK, rule.k, 2.0, none
     if isinstance(rule, Threshold):
         theta = torch.as_tensor(rule.theta, dtype=torch.float32).detach().reshape(-1)
-        return cpu_select.THRESHOLD, 0, theta.contiguous().numpy()
-    return cpu_select.SPARSEMAX, 0, np.zeros(1, np.float32)
+        return cpu_select.THRESHOLD, 0, 2.0, theta.contiguous().numpy()
+    if isinstance(rule, Entmax) and rule.alpha < 2:
+        return cpu_select.ENTMAX, 0, float(rule.alpha), none
+    return cpu_select.SPARSEMAX, 0, 2.0, none
 
 
 def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:

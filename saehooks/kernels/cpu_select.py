@@ -169,6 +169,57 @@ def sparsemax_row(row, maxima, work, places):
 
 
 @compiled
+def entmax_newton(work, size, power):
+    """Exact entmax threshold of work[:size], (alpha - 1) times the scores shifted so that their maximum is 0.
+
+    Newton's rule on ``sum of max(work - tau, 0)^power = 1`` with power 1 / (alpha - 1), from -1, which is below the
+    root: the sum is convex and falls with tau, so no step overshoots and what lies below tau can be dropped.
+    Source: Peters et al. 2019, arXiv:1905.05702. ``work`` is overwritten.
+    """
+    tau = -1.0
+    for _ in range(100):
+        kept = 0
+        total = 0.0
+        slope = 0.0
+        for j in range(size):
+            above = work[j] - tau
+            if above > 0.0:
+                work[kept] = work[j]
+                kept += 1
+                rest = above if power == 2.0 else above ** (power - 1.0)
+                slope += rest
+                total += rest * above
+        size = kept
+        step = (total - 1.0) / (power * slope)
+        if not step > 1e-15:
+            return tau
+        tau += step
+    return tau
+
+
+@compiled
+def entmax_row(row, maxima, work, places, alpha):
+    """Places of the entmax support of one finite row in ``places``; return its size and the threshold."""
+    shift = np.float64(largest(maxima))
+    factor = alpha - 1.0
+    power = 1.0 / factor
+    for g in range(maxima.size):
+        work[g] = factor * (np.float64(maxima[g]) - shift)
+    bound = entmax_newton(work, maxima.size, power) * power
+    slack = 1.2e-7 * (abs(shift) + abs(bound) + 1.0)
+    found = candidates(row, np.float32(shift + bound - slack), places)
+    for j in range(found):
+        work[j] = factor * (np.float64(row[places[j]]) - shift)
+    tau = entmax_newton(work, found, power) * power
+    kept = 0
+    for j in range(found):
+        place = places[j]
+        places[kept] = place
+        kept += np.float64(row[place]) - shift > tau
+    return kept, shift + tau
+
+
+@compiled
 def ordered_key(bits):
     """An int32 that orders as the float32 of these bits does."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
@@ -223,12 +274,12 @@ def threshold_row(row, theta, places):
     return found
 
 
-SPARSEMAX, TOPK, THRESHOLD = 0, 1, 2
+SPARSEMAX, TOPK, THRESHOLD, ENTMAX = 0, 1, 2, 3
 """Which rule `select_rows` follows."""
 
 
 @compiled
-def select_rows(scores, start, stop, rule, k, theta, groups, indices, picked, sizes, thresholds):
+def select_rows(scores, start, stop, rule, k, alpha, theta, groups, indices, picked, sizes, thresholds):
     """Select rows start to stop of scores into indices and picked, until those are full.
 
     Returns:
@@ -252,6 +303,8 @@ def select_rows(scores, start, stop, rule, k, theta, groups, indices, picked, si
             threshold = np.float64(row[best])
         elif rule == SPARSEMAX:
             size, threshold = sparsemax_row(row, maxima, work, places)
+        elif rule == ENTMAX:
+            size, threshold = entmax_row(row, maxima, work, places, alpha)
         elif rule == TOPK:
             size, threshold = topk_row(row, row.view(np.int32), maxima, work, places, k)
         else:

@@ -8,8 +8,10 @@ from hard_scores import KINDS, dense_mask, scores_of, sparsemax_by_sorting, weig
 
 from saehooks import kernels
 from saehooks.errors import ConfigError, WidthError
-from saehooks.kernels import Sparsemax, Threshold, TopK, select_rows
+from saehooks.kernels import Entmax, Sparsemax, Threshold, TopK, reference, select_rows
 
+RULES = [Sparsemax(), Entmax(1.5), TopK(3), Threshold(0.5)]
+RULE_NAMES = ["sparsemax", "entmax", "topk", "threshold"]
 nan, inf = float("nan"), float("inf")
 
 
@@ -36,6 +38,22 @@ def test_sparsemax_is_exact(path, device, kind, d_sae):
         check_form(support, scores)
         error = (weights(scores, support) - sparsemax_by_sorting(scores)).abs().sum(1)
         assert float(error.max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
+def test_entmax_is_exact(path, device, kind, alpha):
+    """Entmax probabilities over the selected support sum to 1, and what is left out has none."""
+    for d_sae, scale in ((1, 1.0), (65, 0.1), (1000, 1.0), (1000, 1e4)):
+        scores = scores_of(kind, 3, d_sae, scale).to(device)
+        support = select_rows(scores, Entmax(alpha))
+        check_form(support, scores)
+        shifted = scores.double() - scores.double().amax(1, keepdim=True)
+        tau = reference.entmax_threshold(shifted, alpha)
+        probs = ((alpha - 1) * (shifted - tau[:, None]).clamp(min=0)) ** (1 / (alpha - 1))
+        torch.testing.assert_close(probs.sum(1), torch.ones_like(tau), rtol=0, atol=1e-6)
+        wrong = torch.where(dense_mask(scores, support), (probs == 0) & (shifted < tau[:, None] - 1e-6), probs > 1e-6)
+        assert not wrong.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +91,7 @@ def test_selection_by_hand(path, device):
     assert select_rows(scores, Threshold(0.75)).offsets.tolist() == [0, 1, 3]
 
 
-@pytest.mark.parametrize("rule", [Sparsemax(), TopK(3), Threshold(0.5)], ids=["sparsemax", "topk", "threshold"])
+@pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
 @pytest.mark.parametrize("d_sae", [6, 700])
 def test_rows_without_a_finite_maximum_keep_their_argmax_alone(path, device, rule, d_sae):
     """NaN beats infinity, the first of equals wins, and the other rows of the batch are as if they were alone."""
@@ -96,7 +114,7 @@ def test_rows_without_a_finite_maximum_keep_their_argmax_alone(path, device, rul
         assert not scores[row, alone.indices].isinf().any()
 
 
-@pytest.mark.parametrize("rule", [Sparsemax(), TopK(3), Threshold(0.5)], ids=["sparsemax", "topk", "threshold"])
+@pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
 def test_strides_of_the_scores_do_not_matter(path, device, rule):
     """Transposed and sliced scores give what a contiguous copy gives."""
     scores = scores_of("random", 9, 130, 1.0).to(device)
@@ -151,7 +169,7 @@ def test_selection_from_queries_equals_selection_from_scores(path, device, dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for given in (None, bias):
         scores = queries.to(wide) @ keys.to(wide).T + (0 if given is None else given.to(wide))
-        expected = dense_mask(scores, kernels.reference.select(scores, Sparsemax()))
+        expected = dense_mask(scores, reference.select(scores, Sparsemax()))
         whole = kernels.select(queries, keys, Sparsemax(), given)
         monkeypatch.setattr(module, "SCORE_BYTES", 7 * 200 * 8)
         monkeypatch.setattr(module, "KEPT_BYTES", 7 * 200 * 4)
