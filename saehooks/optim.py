@@ -20,7 +20,8 @@ class TableAdam(torch.optim.Adam):
 
     Backward passes run inside `deferring` keep the tables' gradients as sparse sums; `step` reads them there. What
     the update computes is Adam, with both running means in float32; a checkpoint of one loads into the other. A table
-    that also got a gradient in the usual way, or from more than two sums, is updated from the written gradient.
+    that also got a gradient in the usual way, or from more than two sums, is updated from the written gradient; so are
+    half-precision tables, by torch, which keeps their running means in half precision too.
     Anything that changes gradients between backward and step (clipping, the unit-norm decoder) needs them written:
     leave `deferring` out, or call `write_gradients`.
 
@@ -97,7 +98,7 @@ class TableAdam(torch.optim.Adam):
         state, skip = self.state[p], getattr(self, "found_inf", None)
         if not state:
             state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p).float(), torch.zeros_like(p).float()
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1 if skip is None else 1 - skip
         rows = (_rows_of_latents(tensor) for tensor in (p, state["exp_avg"], state["exp_avg_sq"]))
         table, mean, square = rows
@@ -121,4 +122,4 @@ def _rows_of_latents(p: Tensor) -> Tensor:
 
 
 def _fused(p: Tensor) -> bool:
-    return path(p).__name__.endswith(".gpu") and p.dtype != torch.float64
+    return p.dtype == torch.float32 and path(p).__name__.endswith(".gpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from saehooks.errors import ConfigError, NotFiniteError
 from saehooks.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.metrics import ReconstructionMeter, nmse
+from saehooks.optim import TableAdam
 from saehooks.sae import SAE
 from saehooks.stream import ShuffleBuffer
 
@@ -72,7 +74,7 @@ class Trainer:
     def __init__(self, sae: SAE, config: TrainConfig | None = None) -> None:
         self.sae, self.config = sae, config or TrainConfig()
         self.loss_config = self.config.loss or default_loss(sae)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.config.lr, betas=self.config.betas, fused=True)
+        self.optimizer = TableAdam(sae, lr=self.config.lr, betas=self.config.betas)
         self.buffer = ShuffleBuffer(
             max(self.config.buffer_rows, 2 * self.config.batch_size),
             sae.d_in,
@@ -144,7 +146,9 @@ class Trainer:
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
+        # Dictionaries that adjust gradients need them written.
+        written = getattr(self.sae.dictionary, "unit_norm_decoder", False)
+        with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
             loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
             loss.total.backward()
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.

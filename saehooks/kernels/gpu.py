@@ -24,7 +24,7 @@ def select(scores: Tensor, rule: RowRule) -> Support:
     described = describe(rule, scores.shape[1], scores.device)
     if described is None or scores.dtype == torch.float64 or not scores.numel():
         return reference.select(scores, rule)
-    return select_scores(scores, described)
+    return select_scores([scores], described)[0]
 
 
 def probe(device: torch.device) -> None:

@@ -14,11 +14,14 @@ from saehooks.kernels import triton_gemm
 from saehooks.kernels.capacity import active
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import GEMM_PLAN, GemmPlan, score_rows, select_plan, writes_scores
-from saehooks.kernels.gpu_select import Candidates, Rule, collect, describe, incomplete, select_scores, settle
+from saehooks.kernels.gpu_select import Candidates, Rule, Target, collect, describe, incomplete, select_scores, settle
 from saehooks.kernels.rules import RowRule, Support
 from saehooks.kernels.triton_select import THRESHOLD
 
 HALF = (torch.bfloat16, torch.float16)
+
+HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
+"""Whether this torch multiplies half-precision matrices into a float32 one."""
 
 
 def select_products(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None = None) -> list[Support] | None:
@@ -29,32 +32,47 @@ def select_products(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor |
     queries, keys = operands(queries.detach(), keys.detach())
     bias = None if bias is None else bias.detach().float().contiguous()
     with on(queries, keys, *([] if bias is None else [bias])):
-        if not writes_scores(queries.shape[0], keys.shape[0], described.k) and described.kind != THRESHOLD.value:
+        unwritten = queries.dtype in HALF and described.kind != THRESHOLD.value
+        if unwritten and not writes_scores(queries.shape[0], keys.shape[0], described.k):
             found = select_unwritten(queries, keys, described, bias)
             if found is not None:
                 return [found]
         step = score_rows(queries.shape[0], keys.shape[0])
         buffer = torch.empty(step, keys.shape[0], dtype=torch.float32, device=queries.device)
-        return [
-            select_scores(product(part, keys, buffer[: part.shape[0]]), described, bias) for part in queries.split(step)
-        ]
+        chunks = (product(part, keys, buffer[: part.shape[0]]) for part in queries.split(step))
+        return select_scores(chunks, described, bias)
 
 
 def operands(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys in the dtype they are multiplied in."""
     if queries.dtype == keys.dtype and queries.dtype in HALF:
         return queries, keys
-    dtype = torch.bfloat16 if torch.get_float32_matmul_precision() == "medium" else torch.float32
+    dtype = torch.bfloat16 if _bfloat16_is_wanted() else torch.float32
     return queries.to(dtype), keys.to(dtype)
+
+
+def _bfloat16_is_wanted() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # set through torch's newer switches, which know no bfloat16
+        return False
 
 
 def product(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
     """Scores (rows, d_sae) in float32, into ``out``."""
     if queries.dtype == torch.float32:
         return torch.mm(queries, keys.T, out=out)
-    if queries.device.type == "cuda":
+    if queries.device.type != "cuda":
+        return torch.mm(queries.float(), keys.float().T, out=out)
+    if HAS_OUT_DTYPE:
         return torch.mm(queries, keys.T, out_dtype=torch.float32, out=out)
-    return torch.mm(queries.float(), keys.float().T, out=out)
+    # Half-precision numbers are exact in TF32, which the tensor cores multiply with float32 sums.
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return torch.mm(queries.float(), keys.float().T, out=out)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def select_unwritten(
@@ -77,7 +95,8 @@ def select_unwritten(
     if room is None:
         return None if bool(lost) else settle(found, rule, selection)
     room.note(lost)
-    return settle(found, rule, selection)
+    target = Target.of(room, queries.device)
+    return target.whole([settle(found, rule, selection, target=target)], room)
 
 
 def _append(queries: Tensor, keys: Tensor, bias: Tensor | None, found: Candidates, plan: GemmPlan) -> None:

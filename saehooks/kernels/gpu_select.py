@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import triton_select as kernels
-from saehooks.kernels.capacity import active
+from saehooks.kernels.capacity import Capacity, active
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import SelectPlan, select_plan
 from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
@@ -65,14 +66,47 @@ class Candidates(NamedTuple):
     """(rows,) float32, a score that every selected one reaches."""
 
 
-def select_scores(scores: Tensor, rule: Rule, bias: Tensor | None = None) -> Support:
-    """Select from scores (rows, d_sae), with a float32 bias (d_sae,) added if given; neither may be empty."""
-    if scores.stride(1) != 1:
-        scores = scores.contiguous()
-    plan = select_plan(scores.shape[1], rule.k)
-    with on(scores):
-        found = collect(scores, rule, plan, bias)
-        return settle(found, rule, plan, scores, bias)
+def select_scores(chunks: Iterable[Tensor], rule: Rule, bias: Tensor | None = None) -> list[Support]:
+    """Supports of consecutive rows.
+
+    Args:
+        chunks: scores (chunk, d_sae), not empty; each is done with before the next is asked for.
+        rule: which are selected.
+        bias: (d_sae,) float32 added to the scores, or None.
+    """
+    room, parts, target = active(), [], None
+    for scores in chunks:
+        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+        plan = select_plan(scores.shape[1], rule.k)
+        with on(scores):
+            if room is not None and target is None:
+                target = Target.of(room, scores.device)
+            found = collect(scores, rule, plan, bias)
+            parts.append(settle(found, rule, plan, scores, bias, target=target))
+    return parts if room is None or target is None else [target.whole(parts, room)]
+
+
+class Target(NamedTuple):
+    """Codes of fixed size that are being filled, chunk after chunk, without waiting for the GPU."""
+
+    indices: Tensor
+    """(entries,) int64."""
+    scores: Tensor
+    """(entries,) float32."""
+    start: Tensor
+    """(1,) int64, where the next chunk begins; it may lie beyond the entries."""
+
+    @classmethod
+    def of(cls, room: Capacity, device: torch.device) -> Target:
+        """Nothing filled yet."""
+        indices = torch.empty(room.entries, dtype=torch.int64, device=device)
+        return cls(indices, torch.zeros(room.entries, device=device), indices.new_zeros(1))
+
+    def whole(self, parts: list[Support], room: Capacity) -> Support:
+        """The chunks as one support, cut off at the room and padded."""
+        offsets = room.fit(torch.cat([parts[0].offsets[:1], *(part.offsets[1:] for part in parts)]))
+        threshold = torch.cat([part.threshold for part in parts])
+        return Support(_pad(self.indices, offsets), offsets, threshold, self.scores)
 
 
 def collect(scores: Tensor, rule: Rule, plan: SelectPlan, bias: Tensor | None = None, step: int = 1) -> Candidates:
@@ -96,32 +130,43 @@ def collect(scores: Tensor, rule: Rule, plan: SelectPlan, bias: Tensor | None = 
 
 
 def settle(
-    found: Candidates, rule: Rule, plan: SelectPlan, scores: Tensor | None = None, bias: Tensor | None = None
+    found: Candidates,
+    rule: Rule,
+    plan: SelectPlan,
+    scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    target: Target | None = None,
 ) -> Support:
     """Support from candidates; ``scores`` are read again for rows whose list is not complete.
 
-    Without scores a row with an incomplete list is selected from what there is: see `incomplete`.
+    Without scores a row with an incomplete list is selected from what there is: see `incomplete`. With a target the
+    entries go there, and the support's offsets count from its beginning; without one, the host waits for their number.
     """
-    stream = scores is not None
     source = found.values if scores is None else scores
     values, places, counts, best, _ = found
     rows, d_sae = source.shape
     tau, quota, sizes = torch.empty_like(best), torch.empty_like(counts), torch.empty_like(counts)
     start = (source, source.stride(0), source if bias is None else bias)
-    shared: dict[str, Any] = {"KIND": rule.kind, "BIASED": bias is not None, "STREAM": stream}
+    shared: dict[str, Any] = {"KIND": rule.kind, "BIASED": bias is not None, "STREAM": scores is not None}
     shared |= {"TILE": plan.stream, "CAP": plan.cap, "num_warps": plan.finish_warps}
     kernels.finish[(rows,)](
         *start, values, counts, best, tau, quota, sizes, d_sae, rule.k, rule.slope, rule.power,
         LINEAR=rule.linear, **shared,
     )  # fmt: skip
-    indices, offsets = room_for(offsets_of(sizes.long()))
-    picked = best.new_zeros(indices.numel())
+    offsets = offsets_of(sizes.long())
+    if target is None:
+        indices = offsets.new_empty(int(offsets[-1]))
+        picked = best.new_empty(indices.numel())
+    else:
+        indices, picked = target.indices, target.scores
+        offsets += target.start
+        target.start.copy_(offsets[-1:])
     kernels.fill[(rows,)](
         *start, best if rule.theta is None else rule.theta, values, places, counts, best, tau, quota,
         offsets, indices, picked, indices.numel(), d_sae, rule.slope, rule.power,
         SCALAR=rule.theta is None, **shared,
     )  # fmt: skip
-    return Support(pad(indices, offsets), offsets, _threshold(tau, best, rule), picked)
+    return Support(indices, offsets, _threshold(tau, best, rule), picked)
 
 
 def incomplete(found: Candidates) -> Tensor:
@@ -140,18 +185,8 @@ def _threshold(tau: Tensor, best: Tensor, rule: Rule) -> Tensor:
     return torch.where(best.isfinite(), above, best)
 
 
-def room_for(offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices to be filled and the offsets that hold in them; waits for the GPU unless a `capacity` is given."""
-    room = active()
-    if room is None:
-        return offsets.new_empty(int(offsets[-1])), offsets
-    return offsets.new_empty(room.entries), room.fit(offsets)
-
-
-def pad(indices: Tensor, offsets: Tensor) -> Tensor:
-    """Indices whose entries past the last row repeat the last selected latent; untouched without a capacity."""
-    if active() is None or not indices.numel():
-        return indices
+def _pad(indices: Tensor, offsets: Tensor) -> Tensor:
+    """Indices whose entries past the last row repeat the last selected latent."""
     end = offsets[-1:]
     last = torch.where(end > 0, indices[(end - 1).clamp(min=0)], 0)
     return torch.where(torch.arange(indices.numel(), device=indices.device) < end, indices, last)

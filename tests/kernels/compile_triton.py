@@ -40,13 +40,17 @@ def cases():
     kinds = {"sparsemax": (0, True), "entmax": (0, False), "topk": (1, True), "threshold": (2, True)}
     for name, (kind, linear) in kinds.items():
         shape = {"KIND": kind, "BIASED": True, "TILE": wide.tile, "CAP": wide.cap}
-        made = {**shape, "LINEAR": linear, "SCALAR": False}
+        made = {**shape, "LINEAR": linear, "SCALAR": False, "step": 1}
         yield f"collect {name}", triton_select.collect, made, wide.collect_warps, 3, {}
         shape["TILE"] = wide.stream
         made = {**shape, "LINEAR": linear, "STREAM": True}
         yield f"finish {name}", triton_select.finish, made, wide.finish_warps, 3, {}
         made = {**shape, "SCALAR": False, "STREAM": True}
         yield f"fill {name}", triton_select.fill, made, wide.finish_warps, 3, {}
+    # Numbers equal to 1 become constants at run time.
+    made = {"KIND": 1, "BIASED": False, "LINEAR": True, "k": 1, "CAP": wide.cap}
+    yield "collect top 1", triton_select.collect, {**made, "SCALAR": True, "step": 1, "TILE": wide.tile}, 8, 3, {}
+    yield "finish top 1", triton_select.finish, {**made, "STREAM": True, "TILE": wide.stream}, 2, 3, {}
     plan = product_plan(768)
     rowwise = {"WIDTH": plan.width, "ENTRIES": plan.entries}
     columnwise = {"WIDTH": plan.width, "ENTRIES": plan.column_entries, "SEGMENT": SEGMENT}
@@ -97,7 +101,7 @@ def compile_one(kernel, constants, warps, stages, types, capability):
 
 
 def aligned(name, kind):
-    return kind.startswith("*") or name in ("stride", "width") or name.endswith("_stride")
+    return kind.startswith("*") or name in ("width", "d_sae", "rows") or "stride" in name
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -126,6 +130,7 @@ def main() -> None:
             "shared": made.metadata.shared,
         }
         row["wgmma"] = "wgmma" in made.asm["ptx"]
+        row["wide_loads"] = bool(re.search(r"ld\.global\S*\.v4|cp\.async", made.asm["ptx"]))
         print(json.dumps(row), flush=True)
 
 

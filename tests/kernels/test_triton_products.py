@@ -21,7 +21,7 @@ from test_products import (  # noqa: F401
     test_support_from_another_source_needs_no_scores,
 )
 
-from saehooks import SAE, kernels
+from saehooks import SAE, TrainConfig, Trainer, kernels
 from saehooks.activations.sparsemax import simplex_weights
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
@@ -165,6 +165,21 @@ def test_the_fused_update_is_adam(path, device, dictionary):
             assert all(float(state["step"]) == 2 for state in plain.state.values())
     for p, q in zip(*made, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_trainer_takes_the_fused_update(path, device):
+    """Two steps of the trainer end where they end on the reference path."""
+    made = []
+    for name in ("reference", "gpu"):
+        torch.manual_seed(4)
+        sae = SAE(8, 20, "concepts", device=device)
+        with kernels.force(name):
+            trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0))
+            for _ in range(2):
+                trainer.step(torch.randn(6, 8, device=device))
+        made.append(list(sae.parameters()))
+    for p, q in zip(*made, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_deferred_gradients_can_be_written_after_all(path, device):

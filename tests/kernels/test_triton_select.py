@@ -204,6 +204,27 @@ def test_a_capacity_gives_codes_of_a_fixed_size(path, device):
     assert (room.used, room.overflowed, float(room.found_inf)) == (nnz, False, 0.0)
 
 
+def test_a_capacity_holds_for_all_chunks_together(path, device, monkeypatch):
+    """Rows scored in several chunks fill one list, as if they had been scored at once."""
+    from saehooks.kernels import gpu_scores
+
+    queries, keys = torch.randn(5, 16, device=device), torch.randn(90, 16, device=device)
+    exact = kernels.select(queries, keys, Sparsemax())
+    nnz = exact.indices.numel()
+    monkeypatch.setattr(gpu_scores, "score_rows", lambda rows, d_sae: 2)
+    with kernels.capacity(nnz + 3) as room:
+        found = kernels.select(queries, keys, Sparsemax())
+    assert room.used == nnz
+    assert torch.equal(found.offsets, exact.offsets)
+    assert torch.equal(found.indices[:nnz], exact.indices)
+    assert torch.equal(found.threshold, exact.threshold)
+    with kernels.capacity(4) as room:
+        found = kernels.select(queries, keys, Sparsemax())
+    assert room.overflowed
+    assert torch.equal(found.offsets, exact.offsets.clamp(max=4))
+    assert torch.equal(found.indices, exact.indices[:4])
+
+
 def test_a_capacity_that_does_not_suffice_says_so_and_writes_nowhere_else(path, device):
     """An overflow is seen on the device, so that the optimiser can leave the step out."""
     scores = scores_of("random", 4, 300, 1.0).to(device)
