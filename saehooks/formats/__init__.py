@@ -7,25 +7,41 @@ from pathlib import Path
 import torch
 
 from saehooks.errors import FormatError
-from saehooks.formats import native
+from saehooks.formats import dictionary_learning, gemma_scope, native, saelens, sparsemax_sae, sparsify
 from saehooks.sae import SAE
+from saehooks.storage import CONFIG, read_json
 
 
 def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
     """Load an SAE from a folder, or from a Hugging Face hub id such as ``"user/name"`` or ``"user/name/subfolder"``.
 
+    Beside our own folders those of SAELens, sparsify, dictionary_learning and Gemma Scope are told apart by what they
+    hold, and files by their ending: ``.pt``, ``.pkl``, ``.pkl.gz`` are checkpoints of the Sparsemax SAE's authors.
+
     Args:
-        source: the folder, or the hub id when no such folder exists.
+        source: the folder or file, or the hub id when no such folder exists.
         device: where to put it; the CPU if not given.
         dtype: what it should compute in; what it was trained in if not given.
     Raises:
         FormatError: nothing readable there, naming what was found and what was expected.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source))
-    sae = native.load(folder)
-    return sae.to(device=device, dtype=dtype)
+    path = Path(source)
+    if path.is_file() and path.name.endswith((".pt", ".pkl", ".pkl.gz")):
+        return sparsemax_sae.load(path).to(device=device, dtype=dtype)
+    if not path.is_dir():
+        path = _download(str(source))
+    return _load_folder(path).to(device=device, dtype=dtype)
+
+
+def _load_folder(folder: Path) -> SAE:
+    for module in (gemma_scope, dictionary_learning, sparsify):
+        if (folder / module.WEIGHTS).is_file():
+            return module.load(folder)
+    if (folder / CONFIG).is_file():
+        config = read_json(folder / CONFIG)
+        if "format" not in config and "architecture" in config:
+            return saelens.load(folder)
+    return native.load(folder)
 
 
 def _download(hub_id: str) -> Path:
