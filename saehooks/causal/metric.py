@@ -104,8 +104,10 @@ def ce() -> Metric:
 
     def function(logits: Tensor, batch: Batch) -> Tensor:
         tokens = _tokens(batch, logits)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        return losses.reshape(len(tokens), -1).mean(-1)
+        # Row by row: no copy of all logits, and one row's log-probabilities in memory at a time.
+        return torch.stack(
+            [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, tokens, strict=True)]
+        )
 
     return Metric("ce", function)
 
@@ -153,8 +155,13 @@ def kl() -> Metric:
     """
 
     def function(logits: Tensor, batch: Batch) -> Tensor:
-        edited, clean = logits.float().log_softmax(-1), batch.clean.float().log_softmax(-1)
-        return F.kl_div(edited, clean, reduction="none", log_target=True).sum(-1).flatten(1).mean(-1)
+        rows = range(len(logits)) if batch.picked is None else batch.picked.tolist()
+        pairs = [(now.float(), batch.clean_output[i].float()) for now, i in zip(logits, rows, strict=True)]
+        divergences = [
+            F.kl_div(now.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+            for now, clean in pairs
+        ]
+        return torch.stack(divergences)
 
     return Metric("kl", function, flat=True)
 
