@@ -15,7 +15,7 @@ from saehooks.demo import data, models, photos, small_clip, smollm2, text
 from saehooks.demo.language import Budget, for_seconds, strongest
 from saehooks.demo.report import Report
 from saehooks.demo.run import CLIP_SAE_FOLDER, SAE_FOLDER, run
-from saehooks.demo.survey import Survey
+from saehooks.demo.survey import Survey, typical
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
 from saehooks.sae import SAE
@@ -146,8 +146,8 @@ def test_survey_describes_a_latent_by_its_strongest_tokens():
     assert survey.places(0) == [1, 0]
     assert survey.words(0) == "·w8 ·w7"
     assert survey.words(1) == ""
-    assert survey.typical(1) == 0.0
-    assert survey.typical(0) == pytest.approx(2.9)
+    assert typical(survey.codes, 1) == 0.0
+    assert typical(survey.codes, 0) == pytest.approx(2.9)
     assert survey.context(1, before=1, after=1) == "… w7[ w8] w8…"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from saehooks.attach import ablate, read, steer
 from saehooks.codes import Codes
 from saehooks.demo.data import text
 from saehooks.demo.report import Report
-from saehooks.demo.survey import Survey
+from saehooks.demo.survey import Survey, typical
+from saehooks.errors import ConfigError
 from saehooks.measure import measure
 from saehooks.sae import SAE
 from saehooks.show import figures
@@ -34,7 +35,7 @@ THEMES = {
     "music": (
         "The band recorded their new album in the studio, and the song reached number one on the charts. The singer "
         "played guitar and piano; the orchestra performed the symphony, and the concert tour sold out.",
-        (" music", " song", " band", " concert", " album", " album", " guitar", " piano", " songs", " singer", " show"),
+        (" music", " song", " band", " concert", " album", " guitar", " piano", " songs", " singer", " show"),
     ),
     "war": (
         "The army attacked the fort at night, and the soldiers held the line under heavy artillery fire. The general "
@@ -43,6 +44,10 @@ THEMES = {
     ),
 }
 """A theme: sentences by which its latents are found, and words by which its rise is seen."""
+
+
+FACTORS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+"""Steering strengths, in typical values of the latent."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,21 @@ class Budget:
     """Latents tried one by one."""
     photos: int = 200
     """Photos that the CLIP part reads."""
+
+
+class Push(NamedTuple):
+    """A latent to steer."""
+
+    theme: str
+    latent: int
+    gain: float
+    """Strength that raised the theme's words most, in typical values."""
+    typical: float
+    """An ordinary strong value of the latent."""
+    tokens: list[str]
+    """The theme's sentences."""
+    values: Tensor
+    """(n,) the latent on each of their tokens, 0 where it does not fire."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,11 @@ class Language:
                 effects[latent] = float((self.next_probs(tokens)[answer] / before[answer]).log())
         worst = sorted(effects, key=lambda latent: effects[latent])
         rows = [
-            {"latent": latent, f"Δ log p({self.word(answer)})": effects[latent], "fires most on": survey.words(latent)}
+            {
+                "latent": str(latent),
+                f"Δ log p({self.word(answer)})": effects[latent],
+                "fires most on": survey.words(latent),
+            }
             for latent in worst[:8]
         ]
         self.report.table(rows, "one latent ablated at a time")
@@ -196,58 +220,66 @@ class Language:
 
     def steering(self, survey: Survey) -> None:
         """Push one latent, and read what the model then writes."""
-        theme, latent, gain = self._steerable(survey)
+        push = self._push(survey)
         self.report.begin(
             "Steering: push one latent",
-            f"Latent {latent} fires more in sentences about {theme} than elsewhere; in held-out text it is strongest "
-            f"on {survey.words(latent, 8)}. `steer` adds to it at every position but the first.",
-            f"with sh.steer(model, sae, {{{latent}: +strength}}, where=slice(1, None)):\n    model.generate(prompt)",
+            "Three themes were tried, each by the latents that fire more in a few sentences about it than in held-out "
+            f"text. The one whose push raises the theme's words most is latent {push.latent}, for {push.theme}. Below, "
+            "where it fires in those sentences; then `steer` adds to it at every position but the first. A typical "
+            f"value of it is {push.typical:.3g}.",
+            f"with sh.steer(model, sae, {{{push.latent}: +strength}}, where=slice(1, None)):\n"
+            "    model.generate(prompt)",
         )
-        places = [{"where it fires most": survey.context(place)} for place in survey.places(latent, 4)]
-        self.report.table(places)
-        words, typical = self._words_of(theme), survey.typical(latent)
-        factors = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-        curves: dict[str, tuple[Sequence[float], list[float]]] = {opening: (factors, []) for opening in OPENINGS}
+        self.report.tokens(
+            push.tokens, push.values, unit="", caption=f"latent {push.latent} in sentences about {push.theme}"
+        )
+        words = self._words_of(push.theme)
+        raised: dict[str, list[float]] = {opening: [] for opening in OPENINGS}
         texts = {}
-        for factor in factors:
-            with steer(self.model, self.sae, {latent: factor * typical}, where=slice(1, None)):
+        for factor in FACTORS:
+            with steer(self.model, self.sae, {push.latent: factor * push.typical}, where=slice(1, None)):
                 for opening in OPENINGS:
-                    curves[opening][1].append(float(self.next_probs(self.encode_prompt(opening))[words].sum()))
-                if factor in (0.0, gain, 2 * gain):
+                    raised[opening].append(float(self.next_probs(self.encode_prompt(opening))[words].sum()))
+                if factor in (0.0, push.gain, 2 * push.gain):
                     texts[f"{factor:g} × typical"] = f"{STEERED}{self.generated(STEERED)}"
-        figure = figures.effect_curves(
-            curves, xlabel="strength, in typical values of the latent", ylabel=f"probability of words about {theme}"
-        )
+        curves = {f"{opening} …": (FACTORS, values) for opening, values in raised.items()}
+        ylabel = f"probability of words about {push.theme}"
+        figure = figures.effect_curves(curves, xlabel="strength, in typical values of the latent", ylabel=ylabel)
         self.report.figure(figure, "probability of theme words over steering strength")
-        strengths = [
-            {"strength": f"{factor:g} × typical"} | {opening + " …": curves[opening][1][i] for opening in OPENINGS}
-            for i, factor in enumerate(factors)
+        rows = [
+            {"prompt": f"{opening} …"} | {f"{factor:g}×": value for factor, value in zip(FACTORS, values, strict=True)}
+            for opening, values in raised.items()
         ]
-        self.report.table(strengths, f"probability that the next word is about {theme}")
+        self.report.table(rows, f"probability that the next word is about {push.theme}, over strength")
         self.report.quotes(texts)
 
     def _words_of(self, theme: str) -> Tensor:
         """Token ids of the theme's words that are one token."""
-        ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in dict.fromkeys(THEMES[theme][1])]
+        ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in THEMES[theme][1]]
         return torch.tensor([one[0] for one in ids if len(one) == 1])
 
-    def _steerable(self, survey: Survey) -> tuple[str, int, float]:
+    def _push(self, survey: Survey) -> Push:
         """The theme and the latent whose push raises the theme's words most, and the strength that did."""
-        best = ("", 0, 1.0)
+        best: Push | None = None
         highest = -1.0
         opening = self.encode_prompt(OPENINGS[1])
         for theme, (sentences, _) in THEMES.items():
             words = self._words_of(theme)
             with read(self.model, self.sae) as trace, torch.no_grad():
                 self.model(self.encode_prompt(sentences))
-            for latent in (
-                survey.contrast(trace.codes[0, 1:]).argsort(descending=True)[: self.budget.candidates].tolist()
-            ):
+            codes = trace.codes[0, 1:]
+            for latent in survey.contrast(codes).argsort(descending=True)[: self.budget.candidates].tolist():
                 for gain in (2.0, 3.0):
-                    with steer(self.model, self.sae, {latent: gain * survey.typical(latent)}, where=slice(1, None)):
+                    value = typical(codes, latent)
+                    with steer(self.model, self.sae, {latent: gain * value}, where=slice(1, None)):
                         raised = float(self.next_probs(opening)[words].sum())
-                    if raised > highest:
-                        highest, best = raised, (theme, latent, gain)
+                    if best is None or raised > highest:
+                        highest = raised
+                        best = Push(
+                            theme, latent, gain, value, trace.token_strings()[1:], codes.of(latent).clamp_min(0)
+                        )
+        if best is None:
+            raise ConfigError("no latent to steer: candidates must be at least 1")
         return best
 
     def training(self) -> None:

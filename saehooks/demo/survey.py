@@ -34,12 +34,6 @@ class Survey:
             self.codes = Codes.cat([sae.encode(part) for part in rows])
         """Codes of shape (n,)."""
 
-    def typical(self, latent: int) -> float:
-        """A strong but ordinary value of a latent: the 95% quantile of its positive values; 0 if it has none."""
-        values = self.codes.values[self.codes.indices == latent]
-        values = values[values > 0]
-        return float(values.quantile(0.95)) if values.numel() else 0.0
-
     def places(self, latent: int, n: int = 6) -> list[int]:
         """Where a latent is strongest, at most one place for each different token."""
         values = self.codes.of(latent)
@@ -71,3 +65,10 @@ class Survey:
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def typical(codes: Codes, latent: int) -> float:
+    """A strong but ordinary value of a latent: the 95% quantile of its positive values; 0 if it has none."""
+    values = codes.values[codes.indices == latent]
+    values = values[values > 0]
+    return float(values.quantile(0.95)) if values.numel() else 0.0

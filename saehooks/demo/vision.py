@@ -80,7 +80,7 @@ class Vision:
             "trace.grads  # Codes: d score / d latent\n"
             "with sh.ablate(clip, sae, latents):\n    clip.encode_image(images)",
         )
-        credit = self._credit(classes)
+        credit, by_patches = self._credit(classes)
         labels = self._labels(test)
         rows, curves = [], {}
         for name in SHOWN:
@@ -98,15 +98,19 @@ class Vision:
         figure = figures.effect_curves(curves, xlabel="latents ablated", ylabel="zero-shot accuracy of the class")
         self.report.figure(figure, "accuracy over the number of ablated latents")
         for name in SHOWN:
-            self._overlay(images, test, int(credit[test.class_names.index(name)].argmax()), name)
+            self._overlay(images, test, int(by_patches[test.class_names.index(name)].argmax()), name)
 
     def _hits(self, images: Tensor, classes: Tensor, labels: Tensor, latents: list[int]) -> Tensor:
         """(n,) bool, which photos are classified rightly while some latents are ablated."""
         with torch.no_grad(), ablate(self.clip, self.sae, latents):
             return (F.normalize(self.clip.encode_image(images), dim=-1) @ classes.T).argmax(-1) == labels
 
-    def _credit(self, classes: Tensor) -> Tensor:
-        """(classes, d_sae) share of each latent in the log-probability of each class, beyond its mean share."""
+    def _credit(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """(classes, d_sae) share of each latent in each class's log-probability, beyond its mean share.
+
+        Returns:
+            Two of them: over the class token and the patches, and over the patches alone.
+        """
         shots = photos("train")
         every = max(1, len(shots.labels) // self.budget.photos)
         labels = shots.labels[::every]
@@ -114,10 +118,15 @@ class Vision:
         with read(self.clip, self.sae, grads=True) as trace:
             scores = 100 * F.normalize(self.clip.encode_image(images), dim=-1) @ classes.T
             scores.log_softmax(-1).gather(1, labels[:, None]).sum().backward()
-        codes, credit = trace.codes.detach(), torch.zeros(len(classes), self.sae.d_sae)
-        of_row = labels[codes.rows // codes.shape[1]]
-        credit.index_put_((of_row, codes.indices), codes.values * trace.grads.values, accumulate=True)
-        return credit - credit.mean(0)
+        codes, n_tokens = trace.codes.detach(), trace.codes.shape[1]
+        shares = codes.values * trace.grads.values
+        of_row, on_patch = labels[codes.rows // n_tokens], codes.rows % n_tokens > 0
+        sums = []
+        for kept in (shares, shares * on_patch):
+            credit = torch.zeros(len(classes), self.sae.d_sae)
+            credit.index_put_((of_row, codes.indices), kept, accumulate=True)
+            sums.append(credit - credit.mean(0))
+        return sums[0], sums[1]
 
     def _overlay(self, images: Tensor, shots: Photos, latent: int, name: str) -> None:
         """The photos on which a latent is strongest, with the patches where it fires."""
@@ -131,5 +140,8 @@ class Vision:
         figure = figures.concept_overlay(
             [shots.images[i * step] for i in order], patches[order].reshape(-1, side, side), titles=titles
         )
-        self.report.say(f"Latent {latent}, first for `{name}`: the photos and patches where it is strongest.")
+        self.report.say(
+            f"Latent {latent} has the largest share in `{name}` among the patches. The photos where it is strongest, "
+            "and the patches where it fires:"
+        )
         self.report.figure(figure, f"photos with the patches where latent {latent} fires", photo=True)
