@@ -90,7 +90,8 @@ class Codes:
         sizes = torch.cat([part.sizes for part in parts])
         scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None])
         shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-        indices, values = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+        trimmed = [part.trimmed() for part in parts]
+        indices, values = torch.cat([p.indices for p in trimmed]), torch.cat([p.values for p in trimmed])
         return cls(indices, values, offsets_of(sizes), shape, first.d_sae, scale)
 
     def with_values(self, values: Tensor) -> Codes:
@@ -118,6 +119,13 @@ class Codes:
             scale=scale,
         )
 
+    def trimmed(self) -> Codes:
+        """The same codes without the padding past the last row that a `saehooks.kernels.capacity` leaves."""
+        used = int(self.offsets[-1])
+        if used == self.indices.numel():
+            return self
+        return replace(self, indices=self.indices[:used], values=self.values[:used])
+
     def cpu(self) -> Codes:
         """The same codes in CPU memory."""
         return self.to("cpu")
@@ -141,28 +149,31 @@ class Codes:
 
     def dense(self) -> Tensor:
         """(*shape, d_sae) tensor with zeros outside the support: for tests and small things."""
-        out = self.values.new_zeros(math.prod(self.shape), self.d_sae)
-        return out.index_put((self.rows, self.indices), self.values).reshape(*self.shape, self.d_sae)
+        out, codes = self.values.new_zeros(math.prod(self.shape), self.d_sae), self.trimmed()
+        return out.index_put((codes.rows, codes.indices), codes.values).reshape(*self.shape, self.d_sae)
 
     def of(self, latent: int) -> Tensor:
         """(*shape) values of one latent, 0 where it was not selected."""
         self.check_latents([latent])
-        hit = self.indices == latent
+        codes = self.trimmed()
+        hit = codes.indices == latent
         out = self.values.new_zeros(math.prod(self.shape))
-        return out.index_put((self.rows[hit],), self.values[hit]).reshape(self.shape)
+        return out.index_put((codes.rows[hit],), codes.values[hit]).reshape(self.shape)
 
     def counts(self) -> Tensor:
         """(d_sae,) int64, in how many rows each latent was selected."""
-        return torch.bincount(self.indices, minlength=self.d_sae)
+        return torch.bincount(self.trimmed().indices, minlength=self.d_sae)
 
     def top(self, k: int) -> Top:
         """The k largest latents of each row, padded with latent -1 and value 0."""
         if k < 1:
             raise ConfigError(f"top(k) needs k >= 1, got {k}")
         n_rows, width = math.prod(self.shape), max(int(self.sizes.max()) if self.sizes.numel() else 0, k)
-        place = torch.arange(self.indices.numel(), device=self.indices.device) - self.offsets[self.rows]
-        values = self.values.new_full((n_rows, width), -math.inf).index_put((self.rows, place), self.values)
-        latents = self.indices.new_full((n_rows, width), -1).index_put((self.rows, place), self.indices)
+        codes = self.trimmed()
+        rows = codes.rows
+        place = torch.arange(rows.numel(), device=rows.device) - self.offsets[rows]
+        values = codes.values.new_full((n_rows, width), -math.inf).index_put((rows, place), codes.values)
+        latents = codes.indices.new_full((n_rows, width), -1).index_put((rows, place), codes.indices)
         values, order = values.topk(k, dim=-1)
         latents = latents.gather(-1, order)
         values = torch.where(latents < 0, 0.0, values)

@@ -15,18 +15,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from hard_scores import KINDS, scores_of
-from test_select import (  # noqa: F401
-    test_empty_batches_and_one_latent,
-    test_rows_without_a_finite_maximum_keep_their_argmax_alone,
-    test_selection_by_hand,
-    test_sparsemax_is_exact,
-    test_strides_of_the_scores_do_not_matter,
-    test_threshold_takes_what_is_above,
-    test_topk_takes_the_largest_positive_scores_and_of_equals_the_first,
-    test_what_cannot_be_selected_is_refused,
-)
+from test_select import test_sparsemax_is_exact as check_sparsemax
+from test_select import test_threshold_takes_what_is_above as check_threshold
+from test_select import test_topk_takes_the_largest_positive_scores_and_of_equals_the_first as check_topk
 
-from saehooks import kernels
+from saehooks import SAE, kernels
 from saehooks.errors import ConfigError
 from saehooks.kernels import Entmax, Sparsemax, Support, Threshold, TopK, reference, select_rows
 
@@ -47,6 +40,29 @@ def device(path):
 
 def same(found: Support, expected: Support) -> bool:
     return torch.equal(found.offsets, expected.offsets) and torch.equal(found.indices, expected.indices)
+
+
+# The interpreter is slow: fewer sizes than the other paths get.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_is_exact_for_every_kind_of_row(path, device, kind):
+    """Sparsemax at four scales, and top-k with its ties, at a width that fills no tile."""
+    check_sparsemax(path, device, kind, 600)
+    check_topk(path, device, kind, 7, 600)
+
+
+@pytest.mark.parametrize("d_sae", [1, 2, 65, 4096])
+def test_selection_is_exact_for_every_width(path, device, d_sae):
+    """One latent, few, and rows of several tiles."""
+    check_sparsemax(path, device, "trained", d_sae)
+    check_topk(path, device, "trained", min(300, d_sae), d_sae)
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "equal"])
+def test_thresholds_are_exact(path, device, kind):
+    """One number, or one for each latent."""
+    check_threshold(path, device, kind)
 
 
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
@@ -202,6 +218,23 @@ def test_a_capacity_gives_codes_of_a_fixed_size(path, device):
     assert set(found.indices[nnz:].tolist()) <= set(exact.indices.tolist())
     assert not found.scores[nnz:].any()
     assert (room.used, room.overflowed, float(room.found_inf)) == (nnz, False, 0.0)
+
+
+def test_codes_with_padding_read_as_codes_without(path, device):
+    """What is asked of codes of a fixed size does not see their padding."""
+    torch.manual_seed(0)
+    sae, x = SAE(8, 20, device=device), torch.randn(2, 3, 8, device=device)
+    exact = sae.encode(x)
+    with kernels.capacity(6 * 20 + 1):
+        codes = sae.encode(x)
+    assert codes.indices.numel() == 121
+    assert torch.equal(codes.dense(), exact.dense())
+    assert torch.equal(codes.counts(), exact.counts())
+    assert torch.equal(codes.of(3), exact.of(3))
+    assert torch.equal(codes.top(4).latents, exact.top(4).latents)
+    assert torch.equal(codes[1].dense(), exact[1].dense())
+    assert torch.equal(codes.cat([codes, codes]).indices, exact.cat([exact, exact]).indices)
+    assert codes.trimmed().indices.numel() == exact.indices.numel()
 
 
 def test_a_capacity_holds_for_all_chunks_together(path, device, monkeypatch):
