@@ -15,6 +15,13 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from hard_scores import KINDS, scores_of
+from test_select import (  # noqa: F401
+    test_empty_batches_and_one_latent,
+    test_rows_without_a_finite_maximum_keep_their_argmax_alone,
+    test_selection_by_hand,
+    test_strides_of_the_scores_do_not_matter,
+    test_what_cannot_be_selected_is_refused,
+)
 from test_select import test_sparsemax_is_exact as check_sparsemax
 from test_select import test_threshold_takes_what_is_above as check_threshold
 from test_select import test_topk_takes_the_largest_positive_scores_and_of_equals_the_first as check_topk
