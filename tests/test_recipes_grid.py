@@ -1,0 +1,85 @@
+"""The recipes about the grid: arithmetic by hand, tables and pictures from made-up rows, and the short ones run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def compare():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("compare_architectures", RECIPES / "compare_architectures.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop(spec.name)
+
+
+def made_up(compare):
+    """One row of results for each arm, TopK's on a straight line of slope -1/2 in logarithms."""
+    rows = []
+    for i, arm in enumerate(compare.ARMS):
+        l0 = {0: 16.0, 1: 32.0, 2: 64.0}.get(i, 20.0 + i)
+        rows.append({"arm": arm, "d_sae": 64, "l0": l0, "nmse": l0**-0.5, "ce_degradation": 1 / l0, "steps": 3})
+        rows[-1]["support_quantiles"] = [float(j * i) for j in range(21)]
+    return rows
+
+
+def test_topk_at_the_same_l0(compare):
+    """Between and beyond its three arms TopK's NMSE follows a straight line in logarithms."""
+    rows = made_up(compare)
+    rows[5]["l0"] = 256.0
+    compare.at_same_l0(rows)
+    for row in rows:
+        assert row["topk_at_l0"] == pytest.approx(row["l0"] ** -0.5)
+
+
+def test_tables_and_picture(compare, tmp_path):
+    """CSV, Markdown and a picture come out of results with figures missing."""
+    pytest.importorskip("matplotlib")
+    rows, options = made_up(compare), argparse.Namespace(out=tmp_path)
+    compare.at_same_l0(rows)
+    compare.write_tables(rows, {"model": "none"}, options)
+    compare.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "table.csv").read_text().count("\n") == len(rows) + 1
+    assert "| sparsemax | 64 |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(compare, tmp_path):
+    """Batches depend on the step alone; a run cut after some steps ends as an uninterrupted one."""
+    torch.manual_seed(0)
+    rows = torch.randn(64, 16).half()
+    options = argparse.Namespace(batch_size=16, seed=0, k=4, lr=1e-3, checkpoint_every=2, out=tmp_path / "one")
+    seen = torch.cat([compare.batch_of(rows, step, options) for step in range(4)])
+    assert torch.equal(seen.sort(0).values, rows.float().sort(0).values)
+
+    def run(out, *until):
+        for steps in until:
+            options.out = out
+            names = ["topk", "relu", "sparsemax"]
+            arms = [compare.make_arm(name, 32, 16, 6, rows[:32].float(), options) for name in names]
+            compare.train(arms, rows, steps, options)
+        return {name: tensor for arm in arms for name, tensor in arm.trainer.sae.state_dict().items()}
+
+    whole, cut = run(tmp_path / "one", 6), run(tmp_path / "two", 4, 6)
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_load_published_runs(tmp_path, monkeypatch, capsys):
+    """The demo writes a file as the authors do, reads it and saves a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["load_published.py", "--demo"])
+    runpy.run_path(str(RECIPES / "load_published.py"), run_name="__main__")
+    assert "visual.blocks.10.hook_resid_post" in capsys.readouterr().out
+    assert (tmp_path / "out/published/folder/cfg.json").is_file()
