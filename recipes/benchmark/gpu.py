@@ -33,10 +33,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=7.0, help="sizes not begun after this long are left out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table, JSON and pictures")
     args = parser.parse_args()
-    args.d_sae = [96] if args.interpret else [49_152, 24_576, 3_072, 262_144]
+    args.d_sae = [64] if args.interpret else [49_152, 24_576, 3_072, 262_144]
     args.d_in = [16] if args.interpret else [768, 2_048]
     args.supports = [4] if args.interpret else [64, 16, 200]
-    args.rows = 6 if args.interpret else 4_096
+    args.rows = 3 if args.interpret else 4_096
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 

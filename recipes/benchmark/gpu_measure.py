@@ -48,7 +48,7 @@ def l0(support: Support) -> float:
 
 def checked(args: argparse.Namespace, clock: Clock) -> list[Row]:
     """Every kernel against float64, on fresh random inputs; raises if one is wrong."""
-    d_sae, d_in, rows = args.d_sae[0], args.d_in[0], 6 if clock.interpreted else 256
+    d_sae, d_in, rows = args.d_sae[0], args.d_in[0], 3 if clock.interpreted else 256
     found: list[Row] = []
     for support in args.supports:
         queries, keys = case(rows, d_sae, d_in, support, clock)
@@ -97,7 +97,7 @@ def _agreement(name: str, scores: Tensor, mine: Support, exact: Support, allowed
 
 def _gradients(args: argparse.Namespace, clock: Clock, dictionary: str) -> Row:
     """Reconstruction and all gradients of an SAE in float32 against float64 on the same support."""
-    d_sae, d_in, rows = min(args.d_sae[0], 3_072), args.d_in[0], 6 if clock.interpreted else 256
+    d_sae, d_in, rows = min(args.d_sae[0], 3_072), args.d_in[0], 3 if clock.interpreted else 256
     sae = SAE(d_in, d_sae, dictionary, device=clock.device)
     wide = SAE(d_in, d_sae, dictionary, device=clock.device, dtype=torch.float64)
     wide.load_state_dict(sae.state_dict())

@@ -15,26 +15,10 @@ from saehooks.kernels.triton_thresholds import finite
 
 @triton.jit
 def scores_above(
-    QUERIES,
-    query_stride,
-    KEYS,
-    key_stride,
-    BIAS,
-    BOUND,
-    VALUES,
-    PLACES,
-    COUNTS,
-    rows,
-    others,
-    width,
-    STEP: tl.constexpr,
-    BIASED: tl.constexpr,
-    CAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    LATENTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BAND: tl.constexpr,
-):
+    QUERIES, query_stride, KEYS, key_stride, BIAS, BOUND, VALUES, PLACES, COUNTS, rows, others, width,
+    STEP: tl.constexpr, BIASED: tl.constexpr, CAP: tl.constexpr,
+    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
     """One tile of queries against the latents that are no multiple of STEP; scores that reach the bound are listed."""
     row_tiles = tl.cdiv(rows, ROWS)
     latent_tiles = tl.cdiv(others, LATENTS)

@@ -39,28 +39,58 @@ SLACK = tl.constexpr(4e-6)
 
 
 @triton.jit
+def _bound(top, best, k, slope_of, power, KIND: tl.constexpr, LINEAR: tl.constexpr):
+    """What a row's candidates reach, from its group maxima: in units of v for SIMPLEX, of the scores otherwise."""
+    if KIND == SIMPLEX:
+        bound = simplex_threshold((top - best) * slope_of, best * 0.0 - 1.0, power, LINEAR) - SLACK
+    elif KIND == TOPK:
+        bound = tl.maximum(topk_bound(top, best, k), SMALLEST)
+    else:
+        bound = best
+    return bound
+
+
+@triton.jit
+def _reaches(z, best, bound, slope_of, KIND: tl.constexpr):
+    """Which scores, or group maxima, may be selected; a threshold is not asked of group maxima."""
+    if KIND == SIMPLEX:
+        reached = (z - best) * slope_of >= bound
+    elif KIND == TOPK:
+        reached = z >= bound
+    else:
+        reached = z == z
+    return reached
+
+
+@triton.jit
+def _exceeds(z, THETA, theta, column, mask, SCALAR: tl.constexpr):
+    """Which scores exceed their threshold: one number, or one for each latent."""
+    if SCALAR:
+        above = mask & (z > theta)
+    else:
+        above = mask & (z > tl.load(THETA + column, mask=mask, other=float("inf")))
+    return above
+
+
+@triton.jit
+def _odd_place(z_row, BIAS, best, d_sae, TILE: tl.constexpr, BIASED: tl.constexpr):
+    """The first latent whose score is a row's best, which is not finite; NaN is found by being unlike itself."""
+    lane = tl.arange(0, TILE)
+    place = d_sae
+    for start in range(0, d_sae, TILE):
+        column = start + lane
+        z = read(z_row, BIAS, column, column < d_sae, BIASED)
+        named = tl.where(best == best, z == best, z != z) & (column < d_sae)
+        place = tl.minimum(place, tl.min(tl.where(named, column, d_sae), 0))
+    return place
+
+
+@triton.jit
 def collect(
-    Z,
-    stride,
-    BIAS,
-    THETA,
-    VALUES,
-    PLACES,
-    COUNTS,
-    BEST,
-    BOUND,
-    d_sae,
-    step,
-    k,
-    slope_of,
-    power,
-    KIND: tl.constexpr,
-    BIASED: tl.constexpr,
-    LINEAR: tl.constexpr,
-    SCALAR: tl.constexpr,
-    TILE: tl.constexpr,
-    CAP: tl.constexpr,
-):
+    Z, stride, BIAS, THETA, VALUES, PLACES, COUNTS, BEST, BOUND, d_sae, step, k, slope_of, power,
+    KIND: tl.constexpr, BIASED: tl.constexpr, LINEAR: tl.constexpr, SCALAR: tl.constexpr,
+    TILE: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """Candidates of a row: the first CAP of them, how many there are, the best score, and the bound they reach.
 
     The scores may be those of every ``step``-th latent.
@@ -73,39 +103,23 @@ def collect(
         z = read(z_row, BIAS, start + lane, start + lane < d_sae, BIASED)
         top = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
     nan = tl.sum((top != top).to(tl.int32), 0) > 0
-    best = tl.max(tl.where(top == top, top, float("-inf")), 0)
-    best = tl.where(nan, float("nan"), best)
-    tl.store(BEST + row, best)
+    best = tl.where(nan, float("nan"), tl.max(tl.where(top == top, top, float("-inf")), 0))
+    reach = best
+    n = 1
     if finite(best):
-        if KIND == SIMPLEX:
-            bound = simplex_threshold((top - best) * slope_of, best * 0.0 - 1.0, power, LINEAR) - SLACK
-        elif KIND == TOPK:
-            bound = topk_bound(top, best, k)
-        else:
-            bound = best
+        bound = _bound(top, best, k, slope_of, power, KIND, LINEAR)
         reach = bound
         if KIND == SIMPLEX:
             reach = best + bound / slope_of - SLACK * tl.abs(best)
-        elif KIND == TOPK:
-            reach = tl.maximum(bound, SMALLEST)
-        tl.store(BOUND + row, reach)
         n = 0
         for start in range(0, d_sae, TILE):
             column = start + lane
-            opened = column < d_sae
-            if KIND == SIMPLEX:
-                opened = opened & ((top - best) * slope_of >= bound)
-            elif KIND == TOPK:
-                opened = opened & (top >= bound) & (top > 0.0)
+            opened = (column < d_sae) & _reaches(top, best, bound, slope_of, KIND)
             z = read(z_row, BIAS, column, opened, BIASED)
-            if KIND == SIMPLEX:
-                hit = opened & ((z - best) * slope_of >= bound)
-            elif KIND == TOPK:
-                hit = opened & (z >= bound) & (z > 0.0)
-            elif SCALAR:
-                hit = opened & (z > power)
+            if KIND == THRESHOLD:
+                hit = _exceeds(z, THETA, power, column, opened, SCALAR)
             else:
-                hit = opened & (z > tl.load(THETA + column, mask=opened, other=float("inf")))
+                hit = opened & _reaches(z, best, bound, slope_of, KIND)
             found = hit.to(tl.int32)
             many = tl.sum(found, 0)
             if (many > 0) & (n < CAP):
@@ -113,42 +127,20 @@ def collect(
                 tl.store(VALUES + row * CAP + slot, z, mask=hit & (slot < CAP))
                 tl.store(PLACES + row * CAP + slot, column * step, mask=hit & (slot < CAP))
             n += many
-        tl.store(COUNTS + row, n)
     else:
-        tl.store(BOUND + row, best)
-        place = d_sae
-        for start in range(0, d_sae, TILE):
-            column = start + lane
-            z = read(z_row, BIAS, column, column < d_sae, BIASED)
-            named = tl.where(nan, z != z, z == best) & (column < d_sae)
-            place = tl.minimum(place, tl.min(tl.where(named, column, d_sae), 0))
         tl.store(VALUES + row * CAP, best)
-        tl.store(PLACES + row * CAP, place * step)
-        tl.store(COUNTS + row, 1)
+        tl.store(PLACES + row * CAP, _odd_place(z_row, BIAS, best, d_sae, TILE, BIASED) * step)
+    tl.store(BEST + row, best)
+    tl.store(BOUND + row, reach)
+    tl.store(COUNTS + row, n)
 
 
 @triton.jit
 def finish(
-    Z,
-    stride,
-    BIAS,
-    VALUES,
-    COUNTS,
-    BEST,
-    TAU,
-    QUOTA,
-    SIZES,
-    d_sae,
-    k,
-    slope_of,
-    power,
-    KIND: tl.constexpr,
-    BIASED: tl.constexpr,
-    LINEAR: tl.constexpr,
-    TILE: tl.constexpr,
-    CAP: tl.constexpr,
+    Z, stride, BIAS, VALUES, COUNTS, BEST, TAU, QUOTA, SIZES, d_sae, k, slope_of, power,
+    KIND: tl.constexpr, BIASED: tl.constexpr, LINEAR: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr,
     STREAM: tl.constexpr,
-):
+):  # fmt: skip
     """The exact threshold of a row (in units of v for SIMPLEX), how many ties at it are kept, and the support size."""
     row = tl.program_id(0).to(tl.int64)
     z_row = Z + row * stride
@@ -194,30 +186,11 @@ def finish(
 
 @triton.jit
 def fill(
-    Z,
-    stride,
-    BIAS,
-    THETA,
-    VALUES,
-    PLACES,
-    COUNTS,
-    BEST,
-    TAU,
-    QUOTA,
-    OFFSETS,
-    INDICES,
-    SCORES,
-    room,
-    d_sae,
-    slope_of,
-    power,
-    KIND: tl.constexpr,
-    BIASED: tl.constexpr,
-    SCALAR: tl.constexpr,
-    TILE: tl.constexpr,
-    CAP: tl.constexpr,
+    Z, stride, BIAS, THETA, VALUES, PLACES, COUNTS, BEST, TAU, QUOTA, OFFSETS, INDICES, SCORES,
+    room, d_sae, slope_of, power,
+    KIND: tl.constexpr, BIASED: tl.constexpr, SCALAR: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr,
     STREAM: tl.constexpr,
-):
+):  # fmt: skip
     """Write the selected latents of a row, ascending, and their scores at its offset; nothing at or beyond ``room``."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(COUNTS + row)
@@ -252,10 +225,8 @@ def fill(
                     tie = (z == tau) & (column < d_sae)
                     kept = (z > tau) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= quota))
                     ties += tl.sum(tie.to(tl.int32), 0)
-                elif SCALAR:
-                    kept = z > power
                 else:
-                    kept = z > tl.load(THETA + column, mask=column < d_sae, other=float("inf"))
+                    kept = _exceeds(z, THETA, power, column, column < d_sae, SCALAR)
                 kept = kept & (column < d_sae)
                 where = out + tl.cumsum(kept.to(tl.int32), 0) - 1
                 tl.store(INDICES + where, column.to(tl.int64), mask=kept & (where < room))
