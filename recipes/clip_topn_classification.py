@@ -14,7 +14,8 @@ patches, and classify by prompts.
 "drawn" is the share of photos that CLIP then gives to that other class. Accuracy that comes from the latents alone,
 whatever the photo, would show up there.
 
-Writes DIR/clip_topn.md, .csv and .png; each SAE's rows as soon as they are there, so an interrupt keeps the others.
+Writes OUT/clip_topn.md, .csv and .png; each SAE's rows as soon as they are there, so an interrupt keeps the others.
+Rows that OUT/clip_topn.csv has already are kept, and not measured again: SAEs can be added to a table.
 """
 
 from __future__ import annotations
@@ -83,14 +84,21 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_embeddings(clip, prompts, opened.tokenizer)
 
     saes = load_or_train(clip, train, args)
-    scores = score_latents(clip, saes, train)
-    rows: list[dict[str, Any]] = []
+    setting = {"model": args.model, "data": Path(args.data).name if args.data else "packaged", "limit": str(args.limit)}
+    rows = measured_before(args.out / "clip_topn.csv", setting, args.counts)
+    done = {(row["SAE"], row["rank"]) for row in rows}
+    saes = {name: sae for name, sae in saes.items() if any((name, rank) not in done for rank in args.rank)}
+    if rows:
+        write(rows, args, len(test), len(train))
+    scores = score_latents(clip, saes, train) if saes else {}
     for name, sae in saes.items():
         quality = reconstruction(clip, sae, test)
         for rank in args.rank:
+            if (name, rank) in done:
+                continue
             say(f"{name}, latents ranked by {rank}")
             found = classify(clip, sae, scores[name][rank], test, classes, args.counts)
-            rows.append({"SAE": name, "rank": rank, **quality, **found})
+            rows.append({"SAE": name, "rank": rank, **setting, **quality, **found})
             write(rows, args, len(test), len(train))
             if not found["complete"]:
                 say("interrupted: the table holds what was done")
@@ -222,6 +230,18 @@ def classify(
 
 
 # ----------------------------------------------------------------------- writing
+
+
+def measured_before(path: Path, setting: dict[str, str], counts: list[int]) -> list[dict[str, Any]]:
+    """Complete rows of an earlier table of the same model, data and counts."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    words = {"SAE", "rank", "complete", *setting}
+    found = [{key: row[key] if key in words else float(row[key]) for key in row} for row in rows]
+    wanted = setting | {"complete": "True"}
+    return [row for row in found if wanted.items() <= row.items() and all(f"on {n}" in row for n in counts)]
 
 
 def write(rows: list[dict[str, Any]], args: argparse.Namespace, n_test: int, n_train: int) -> None:
