@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=ASSETS / "sae-smollm2-l15")
     parser.add_argument("--latents", type=int, nargs="*", help="by default 12 spread over the range of densities")
     parser.add_argument("--text", type=Path, nargs="*", help="files; by default the packaged WikiText-2 passages")
-    parser.add_argument("--tokens", type=int, default=24_000)
+    parser.add_argument("--tokens", type=int, default=16_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "concept_dashboard.html")
     args = parser.parse_args()
     start = time.perf_counter()

@@ -7,11 +7,15 @@ Which latents are steered is decided by a rule stated here, before any text is g
 
 1. On Wikipedia, take every latent that is selected on 0.02% to 1% of the tokens, and its 20 strongest activations,
    each from another sequence.
-2. Its *words* are those that stand within 10 tokens of them in at least 3 of the 20, most over-represented first
-   (count there over count in the whole text), 12 at most; words of fewer than 4 letters do not count.
+2. Its *words* are those that stand within 10 tokens of them in at least 3 of the 20, and are at least 8 times as
+   frequent there as in the whole text; most over-represented first, 12 at most; words of fewer than 4 letters do not
+   count.
 3. Its *coherence* is the share of the 20 contexts that hold at least two of these words.
 4. Go down the latents by coherence, skipping one that shares more than 3 words with a latent already taken, until
    there are six.
+
+(The first version of this rule had no "8 times" and so took latents for words like "with"; that part was added when
+it had chosen its latents, before any text had been generated.)
 
 Then clamp each to multiples of its largest activation, everywhere but at position 0, while the model writes. A latent
 steers when, at some strength, its words make up at least three times the share of the generated words that they make
@@ -38,7 +42,7 @@ from saehooks.sites import host
 
 PROMPT = "I think that"
 SAMPLES, NEW_TOKENS = 8, 30
-CONTEXTS, WINDOW, AT_LEAST, WORDS = 20, 10, 3, 12
+CONTEXTS, WINDOW, AT_LEAST, LIFT, WORDS = 20, 10, 3, 8, 12
 DENSITY = (0.0002, 0.01)
 EVERYWHERE = sh.positions(slice(1, None))
 """Where latents are held: position 0 is an attention sink and is left alone."""
@@ -90,8 +94,10 @@ def describe(codes: sh.Codes, entries: torch.Tensor, tokens: torch.Tensor, token
     contexts = [tokenizer.decode(tokens[s, max(1, p - WINDOW) : p + WINDOW + 1]) for s, p in places.items()]
     held = [set(words_of(context)) for context in contexts]
     count = Counter(word for one in held for word in one)
-    often = [word for word, n in count.items() if n >= AT_LEAST and usual[word] > 0]
-    words = sorted(often, key=lambda word: -count[word] / usual[word])[:WORDS]
+    # How often a word would stand in these contexts if they were like the rest of the text.
+    share = sum(len(words_of(context)) for context in contexts) / max(1, sum(usual.values()))
+    often = [word for word, n in count.items() if n >= AT_LEAST and n >= LIFT * usual[word] * share]
+    words = sorted(often, key=lambda word: -count[word] / max(1, usual[word]))[:WORDS]
     coherence = sum(len(one & set(words)) >= 2 for one in held) / CONTEXTS
     return Chosen(int(codes.indices[entries[0]]), words, coherence, float(codes.values[entries].max()), contexts[:5])
 

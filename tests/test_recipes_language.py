@@ -53,8 +53,8 @@ def test_words_of_a_latent():
         def decode(self, ids):
             return " ".join(self.names[i] for i in ids)
 
-    tokens = torch.tensor([[0, 1, 2, 3, 5]] * 20 + [[0, 1, 4, 4, 4]] * 20)
-    dense = torch.zeros(40, 5, 3)
+    tokens = torch.tensor([[0, 1, 2, 3, 5]] * 20 + [[0, 1, 4, 4, 4]] * 400)
+    dense = torch.zeros(420, 5, 3)
     dense[:20, 2, 1] = torch.arange(1.0, 21.0)  # latent 1 is on "river", in 20 sequences
     dense[:, 1, 0] = 1.0
     codes = sh.Codes.from_dense(dense)
