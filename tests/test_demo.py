@@ -212,7 +212,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
         console=Console(file=out, width=100),
     ).read_text()
     assert page.count("<section") == 8
-    assert page.count("<img") >= 8
+    assert page.count("<img") >= 8  # histogram, curve, bars, steering, accuracy, three overlays
     assert "DIFFERENT" not in page
     assert "CE degradation" in page
     assert "http" not in page.replace("http://www.w3.org", "")

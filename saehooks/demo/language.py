@@ -48,6 +48,8 @@ THEMES = {
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 """Steering strengths, in typical values of the latent."""
+WRITTEN = (0.0, 1.0, 2.0, 4.0)
+"""Strengths at which the model writes."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,6 @@ class Push(NamedTuple):
 
     theme: str
     latent: int
-    gain: float
-    """Strength that raised the theme's words most, in typical values."""
     typical: float
     """An ordinary strong value of the latent."""
     tokens: list[str]
@@ -240,7 +240,7 @@ class Language:
             with steer(self.model, self.sae, {push.latent: factor * push.typical}, where=slice(1, None)):
                 for opening in OPENINGS:
                     raised[opening].append(float(self.next_probs(self.encode_prompt(opening))[words].sum()))
-                if factor in (0.0, push.gain, 2 * push.gain):
+                if factor in WRITTEN:
                     texts[f"{factor:g} × typical"] = f"{STEERED}{self.generated(STEERED)}"
         curves = {f"{opening} …": (FACTORS, values) for opening, values in raised.items()}
         ylabel = f"probability of words about {push.theme}"
@@ -259,7 +259,7 @@ class Language:
         return torch.tensor([one[0] for one in ids if len(one) == 1])
 
     def _push(self, survey: Survey) -> Push:
-        """The theme and the latent whose push raises the theme's words most, and the strength that did."""
+        """The theme and the latent whose push, by twice its typical value, raises the theme's words most."""
         best: Push | None = None
         highest = -1.0
         opening = self.encode_prompt(OPENINGS[1])
@@ -269,15 +269,12 @@ class Language:
                 self.model(self.encode_prompt(sentences))
             codes = trace.codes[0, 1:]
             for latent in survey.contrast(codes).argsort(descending=True)[: self.budget.candidates].tolist():
-                for gain in (2.0, 3.0):
-                    value = typical(codes, latent)
-                    with steer(self.model, self.sae, {latent: gain * value}, where=slice(1, None)):
-                        raised = float(self.next_probs(opening)[words].sum())
-                    if best is None or raised > highest:
-                        highest = raised
-                        best = Push(
-                            theme, latent, gain, value, trace.token_strings()[1:], codes.of(latent).clamp_min(0)
-                        )
+                value = typical(codes, latent)
+                with steer(self.model, self.sae, {latent: 2 * value}, where=slice(1, None)):
+                    raised = float(self.next_probs(opening)[words].sum())
+                if raised > highest:
+                    highest = raised
+                    best = Push(theme, latent, value, trace.token_strings()[1:], codes.of(latent).clamp_min(0))
         if best is None:
             raise ConfigError("no latent to steer: candidates must be at least 1")
         return best
@@ -306,13 +303,13 @@ class Language:
             eval_batches=list(self.batches("eval", min(2048, self.budget.tokens))),
         )
         names = [name for name in ("loss", "nmse", "l0", "dead") if any(name in row for row in trainer.history)]
-        self.report.figure(figures.training_curves(trainer.history, names), "training curves")
-        first, last = trainer.history[0], trainer.history[-1]
-        rows = [
-            {"": "start", **{name: first.get(name) for name in names}},
-            {"": "end", **{n: last.get(n) for n in names}},
-        ]
-        self.report.table(rows, f"{trainer.steps} steps on {trainer.rows_seen:,} activations")
+        if names:
+            self.report.figure(figures.training_curves(trainer.history, names), "training curves")
+        logged = [row for row in trainer.history if "loss" in row]
+        if logged:
+            ends = {"first record": logged[0], "last record": logged[-1]}
+            rows = [{"": when, "step": row["step"], **{n: row.get(n) for n in names}} for when, row in ends.items()]
+            self.report.table(rows, f"{trainer.steps} steps on {trainer.rows_seen:,} activations")
         held_out = new.cfg.metadata.get("metrics", {}).get("held_out", {})
         if held_out:
             self.report.table([held_out], "on held-out text")

@@ -53,13 +53,13 @@ def smollm2() -> tuple[Any, Any]:
     576
     """
     file = smollm2_file()
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:
-        raise ConfigError('this needs TransformerLens 4; write: pip install "transformer-lens>=4"') from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with quiet():
+        try:
+            from transformer_lens.model_bridge import TransformerBridge
+        except ImportError as error:
+            raise ConfigError('this needs TransformerLens 4; write: pip install "transformer-lens>=4"') from error
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         hf_model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name).eval()
         model = TransformerBridge.boot_transformers(SMOLLM2, hf_model=hf_model, tokenizer=tokenizer)
@@ -74,10 +74,10 @@ def small_clip() -> tuple[Any, Any, Any]:
     Returns:
         (CLIP in eval mode, preprocess for PIL images, tokenizer).
     """
-    import open_clip
-
     folder = f"local-dir:{ASSETS / 'tinyclip'}"
     with quiet():
+        import open_clip
+
         clip, _, preprocess = open_clip.create_model_and_transforms(folder)
         return clip.eval(), preprocess, open_clip.get_tokenizer(folder)
 
