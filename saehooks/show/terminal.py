@@ -113,6 +113,7 @@ def render(renderable: RenderableType, *, width: int | None = None, color: bool 
         file=io.StringIO(),
         width=width,
         force_terminal=on,
+        force_jupyter=False,  # in a notebook rich would display at once and leave the string empty
         no_color=None if on else True,
         color_system="truecolor" if on else None,
         highlight=False,
