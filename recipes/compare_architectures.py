@@ -40,10 +40,11 @@ ARMS = {
     "topk, k/2": ("topk", {"k": 0.5}, {}),
     "topk": ("topk", {"k": 1.0}, {}),
     "topk, 2k": ("topk", {"k": 2.0}, {}),
-    "topk without aux_k": ("topk", {"k": 1.0}, {"aux_k": 0.0}),
+    "topk, k/2, without aux_k": ("topk", {"k": 0.5}, {"aux_k": 0.0}),
     "batchtopk": ("batchtopk", {"k": 1.0}, {}),
     "mutual_choice": ("mutual_choice", {"k": 1.0}, {}),
-    "mutual_choice without aux_zipf": ("mutual_choice", {"k": 1.0}, {"aux_zipf": 0.0}),
+    "mutual_choice, k/2": ("mutual_choice", {"k": 0.5}, {}),
+    "mutual_choice, k/2, without aux_zipf": ("mutual_choice", {"k": 0.5}, {"aux_zipf": 0.0}),
     "feature_choice": ("feature_choice", {"k": 1.0}, {}),
     "relu": ("relu", {}, {"l1": "matched"}),
     "gated": ("gated", {}, {"l1": "matched"}),
@@ -54,7 +55,8 @@ ARMS = {
     "entmax 1.5": ("entmax", {}, {}),
     "kron": ("kron", {"k": 1.0}, {}),
 }
-L1_START, L1_RATE = 0.03, 0.03  # an l1 that follows --k: times exp(rate * log(L0 / k)), the log held within 1
+# An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.
+L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60
 
 
 def settings() -> argparse.Namespace:
@@ -128,8 +130,12 @@ class Arm:
         loss = self.trainer.step(x)
         if self.follows_k:
             excess = math.log(max(1e-3, float(loss.stages.codes.sizes.double().mean())) / k)
+            memory = self.trainer.sae.cfg.metadata  # saved with the checkpoint, so that a killed run goes on alike
+            before, slope = memory.get("l1_follows", (excess, 0.0))
+            slope += 0.1 * (excess - before - slope)
+            memory["l1_follows"] = (excess, slope)
             config = self.trainer.loss_config
-            rate = math.exp(L1_RATE * max(-1.0, min(1.0, excess)))
+            rate = math.exp(L1_RATE * max(-1.0, min(1.0, excess + L1_AHEAD * slope)))
             self.trainer.loss_config = replace(config, l1=config.l1 * rate)
 
 
@@ -150,6 +156,7 @@ def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, optio
     if (folder / CHECKPOINT).exists():
         facts = read_safetensors(folder / CHECKPOINT)[1] or {}
         trainer.loss_config = LossConfig(**facts["config"]["loss"])
+        sae.cfg.metadata.update(facts["sae"]["metadata"])
         load_checkpoint(trainer, folder)
     else:
         sae.initialise(sample)
@@ -205,14 +212,19 @@ def train(arms: list[Arm], rows: Tensor, steps: int, options: argparse.Namespace
 def evaluate(arm: Arm, rows: Tensor) -> dict:
     """NMSE, FVU, L0 with its distribution and dead latents on held-out rows; cost of a step."""
     found = arm.trainer.evaluate(rows.float())
+    sizes, errors = [], []
     with arm.trainer.sae.inference(), torch.no_grad():
-        sizes = torch.cat([arm.trainer.sae.encode(part.float()).sizes for part in rows.split(4096)]).double()
-    quantiles = sizes.quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+        for part in rows.split(4096):
+            recons, codes = arm.trainer.sae(part.float())
+            sizes.append(codes.sizes.double())
+            errors.append((recons - part).square().sum(1) / part.float().square().sum(1))
+    quantiles = torch.cat(sizes).quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
     seconds = arm.trainer.seconds["sae"] + arm.trainer.seconds["optimizer"]
     sae = arm.trainer.sae
     encoder = sum(p.numel() for name, p in sae.dictionary.named_parameters() if name in ("W_enc", "P", "Q", "C", "W_k"))
     return {
         **found,
+        "token_nmse": float(torch.cat(errors).mean()),
         "dead_in_training": arm.trainer.dead,
         "dead_share": found["dead"] / arm.d_sae,
         "support_quantiles": quantiles,
@@ -264,31 +276,37 @@ def ce_of(model, sae: sh.SAE, at: str, tokens: Tensor) -> float:
 
 
 def at_same_l0(rows: list[dict]) -> None:
-    """NMSE of TopK at each row's own L0: between (or beyond) the three TopK arms, straight in logarithms."""
+    """TopK's figures at each row's own L0: between (or beyond) its three arms, straight in logarithms."""
     for row in rows:
-        curve = sorted((r["l0"], r["nmse"]) for r in rows if r["d_sae"] == row["d_sae"] and r["arm"] in list(ARMS)[:3])
-        row["topk_at_l0"] = math.nan
-        if len(curve) < 2 or row["l0"] <= 0:
-            continue
-        x, (xs, ys) = math.log(row["l0"]), np.log(np.array(curve)).T
-        i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
-        slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
-        row["topk_at_l0"] = math.exp(ys[i - 1] + slope * (x - xs[i - 1]))
+        arms = [r for r in rows if r["d_sae"] == row["d_sae"] and r["arm"] in list(ARMS)[:3]]
+        for key in ("nmse", "token_nmse", "ce_degradation"):
+            row[f"topk_{key}"] = on_curve(row["l0"], sorted((r["l0"], r[key]) for r in arms))
+
+
+def on_curve(l0: float, curve: list[tuple[float, float]]) -> float:
+    if len(curve) < 2 or l0 <= 0 or min(value for _, value in curve) <= 0:
+        return math.nan
+    x, (xs, ys) = math.log(l0), np.log(np.array(curve)).T
+    i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
+    return math.exp(ys[i - 1] + (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1]) * (x - xs[i - 1]))
 
 
 COLUMNS = {
     "arm": "{}",
     "d_sae": "{}",
-    "nmse": "{:.4f}",
-    "topk_at_l0": "{:.4f}",
-    "fvu": "{:.4f}",
     "l0": "{:.1f}",
     "l0_q05": "{}",
     "l0_median": "{}",
     "l0_q95": "{}",
     "dead": "{}",
+    "nmse": "{:.4f}",
+    "topk_nmse": "{:.4f}",
+    "token_nmse": "{:.4f}",
+    "topk_token_nmse": "{:.4f}",
+    "fvu": "{:.4f}",
     "ce_spliced": "{:.4f}",
     "ce_degradation": "{:.4f}",
+    "topk_ce_degradation": "{:.4f}",
     "ce_recovered": "{:.4f}",
     "ms_per_step": "{:.0f}",
     "encode_ms": "{:.1f}",
@@ -367,8 +385,9 @@ def main() -> None:
         if not file.exists():
             peak = peak_mb(arm, eval_rows, options)
             spliced = ce_of(opened.model, arm.trainer.sae, options.at, tokens)
-            file.write_text(json.dumps({**evaluate(arm, eval_rows), "ce_spliced": spliced, "peak_mb": peak}))
-        row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **references}
+            file.write_text(json.dumps({"ce_spliced": spliced, "peak_mb": peak}))
+        row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **evaluate(arm, eval_rows)}
+        row |= references
         row["ce_degradation"] = row["ce_spliced"] - row["ce_clean"]
         row["ce_recovered"] = (row["ce_zero"] - row["ce_spliced"]) / (row["ce_zero"] - row["ce_clean"])
         rows.append(row)
@@ -381,7 +400,9 @@ def main() -> None:
         f"Adam lr {options.lr}, k {options.k}",
         "held out": f"{len(eval_rows)} tokens; cross-entropy on {tokens.numel()} tokens: "
         + ", ".join(f"{name} {value:.4f}" for name, value in references.items()),
-        "topk_at_l0": "NMSE of TopK at the same L0, from its three arms",
+        "topk_...": "the same figure for TopK at this row's own L0, from its three arms",
+        "token_nmse": "mean over tokens of squared error over squared norm; nmse is one ratio of sums, so that the few "
+        "tokens of huge norm weigh most in it",
         "columns": "dead: latents that fired on none of the held-out tokens; "
         "peak_mb: memory that making the SAE and training two steps takes",
     }

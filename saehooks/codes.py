@@ -54,11 +54,13 @@ class Codes:
         rows = math.prod(self.shape)
         if self.offsets.shape != (rows + 1,):
             raise WidthError(
-                f"Codes of shape {tuple(self.shape)} have {rows} rows and need {rows + 1} offsets, got {tuple(self.offsets.shape)}"
+                f"Codes of shape {tuple(self.shape)} have {rows} rows and need {rows + 1} offsets, "
+                f"got {tuple(self.offsets.shape)}"
             )
         if self.indices.shape != self.values.shape or self.indices.dim() != 1:
             raise WidthError(
-                f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must be one list each, equally long"
+                f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} must be one list each, "
+                "equally long"
             )
 
     # ------------------------------------------------------------------ making

@@ -41,17 +41,18 @@ __all__ = [
 def relu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The ReLU SAE: linear dictionary, relu. Loss: l1 weighed by decoder norms, so directions need no constraint.
 
-    Source: Bricken et al. 2023, Towards Monosemanticity; the norms in the penalty: Anthropic, April 2024 update.
+    Activations are normalised, as is usual where biases must learn. Source: Bricken et al. 2023, Towards
+    Monosemanticity; the norms in the penalty: Anthropic, April 2024 update.
     """
-    return SAE(d_in, d_sae, "linear", "relu", **settings)
+    return SAE(d_in, d_sae, "linear", "relu", **{"normalize": True, **settings})
 
 
 def gated_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The Gated SAE: linear dictionary, gates and magnitudes apart. Loss: l1 on the gates and their own reconstruction.
 
-    Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+    Activations are normalised. Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
     """
-    return SAE(d_in, d_sae, "linear", "gated", **settings)
+    return SAE(d_in, d_sae, "linear", "gated", **{"normalize": True, **settings})
 
 
 def jumprelu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
@@ -146,9 +147,10 @@ def published_sparsemax_sae(d_in: int, d_sae: int, *, max_density: float | None 
 def mlp_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The paper's ablation "MLP + sparsemax": linear dictionary, sparsemax. Loss: reconstruction alone.
 
-    Its supports depend on the scale of the activations. Source: Sparsemax SAE, CVPR 2026.
+    Activations are normalised, since the supports of sparsemax depend on the scale of scores. Source: Sparsemax SAE,
+    CVPR 2026.
     """
-    return SAE(d_in, d_sae, "linear", "sparsemax", **settings)
+    return SAE(d_in, d_sae, "linear", "sparsemax", **{"normalize": True, **settings})
 
 
 def transformer_relu_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:

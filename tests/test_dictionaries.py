@@ -130,6 +130,23 @@ def test_starting_points():
     assert torch.equal(linear.W_enc, linear.W_dec.T)
 
 
+def test_normalised_codes_do_not_depend_on_the_scale_of_activations():
+    """With normalize, activations ten times as large have the same codes and a reconstruction ten times as large."""
+    x = torch.randn(60, 8) + 2
+    codes, recons = [], []
+    for scale in (1.0, 10.0):
+        torch.manual_seed(0)
+        sae = sh.SAE(8, 40, "linear", "sparsemax", normalize=True)
+        sae.initialise(scale * x)
+        out = sae(scale * x)
+        codes.append(out.codes.dense())
+        recons.append(out.recons / scale)
+    torch.testing.assert_close(*codes, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*recons, rtol=1e-4, atol=1e-5)
+    centred = (10 * x - sae.dictionary.b_dec).detach() / sae.dictionary.unit
+    assert float(centred.norm(dim=1).median()) == pytest.approx(1)
+
+
 def test_unit_norm_decoder_is_kept():
     """Gradients lose their parallel part and rows return to norm 1."""
     sae = sh.SAE(8, 20, "linear", "relu", unit_norm_decoder=True)

@@ -88,11 +88,14 @@ def test_saelens(kind, subtract, w, tmp_path):
     assert sae.hook_name == "blocks.3.hook_resid_pre"
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu", "topk", "batchtopk"])
-def test_saelens_round_trip(activation, w, tmp_path):
+def test_saelens_round_trip(activation, normalize, w, tmp_path):
     """What is written for SAELens comes back with the same outputs."""
     _, x = w
-    sae = sh.SAE(D_IN, D_SAE, "linear", activation, hook_name="site", **({"k": K} if "topk" in activation else {}))
+    settings = {"normalize": normalize, **({"k": K} if "topk" in activation else {})}
+    sae = sh.SAE(D_IN, D_SAE, "linear", activation, hook_name="site", **settings)
+    sae.initialise(3 * x)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

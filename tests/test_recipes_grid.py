@@ -30,7 +30,8 @@ def made_up(compare):
     rows = []
     for i, arm in enumerate(compare.ARMS):
         l0 = {0: 16.0, 1: 32.0, 2: 64.0}.get(i, 20.0 + i)
-        rows.append({"arm": arm, "d_sae": 64, "l0": l0, "nmse": l0**-0.5, "ce_degradation": 1 / l0, "steps": 3})
+        rows.append({"arm": arm, "d_sae": 64, "l0": l0, "nmse": l0**-0.5, "token_nmse": 2 / l0, "steps": 3})
+        rows[-1]["ce_degradation"] = 1 / l0
         rows[-1]["support_quantiles"] = [float(j * i) for j in range(21)]
     return rows
 
@@ -41,7 +42,8 @@ def test_topk_at_the_same_l0(compare):
     rows[5]["l0"] = 256.0
     compare.at_same_l0(rows)
     for row in rows:
-        assert row["topk_at_l0"] == pytest.approx(row["l0"] ** -0.5)
+        assert row["topk_nmse"] == pytest.approx(row["l0"] ** -0.5)
+        assert row["topk_token_nmse"] == pytest.approx(2 / row["l0"])
 
 
 def test_tables_and_picture(compare, tmp_path):

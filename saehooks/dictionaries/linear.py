@@ -18,10 +18,14 @@ class LinearDictionary(Dictionary):
 
     Args:
         apply_b_dec_to_input: subtract b_dec before encoding.
+        normalize: encode in units of the median norm of the first data (about b_dec), and decode back. Biases and
+            thresholds then learn at the pace of the weights, and the supports of sparsemax do not depend on the scale
+            of a model's activations.
         unit_norm_decoder: keep the rows of W_dec at norm 1, and their gradients orthogonal to them.
     """
 
     name: ClassVar[str] = "linear"
+    unit: Tensor
 
     def __init__(
         self,
@@ -29,6 +33,7 @@ class LinearDictionary(Dictionary):
         d_sae: int,
         *,
         apply_b_dec_to_input: bool = True,
+        normalize: bool = False,
         unit_norm_decoder: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -38,9 +43,13 @@ class LinearDictionary(Dictionary):
         self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.normalize = normalize
+        if normalize:
+            self.register_buffer("unit", torch.ones((), dtype=dtype))
 
     def prepare(self, x: Tensor) -> Prepared:
-        return Prepared(x - self.b_dec if self.apply_b_dec_to_input else x, None)
+        centred = x - self.b_dec if self.apply_b_dec_to_input else x
+        return Prepared(centred / self.unit, self.unit.expand(len(x))) if self.normalize else Prepared(centred, None)
 
     @property
     def keys(self) -> Tensor:
@@ -61,6 +70,9 @@ class LinearDictionary(Dictionary):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         self.b_dec.copy_(x.mean(0))
+        if self.normalize and len(x):
+            norm = (x - self.b_dec if self.apply_b_dec_to_input else x).norm(dim=1).median()
+            self.unit.copy_(norm.clamp(min=torch.finfo(x.dtype).tiny))
 
     @torch.no_grad()
     def after_backward(self) -> None:

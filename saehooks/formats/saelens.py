@@ -79,6 +79,8 @@ def save(sae: SAE, folder: str | Path) -> None:
         )
     d, a = sae.dictionary, sae.activation
     tensors: dict[str, Tensor] = {"W_enc": d.W_enc, "W_dec": d.W_dec, "b_enc": d.b_enc, "b_dec": d.b_dec}
+    if d.normalize:  # decoding gives the unit back, so it folds into the two tables
+        tensors |= {"W_enc": d.W_enc / d.unit, "W_dec": d.W_dec * d.unit}
     kind, cfg = sae.cfg.activation, {}
     if kind == "gated":
         bias = tensors.pop("b_enc")  # they have none: it moves into the two biases behind it
