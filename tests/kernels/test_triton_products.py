@@ -29,7 +29,7 @@ from saehooks.kernels import reference
 from saehooks.optim import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
 
 
 @pytest.fixture
