@@ -328,36 +328,46 @@ def write_tables(rows: list[dict], facts: dict, options: argparse.Namespace) -> 
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
 
 
+FIGURES = {
+    "nmse": "NMSE (few tokens of huge norm weigh most)",
+    "token_nmse": "mean over tokens of squared error / squared norm",
+    "ce_degradation": "CE degradation (nats)",
+}
+
+
 def draw(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(19, 6), width_ratios=[1, 1, 1.3])
+    figure, axes = plt.subplots(2, 2, figsize=(17, 12))
+    axes = axes.flatten()
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(ARMS)}
     sizes = sorted({row["d_sae"] for row in rows})
-    for axis, key, label in ((axes[0], "nmse", "NMSE"), (axes[1], "ce_degradation", "CE degradation (nats)")):
-        for row in rows:
-            marker = "os^D"[sizes.index(row["d_sae"]) % 4]
-            axis.plot(row["l0"], row[key], marker, color=colours[row["arm"]], markersize=8)
-            if row["d_sae"] == sizes[-1]:
-                axis.annotate(row["arm"], (row["l0"], row[key]), fontsize=7, xytext=(4, 4), textcoords="offset points")
-        for d_sae in sizes:
-            curve = sorted((r["l0"], r[key]) for r in rows if r["d_sae"] == d_sae and r["arm"] in list(ARMS)[:3])
+    for axis, (key, label) in zip(axes, FIGURES.items(), strict=False):
+        for i, d_sae in enumerate(sizes):
+            own = [row for row in rows if row["d_sae"] == d_sae]
+            curve = sorted((row["l0"], row[key]) for row in own if row["arm"] in list(ARMS)[:3])
             axis.plot(*zip(*curve, strict=True), "-", color="grey", linewidth=0.8)
+            axis.plot([], [], "os^D"[i % 4], color="grey", label=f"d_sae {d_sae}")
+            for row in own:
+                axis.plot(row["l0"], row[key], "os^D"[i % 4], color=colours[row["arm"]], markersize=8)
+                if d_sae == sizes[-1]:
+                    where = {"xytext": (4, 4), "textcoords": "offset points"}
+                    axis.annotate(row["arm"], (row["l0"], row[key]), fontsize=7, **where)
         axis.set(xscale="log", yscale="log", xlabel="L0 (mean support size)", ylabel=label)
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_title(", ".join(f"{'os^D'[i]}: d_sae {d}" for i, d in enumerate(sizes)).replace("o:", "circle:"))
+        axis.legend(loc="lower left")
     shown = [row for row in rows if row["d_sae"] == sizes[-1]]
     for place, row in enumerate(shown):
         q = row["support_quantiles"]
-        axes[2].plot([q[1], q[-2]], [place, place], "-", color=colours[row["arm"]], linewidth=2)
-        axes[2].plot([q[5], q[15]], [place, place], "-", color=colours[row["arm"]], linewidth=7)
-        axes[2].plot(q[10], place, "|", color="black", markersize=12)
-    axes[2].set_yticks(range(len(shown)), [row["arm"] for row in shown], fontsize=8)
-    axes[2].set(xscale="symlog", xlabel="support size of a token: 5, 25, 50, 75, 95%", title=f"d_sae {sizes[-1]}")
-    axes[2].grid(alpha=0.3)
+        axes[3].plot([q[1], q[-2]], [place, place], "-", color=colours[row["arm"]], linewidth=2)
+        axes[3].plot([q[5], q[15]], [place, place], "-", color=colours[row["arm"]], linewidth=7)
+        axes[3].plot(q[10], place, "|", color="black", markersize=12)
+    axes[3].set_yticks(range(len(shown)), [row["arm"] for row in shown], fontsize=8)
+    axes[3].set(xscale="symlog", xlabel="support size of a token: 5, 25, 50, 75, 95%", title=f"d_sae {sizes[-1]}")
+    axes[3].grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
