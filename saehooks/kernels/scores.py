@@ -65,7 +65,7 @@ def _columns(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Columns:
 
 @torch.no_grad()
 def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Dense scores (chunk, d_sae) of consecutive rows, in one buffer that the next chunk overwrites.
+    """Dense scores (chunk, d_sae) of consecutive rows, in one buffer that the next chunk or call overwrites.
 
     Half-precision inputs are scored in float32: rounding scores before selection costs up to 2% of the result.
     """
