@@ -75,7 +75,7 @@ def capitals() -> Prompts:
 
 
 def agreement() -> Prompts:
-    """Grammar: the verb agrees with the subject, not with the noun before it."""
+    """Grammar: the verb agrees with the subject, not the noun before it. A noun may stand on both sides of the split."""
     rng, prompts = random.Random(0), []
     for noun in NOUNS:
         near = rng.choice(NEAR)
@@ -266,7 +266,7 @@ def page(found: list[Behaviour], sae, seconds: float) -> str:
             html.table_html(examples, caption=f"{len(one.prompts)} prompts of {one.asked} have one-token answers")
         )
         if one.has_it:
-            section.add(html.table_html(one.ranking.rows(10), caption=one.ranking._caption()))
+            section.add(one.ranking._repr_html_())
             section.add(html.image(figures.png(one.ranking.plot_agreement()), f"attribution against exact, {one.name}"))
         sections.append(section)
     footer = f"Made by `recipes/causal_ablation.py` with {sae!r}, in {seconds:.0f} s."

@@ -13,7 +13,7 @@ from saehooks.attach import attach
 from saehooks.causal.attribution import gradient
 from saehooks.causal.metric import Batch, as_metric
 from saehooks.causal.progress import bar
-from saehooks.causal.ranking import data_frame
+from saehooks.causal.ranking import data_frame, named
 from saehooks.causal.runs import DEFAULT, as_data, default_where, frozen, runner
 from saehooks.errors import ConfigError
 from saehooks.sae import SAE
@@ -78,10 +78,10 @@ class Graph:
         return f"{self.sites[0]} -> {self.sites[1]}: effect on {self.metric}, {self.n_sequences} sequences{partial}"
 
     def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(self.rows(SHOWN)))
+        return self._caption() + "\n" + terminal.render(terminal.table(named(self.rows(SHOWN), "source", "target")))
 
     def _repr_html_(self) -> str:
-        return html.table_html(self.rows(SHOWN), caption=self._caption())
+        return html.table_html(named(self.rows(SHOWN), "source", "target"), caption=self._caption())
 
 
 def latent_graph(

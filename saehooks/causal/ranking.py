@@ -164,10 +164,10 @@ class Ranking:
         return len(self.latents)
 
     def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(self.rows(SHOWN)))
+        return self._caption() + "\n" + terminal.render(terminal.table(named(self.rows(SHOWN), "latent")))
 
     def _repr_html_(self) -> str:
-        return html.table_html(self.rows(SHOWN), caption=self._caption())
+        return html.table_html(named(self.rows(SHOWN), "latent"), caption=self._caption())
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
@@ -189,6 +189,15 @@ def _ranks(values: Tensor) -> Tensor:
     _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
     return (last - (sizes.double() - 1) / 2)[group]
+
+
+def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
+    """Rows for showing, in which numbers that are names are written without thousands separators.
+
+    >>> named([{"latent": 1204, "tokens": 1204}], "latent")
+    [{'latent': '1204', 'tokens': 1204}]
+    """
+    return [{key: str(value) if key in columns else value for key, value in row.items()} for row in rows]
 
 
 def data_frame(rows: list[dict[str, Any]]) -> DataFrame:
