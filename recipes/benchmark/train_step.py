@@ -58,7 +58,10 @@ def forget_gradients(model: nn.Module) -> None:
 
 
 def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
-    """SAELens's own training forward pass and loss, its defaults, no dead latents and so no auxiliary loss."""
+    """SAELens's own training forward pass and loss, without dead latents (no auxiliary loss) or decoder rescaling.
+
+    Rescaling is its default and costs time; with sparse activations its backward is not implemented on CPU.
+    """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
@@ -68,6 +71,7 @@ def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
             d_sae=d_sae,
             k=SUPPORT,
             use_sparse_activations=sparse,
+            rescale_acts_by_decoder_norm=False,
             device=str(x.device),
         )
     )
