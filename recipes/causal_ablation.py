@@ -75,7 +75,7 @@ def capitals() -> Prompts:
 
 
 def agreement() -> Prompts:
-    """Grammar: the verb agrees with the subject, not the noun before it. A noun may stand on both sides of the split."""
+    """Grammar: the verb agrees with the subject, not the noun before it. A noun can be on both sides of the split."""
     rng, prompts = random.Random(0), []
     for noun in NOUNS:
         near = rng.choice(NEAR)

@@ -273,14 +273,14 @@ def main() -> None:
     neutral = sh.TokenBatches(tokenizer, packaged_text("eval"), context=64, batch_size=8, limit=256).tokens
     writer = Writer(model, sae, tokenizer, neutral)
     base, found = (writer.write(), writer.cost()), []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         for one in chosen:
             print(f"latent {one.latent}: {', '.join(one.words[:6])}", flush=True)
             found.append((one, sweep(writer, one, sorted(args.strengths), base)))
+            args.out.write_text(page(found, sae, neutral, time.perf_counter() - start), encoding="utf-8")
     except KeyboardInterrupt:
         print("interrupted; the page holds the latents that were done")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(found, sae, neutral, time.perf_counter() - start), encoding="utf-8")
     rows = [{"latent": one.latent, "words": ", ".join(one.words[:3]), "steers": steers(rows)} for one, rows in found]
     print(terminal.render(terminal.table(rows)))
     print(f"wrote {args.out}")
