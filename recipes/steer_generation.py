@@ -5,17 +5,19 @@
 
 Which latents are steered is decided by a rule stated here, before any text is generated:
 
-1. On Wikipedia, take every latent that is selected on 0.02% to 1% of the tokens, and its 20 strongest activations,
-   each from another sequence.
+1. On every eighth paragraph of Wikipedia, take every latent that is selected on 0.02% to 1% of the tokens, and its 20
+   strongest activations, each from another sequence.
 2. Its *words* are those that stand within 10 tokens of them in at least 3 of the 20, and are at least 8 times as
    frequent there as in the whole text; most over-represented first, 12 at most; words of fewer than 4 letters do not
    count.
 3. Its *coherence* is the share of the 20 contexts that hold at least two of these words.
-4. Go down the latents by coherence, skipping one that shares more than 3 words with a latent already taken, until
-   there are six.
+4. Of the latents with at least 4 words, go down by coherence, skipping one that shares a word with a latent already
+   taken, until there are six.
 
-(The first version of this rule had no "8 times" and so took latents for words like "with"; that part was added when
-it had chosen its latents, before any text had been generated.)
+(This is the third form of the rule. The first had no "8 times" and took latents for words like "with"; it was mended
+before any text was generated. The second read the first paragraphs only and let latents share up to 3 words, so that
+four of its six were about the "United States"; the text it generated was seen before this third form was written, the
+latents that this form chooses were not.)
 
 Then clamp each to multiples of its largest activation, everywhere but at position 0, while the model writes. A latent
 steers when, at some strength, its words make up at least three times the share of the generated words that they make
@@ -42,7 +44,7 @@ from saehooks.sites import host
 
 PROMPT = "I think that"
 SAMPLES, NEW_TOKENS = 8, 30
-CONTEXTS, WINDOW, AT_LEAST, LIFT, WORDS = 20, 10, 3, 8, 12
+CONTEXTS, WINDOW, AT_LEAST, LIFT, FEWEST, WORDS = 20, 10, 3, 8, 4, 12
 DENSITY = (0.0002, 0.01)
 EVERYWHERE = sh.positions(slice(1, None))
 """Where latents are held: position 0 is an attention sink and is left alone."""
@@ -104,7 +106,7 @@ def describe(codes: sh.Codes, entries: torch.Tensor, tokens: torch.Tensor, token
 
 def choose(model, sae: sh.SAE, tokenizer, n_tokens: int, n: int) -> list[Chosen]:
     """The rule of this recipe."""
-    text = packaged_text("train")
+    text = "\n".join(packaged_text("train").splitlines()[::8])
     batches = sh.TokenBatches(tokenizer, text, context=128, batch_size=16, limit=n_tokens)
     codes, counts = survey(model, sae, batches)
     total = codes.shape[0] * (codes.shape[1] - 1)
@@ -120,7 +122,8 @@ def choose(model, sae: sh.SAE, tokenizer, n_tokens: int, n: int) -> list[Chosen]
     described.sort(key=lambda one: -one.coherence)
     taken: list[Chosen] = []
     for one in described:
-        if len(taken) < n and all(len(set(one.words) & set(other.words)) <= 3 for other in taken):
+        fresh = all(not set(one.words) & set(other.words) for other in taken)
+        if len(taken) < n and fresh and len(one.words) >= FEWEST:
             taken.append(one)
     return taken
 
@@ -259,7 +262,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=ASSETS / "sae-smollm2-l15")
     parser.add_argument("--latents", type=int, nargs="*", help="steer these instead of those the rule chooses")
     parser.add_argument("--n", type=int, default=6, help="how many latents the rule chooses (%(default)s)")
-    parser.add_argument("--strengths", type=float, nargs="*", default=[0.5, 1.0, 2.0, 3.0])
+    parser.add_argument("--strengths", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--tokens", type=int, default=32_000, help="tokens the rule looks at (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steer_generation.html")
     args = parser.parse_args()
