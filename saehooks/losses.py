@@ -102,13 +102,13 @@ def training_loss(
         terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
     if config.gate:
         terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
-    error = (x - recons).detach()
+    error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
     for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
         if not coefficient:
             continue
         helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
         if helpers is not None and helpers.numel():
-            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux)
+            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights)
     total = torch.stack(list(terms.values())).sum()
     return TrainingLoss(total, {name: term.detach() for name, term in terms.items()}, recons.detach(), stages)
 
@@ -132,6 +132,13 @@ def reconstruction(x: Tensor, recons: Tensor, kind: str = "relative", center: Te
     if kind == "mse":
         return error.sum() / energy.sum().clamp(min=TINY)
     raise ConfigError(f"loss {kind!r}: choose one of {', '.join(RECONSTRUCTION)}")
+
+
+def row_weights(x: Tensor, kind: str, center: Tensor | None = None) -> Tensor:
+    """(rows,) how much a row's squared error weighs in a reconstruction loss, up to a factor."""
+    if kind == "mse":
+        return x.new_ones(x.shape[0])
+    return 1 / (_norms(x, center).square() if kind == "relative" else _norms(x, None)).clamp(min=TINY)
 
 
 def _norms(x: Tensor, center: Tensor | None) -> Tensor:
@@ -200,8 +207,13 @@ def under_used(sae: SAE, config: LossConfig) -> Tensor:
     return ((density < config.zipf_share * expected) & (expected * sae.density.rows >= 5)).nonzero()[:, 0]
 
 
-def auxiliary(sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int | None = None) -> Tensor:
+def auxiliary(
+    sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Scalar: how badly each row's k best of some latents reconstruct the error, 1 if not at all.
+
+    Rows weigh as in the reconstruction loss: where a few tokens have a hundred times the norm of the others, a plain
+    ratio of sums would be about those alone.
 
     Args:
         sae: in train mode.
@@ -209,6 +221,7 @@ def auxiliary(sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int 
         error: (rows, d_in) detached, x - recons.
         latents: (n,) int64 ascending.
         k: latents of a row; None for half of d_in.
+        weights: (rows,) of the rows' squared errors; None for equal ones.
     """
     k = min(k or max(1, sae.d_in // 2), latents.numel())
     prepared = stages.prepared
@@ -217,5 +230,8 @@ def auxiliary(sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int 
     values = sae.dictionary.scores(prepared, support).relu()
     shape = (error.shape[0],)
     codes = Codes(support.indices, values, support.offsets, shape, sae.d_sae, prepared.scale)
-    missed = sae.dictionary.decode(codes, with_offset=False) - error
-    return missed.square().sum() / error.square().sum().clamp(min=TINY)
+    missed = (sae.dictionary.decode(codes, with_offset=False) - error).square().sum(1)
+    missing = error.square().sum(1)
+    if weights is not None:
+        missed, missing = missed * weights, missing * weights
+    return missed.sum() / missing.sum().clamp(min=TINY)

@@ -123,7 +123,8 @@ def test_aux_k_lets_dead_latents_reconstruct_the_error(dictionary):
     scale = 1.0 if prepared.scale is None else prepared.scale[:, None]
     error = (x - sae(x).recons).detach()
     rebuilt = scale * (spread @ sae.directions(torch.arange(24)))
-    expected = (rebuilt - error).square().sum() / error.square().sum() / 32
+    weights = 1 / (x - sae.dictionary.b_dec).detach().square().sum(1)  # as in the reconstruction loss
+    expected = (weights * (rebuilt - error).square().sum(1)).sum() / (weights * error.square().sum(1)).sum() / 32
     torch.testing.assert_close(loss.terms["aux_k"], expected.detach())
     assert "aux_k" not in training_loss(sae, x, config, idle=torch.zeros(24, dtype=torch.int64)).terms
     assert "aux_k" not in training_loss(sae, x, config).terms
