@@ -23,12 +23,13 @@ class SelectPlan(NamedTuple):
 
 def select_plan(d_sae: int, k: int = 0) -> SelectPlan:
     """Launch shape for rows of ``d_sae`` scores, of which top-k wants ``k``."""
-    # 16 scores a thread: with 32 the compiler needs all 255 registers, and one program fills a multiprocessor.
+    # 8 scores a thread: with 32 the compiler needs all 255 registers, with 16 up to 200, and then one program fills a
+    # multiprocessor.
     whole = power_of_two(d_sae)
-    tile = min(whole, max(128, min(4096, power_of_two(-(-d_sae // 4)))))
+    tile = min(whole, max(128, min(2048, power_of_two(-(-d_sae // 4)))))
     cap = min(whole, max(1024, min(8192, power_of_two(2 * k))))
     warps = max(1, min(8, cap // 512))
-    return SelectPlan(tile, cap, min(whole, 512 * warps), max(1, tile // 512), warps)
+    return SelectPlan(tile, cap, min(whole, 512 * warps), max(1, tile // 256), warps)
 
 
 def power_of_two(n: int) -> int:

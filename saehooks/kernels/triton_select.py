@@ -31,9 +31,6 @@ SIMPLEX = tl.constexpr(0)
 TOPK = tl.constexpr(1)
 THRESHOLD = tl.constexpr(2)
 
-SMALLEST = tl.constexpr(1.401298464324817e-45)
-"""The smallest positive float32."""
-
 SLACK = tl.constexpr(4e-6)
 """How far below the bound of the group maxima, in units of v, a candidate may lie: more than float32 sums err."""
 
@@ -44,7 +41,8 @@ def _bound(top, best, k, slope_of, power, KIND: tl.constexpr, LINEAR: tl.constex
     if KIND == SIMPLEX:
         bound = simplex_threshold((top - best) * slope_of, best * 0.0 - 1.0, power, LINEAR) - SLACK
     elif KIND == TOPK:
-        bound = tl.maximum(topk_bound(top, best, k), SMALLEST)
+        smallest = (tl.program_id(0) * 0 + 1).to(tl.float32, bitcast=True)  # a positive score reaches it
+        bound = tl.maximum(topk_bound(top, best, k), smallest)
     else:
         bound = best
     return bound
@@ -99,7 +97,7 @@ def collect(
     z_row = Z + row * stride
     lane = tl.arange(0, TILE)
     top = tl.full((TILE,), float("-inf"), tl.float32)
-    for start in range(0, d_sae, TILE):
+    for start in tl.range(0, d_sae, TILE, loop_unroll_factor=2):  # more loads under way at a time
         z = read(z_row, BIAS, start + lane, start + lane < d_sae, BIASED)
         top = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
     nan = tl.sum((top != top).to(tl.int32), 0) > 0
