@@ -164,8 +164,8 @@ def _give_back() -> None:
     """Return freed memory to the system, and forget buffers, so that a job cannot use what another left."""
     from saehooks.kernels import memory
 
-    memory._kept.clear()
     gc.collect()
+    memory.forget()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -87,7 +87,7 @@ def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Ten
     """(rows, d) sums ``values @ table[indices]`` of each compressed row."""
     if not (serves(values) and serves(table)):
         return reference.spmm(values, indices, offsets, table)
-    out = torch.empty(offsets.numel() - 1, table.shape[1])
+    out = empty(offsets.numel() - 1, table.shape[1])
     arrays = _arrays(values, indices, offsets, table)
     spread(
         lambda start, stop: cpu_products.spmm_rows(*arrays, start, stop, out.numpy()),

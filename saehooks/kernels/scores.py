@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,11 +11,14 @@ from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels.batch import Columns, batch_topk, feature_choice
 from saehooks.kernels.dispatch import path, select_rows
-from saehooks.kernels.memory import KEPT_BYTES, lend
+from saehooks.kernels.memory import empty
 from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
 
 SCORE_BYTES = 256 * 2**20
 """Most memory a chunk of scores takes."""
+
+CPU_SCORE_BYTES = 128 * 2**20
+"""The same on CPU, where larger chunks are no faster."""
 
 
 def select(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None) -> Support:
@@ -65,26 +67,26 @@ def _columns(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Columns:
 
 @torch.no_grad()
 def score_chunks(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Dense scores (chunk, d_sae) of consecutive rows, in one buffer that the next chunk or call overwrites.
+    """Dense scores (chunk, d_sae) of consecutive rows, in one buffer that the next chunk overwrites.
 
     Half-precision inputs are scored in float32: rounding scores before selection costs up to 2% of the result.
     """
     _check_widths(queries, keys)
     queries, keys = _wide(queries.detach()), _wide(keys.detach())
     rows, d_sae = queries.shape[0], keys.shape[0]
-    reused = queries.device.type == "cpu" and queries.dtype == torch.float32
-    room = (KEPT_BYTES if reused else SCORE_BYTES) // max(1, d_sae * queries.element_size())
+    on_cpu = queries.device.type == "cpu" and queries.dtype == torch.float32
+    room = (CPU_SCORE_BYTES if on_cpu else SCORE_BYTES) // max(1, d_sae * queries.element_size())
     chunks = -(-rows // max(1, room))
     step = -(-rows // max(1, chunks))
-    with lend(step, d_sae) if reused else nullcontext(queries.new_empty(step, d_sae)) as buffer:
-        for start in range(0, rows, max(1, step)):
-            part = queries[start : start + step]
-            scores = buffer[: part.shape[0]]
-            if bias is None:
-                torch.mm(part, keys.T, out=scores)
-            else:
-                torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
-            yield scores
+    buffer = empty(step, d_sae) if on_cpu else queries.new_empty(step, d_sae)
+    for start in range(0, rows, max(1, step)):
+        part = queries[start : start + step]
+        scores = buffer[: part.shape[0]]
+        if bias is None:
+            torch.mm(part, keys.T, out=scores)
+        else:
+            torch.addmm(bias.detach().to(scores.dtype), part, keys.T, out=scores)
+        yield scores
 
 
 def _check_widths(queries: Tensor, keys: Tensor) -> None:

@@ -114,19 +114,43 @@ def test_an_error_in_a_thread_reaches_the_caller():
         torch.set_num_threads(before)
 
 
-def test_the_score_buffer_is_used_again_and_never_shared():
-    """Two chunked scorings at the same time get a buffer each; afterwards at most one is kept."""
+def test_large_memory_is_used_again_only_when_nobody_holds_it():
+    """What a tensor, a view or its gradient still refers to is left alone; what is free is taken, up to a bound."""
     from saehooks.kernels import memory
 
-    with memory.lend(10, 10) as a, memory.lend(20, 10) as b:
-        assert a.shape == (10, 10)
-        assert a.data_ptr() != b.data_ptr()
-    assert len(memory._kept) == 1
-    with memory.lend(3, 3) as c:
-        assert c.data_ptr() in (a.data_ptr(), b.data_ptr())
-    with memory.lend(memory.KEPT_BYTES, 1) as large:
-        assert large.shape == (memory.KEPT_BYTES, 1)
-    assert not memory._kept
+    memory.forget()
+    first = memory.empty(2048, 1024)
+    place = first.data_ptr()
+    assert place % memory.ALIGNMENT == 0
+    row = first[3]
+    del first
+    second = memory.empty(2048, 1000)
+    assert second.data_ptr() != place
+    del row
+    third = memory.empty(2000, 1024)
+    assert third.data_ptr() == place
+    assert third._base is None
+    assert memory.empty(4, 4).shape == (4, 4)
+    assert sum(held.nbytes for held in memory._pool) <= memory.POOL_BYTES
+    del second, third
+    memory.forget()
+    assert not memory._pool
+
+
+def test_gradients_of_tables_outlive_the_memory_they_came_from():
+    """A gradient that is kept is not overwritten by the next step."""
+    pytest.importorskip("numba")
+    made = torch.Generator().manual_seed(0)
+    table = torch.randn(4096, 300, generator=made, requires_grad=True)
+    queries = torch.randn(20, 300, generator=made)
+    kept = []
+    for scale in (1.0, 2.0):
+        table.grad = None
+        support = kernels.select(queries, table, Sparsemax())
+        kernels.sddmm(queries * scale, table, support.indices, support.offsets).sum().backward()
+        kept.append(table.grad)
+    assert torch.equal(kept[1], 2 * kept[0])
+    assert kept[0].any()
 
 
 def test_one_row_takes_the_same_path():

@@ -172,7 +172,7 @@ def test_selection_from_queries_equals_selection_from_scores(path, device, dtype
         expected = dense_mask(scores, reference.select(scores, Sparsemax()))
         whole = kernels.select(queries, keys, Sparsemax(), given)
         monkeypatch.setattr(module, "SCORE_BYTES", 7 * 200 * 8)
-        monkeypatch.setattr(module, "KEPT_BYTES", 7 * 200 * 4)
+        monkeypatch.setattr(module, "CPU_SCORE_BYTES", 7 * 200 * 4)
         parts = kernels.select(queries, keys, Sparsemax(), given)
         monkeypatch.undo()
         assert (dense_mask(scores, whole) == expected).float().mean() > 0.9999
