@@ -47,16 +47,17 @@ class SparsemaxActivation(Activation):
 def simplex_weights(scores: Tensor, offsets: Tensor) -> Tensor:
     """(nnz,) sparsemax weights ``score - tau`` of given supports; the gradient is the sparsemax Jacobian.
 
-    With g the gradient of the weights, a score receives ``g - mean of g over its row's support``.
+    With g the gradient of the weights, a score receives ``g - mean of g over its row's support``. Sums are float64:
+    over a support of thousands of large scores float32 would miss the threshold by more than the weights.
     """
     if scores.dtype != torch.float64 and hasattr(path(scores), "center"):
         return _Centred.apply(scores, offsets)
     rows = rows_of(offsets, scores.numel())
-    sizes = offsets.diff().clamp(min=1).to(scores.dtype)
-    shift = scores.new_zeros(sizes.numel()).index_add(0, rows, scores.detach()) / sizes
-    centred = scores - shift[rows]
-    tau = (scores.new_zeros(sizes.numel()).index_add(0, rows, centred) - 1) / sizes
-    return centred - tau[rows]
+    sizes, wide = offsets.diff().clamp(min=1).double(), scores.double()
+    shift = wide.new_zeros(sizes.numel()).index_add(0, rows, wide.detach()) / sizes
+    centred = wide - shift[rows]
+    tau = (wide.new_zeros(sizes.numel()).index_add(0, rows, centred) - 1) / sizes
+    return (centred - tau[rows]).to(scores.dtype)
 
 
 class _Centred(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hard_scores import KINDS, dense_mask, scores_of, sparsemax_by_sorting, weights
 
-from saehooks import kernels
+from saehooks import kernels, sparsemax
 from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels import Entmax, Sparsemax, Threshold, TopK, reference, select_rows
 
@@ -38,6 +38,15 @@ def test_sparsemax_is_exact(path, device, kind, d_sae):
         check_form(support, scores)
         error = (weights(scores, support) - sparsemax_by_sorting(scores)).abs().sum(1)
         assert float(error.max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparsemax_probabilities_are_exact_in_float32(path, device, kind):
+    """What `sparsemax` returns is within 1e-6 of float64 in L1, also where thousands of large scores are selected."""
+    for d_sae, scale in ((65, 1.0), (20000, 1e-4), (20000, 1.0), (20000, 1e4)):
+        scores = scores_of(kind, 2, d_sae, scale).to(device)
+        found = sparsemax(scores).probs.double()
+        assert float((found - sparsemax_by_sorting(scores)).abs().sum(1).max()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
