@@ -153,7 +153,7 @@ def test_unit_norm_decoder_is_kept():
     sae(torch.randn(30, 8)).recons.square().sum().backward()
     sae.dictionary.after_backward()
     W = sae.dictionary.W_dec
-    assert float((W.grad * W).sum(1).abs().max()) < 1e-4
+    assert float((W.grad * W.detach()).sum(1).abs().max()) < 1e-4
     with torch.no_grad():
         W.mul_(3)
     sae.dictionary.after_step()
