@@ -23,6 +23,12 @@ def pytest_make_parametrize_id(config, val, argname):
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(61))]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_bridge():
     """A TransformerBridge over a native model: 3 layers, d_model 32, 4 heads of 8, vocabulary 64. No KV cache."""
