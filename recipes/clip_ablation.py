@@ -185,8 +185,10 @@ def follow(
     if now == label:
         text += f": still {test.names[label]} with {used} latents ablated"
     else:
-        text += f": becomes {test.names[now]} ({float(probs[now]):.0%}) with {used} latents ablated"
-        text += f" of the {len(codes.indices.unique())} that are active"
+        active = len(codes.indices.unique())
+        text += (
+            f": becomes {test.names[now]} ({float(probs[now]):.0%}) with {used} of its {active} active latents ablated"
+        )
     shown, image = order[:5], test.seen(row)
     maps = [patch_codes(clip, sae, pixels).of(latent)[0, 1:].clamp_min(0) for latent in shown]
     tiles = [
@@ -207,13 +209,14 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[An
         f"measured on those of {n_test} held-out photos that CLIP classifies rightly. Reconstruction error kept."
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{name: _short(value) for name, value in row.items()} for row in [*means(rows), *rows]]
     first = html.Section("A class and its rival").add(
         html.paragraph(
             "Share of held-out photos that stay in their class, and that go to the rival, with the top latents ablated "
             "and with as many random active ones (mean of five draws). Spearman: attribution against exact ablation "
             "on the training photos."
         ),
-        html.table_html([{name: _short(value) for name, value in row.items()} for row in rows]) if rows else "",
+        html.table_html(rows) if rows else "",
     )
     second = html.Section("Single photos").add(
         STYLE,
@@ -229,19 +232,31 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[An
     lines = [f"# {title}", "", lead, ""]
     if rows:
         lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        lines += ["| " + " | ".join(str(_short(value)) for value in row.values()) + " |" for row in rows]
+        lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     lines += ["", *(f"- {text}" for text, _ in singles), ""]
     args.out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each number of ablated latents, the mean over pairs."""
+    pairs = sorted({row["class → rival"] for row in rows})
+    found = []
+    for n in COUNTS if len(pairs) > 1 else ():
+        own = [row for row in rows if row["ablated"] == n]
+        mean: dict[str, Any] = {
+            "class → rival": f"mean of {len(own)} pairs",
+            "photos": sum(row["photos"] for row in own),
+        }
+        mean |= {"ablated": n}
+        mean |= {name: sum(row[name] for row in own) / len(own) for name in rows[0] if isinstance(own[0][name], float)}
+        found.append(mean | {"first latents": ""})
+    return found
+
+
 def _short(value: Any) -> Any:
-    return (
-        f"{value:.2f}"
-        if isinstance(value, float) and abs(value) <= 1
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else value
-    )
+    if not isinstance(value, float):
+        return value
+    return f"{value:.2f}" if abs(value) <= 1 else f"{value:.0f}"
 
 
 if __name__ == "__main__":
