@@ -19,6 +19,7 @@ import torch
 import saehooks as sh
 from saehooks import presets
 from saehooks.demo.open import open_model
+from saehooks.metrics import token_nmse
 from saehooks.stream import harvest
 from saehooks.trainer import TrainConfig, Trainer
 
@@ -59,12 +60,17 @@ def trained(sae: sh.SAE, rows: torch.Tensor, options: argparse.Namespace) -> Tra
         trainer.step(rows[order[start : start + size]])
         if (step + 1) % 50 == 0:
             print(trainer, flush=True)
+    sae.eval()
     return trainer
 
 
-def line(name: str, found: dict) -> str:
+@torch.no_grad()
+def line(name: str, trainer: Trainer, held_out: torch.Tensor) -> str:
+    found = trainer.evaluate(held_out)
+    recons = torch.cat([trainer.sae(part).recons for part in held_out.split(4096)])
     spread = f"{found['l0_q05']}/{found['l0_median']}/{found['l0_q95']}"
-    return f"| {name} | {found['nmse']:.4f} | {found['fvu']:.4f} | {found['l0']:.1f} ({spread}) | {found['dead']} |"
+    errors = f"{token_nmse(held_out, recons):.4f} | {found['nmse']:.4f} | {found['fvu']:.4f}"
+    return f"| {name} | {errors} | {found['l0']:.1f} ({spread}) | {found['dead']} |"
 
 
 def main() -> None:
@@ -92,14 +98,14 @@ def main() -> None:
         f"Share of tokens that would like more: {float((sizes > suggested).double().mean()):.0%}; "
         f"more than {options.compare_k}: {float((sizes > options.compare_k).double().mean()):.0%}.",
         "",
-        "| | NMSE | FVU | L0 (5/50/95%) | dead |",
-        "|---|---|---|---|---|",
-        line("sparsemax", found),
+        "| | NMSE by token | NMSE | FVU | L0 (5/50/95%) | dead |",
+        "|---|---|---|---|---|---|",
+        line("sparsemax", judge, held_out),
     ]
     for k in dict.fromkeys((suggested, options.compare_k)):
         torch.manual_seed(0)
         trainer = trained(presets.topk_sae(d_in, judge.sae.d_sae, k=k), rows, options)
-        lines.append(line(f"TopK, k = {k}", trainer.evaluate(held_out)))
+        lines.append(line(f"TopK, k = {k}", trainer, held_out))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "choose_k.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), f"\nwrote {options.out / 'choose_k.md'}")

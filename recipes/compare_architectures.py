@@ -30,6 +30,7 @@ from saehooks import presets
 from saehooks.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from saehooks.demo.open import open_model
 from saehooks.losses import LossConfig, default_loss
+from saehooks.metrics import token_nmse
 from saehooks.sites import host
 from saehooks.storage import read_safetensors
 from saehooks.stream import AFTER_FIRST, TokenBatches, harvest
@@ -217,14 +218,14 @@ def evaluate(arm: Arm, rows: Tensor) -> dict:
         for part in rows.split(4096):
             recons, codes = arm.trainer.sae(part.float())
             sizes.append(codes.sizes.double())
-            errors.append((recons - part).square().sum(1) / part.float().square().sum(1))
+            errors.append(token_nmse(part.float(), recons) * len(part))
     quantiles = torch.cat(sizes).quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
     seconds = arm.trainer.seconds["sae"] + arm.trainer.seconds["optimizer"]
     sae = arm.trainer.sae
     encoder = sum(p.numel() for name, p in sae.dictionary.named_parameters() if name in ("W_enc", "P", "Q", "C", "W_k"))
     return {
         **found,
-        "token_nmse": float(torch.cat(errors).mean()),
+        "token_nmse": sum(errors) / len(rows),
         "dead_in_training": arm.trainer.dead,
         "dead_share": found["dead"] / arm.d_sae,
         "support_quantiles": quantiles,

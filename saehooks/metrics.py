@@ -24,6 +24,17 @@ def nmse(x: Tensor, recons: Tensor) -> float:
     return float((recons - x).square().sum() / x.square().sum())
 
 
+def token_nmse(x: Tensor, recons: Tensor) -> float:
+    """Mean over rows of squared error over squared norm; 0 is best. Rows of zeros are left out.
+
+    `nmse` is one ratio of sums: where a few tokens have a hundred times the norm of the others, it is about those.
+    """
+    _same_shape(x, recons)
+    x, recons = x.detach().double(), recons.detach().double()
+    energy = x.square().sum(-1)
+    return float(((recons - x).square().sum(-1) / energy)[energy != 0].mean())
+
+
 def fvu(x: Tensor, recons: Tensor) -> float:
     """Fraction of variance unexplained: squared error over the variance of x about its mean row; 0 is best."""
     _same_shape(x, recons)

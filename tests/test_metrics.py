@@ -18,6 +18,8 @@ RECONS = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
 def test_errors_by_hand():
     """2 of squared error, 10 of energy, 2 of variance."""
     assert metrics.nmse(X, RECONS) == pytest.approx(0.2)
+    assert metrics.token_nmse(X, RECONS) == pytest.approx((1 + 1 / 9) / 2)
+    assert metrics.token_nmse(torch.cat([X, 0 * X]), torch.cat([RECONS, X])) == pytest.approx((1 + 1 / 9) / 2)
     assert metrics.fvu(X, RECONS) == pytest.approx(1.0)
     assert metrics.explained_variance(X, RECONS) == pytest.approx(0.0)
     assert metrics.nmse(X, X) == 0
