@@ -290,7 +290,7 @@ def picture(rows: list[dict[str, Any]], args: argparse.Namespace) -> Any:
     """Accuracy over n, a line for each SAE; on and off side by side, a row for each way of ranking."""
     ranks = [rank for rank in args.rank if any(row["rank"] == rank for row in rows)]
     figure, axes = figures.blank(len(ranks), 3, width=11, height=3.2 * len(ranks))
-    titles = {"on": "only the class's top n", "off": "all but the top n", "drawn": "another class's top n: given to it"}
+    titles = {"on": "only the class's top n", "off": "all but the top n", "drawn": "drawn to another class"}
     for i, rank in enumerate(ranks):
         for j, (kind, title) in enumerate(titles.items()):
             lines = {
