@@ -16,8 +16,8 @@ Which latents are steered is decided by a rule stated here, before any text is g
 
 (This is the third form of the rule. The first had no "8 times" and took latents for words like "with"; it was mended
 before any text was generated. The second read the first paragraphs only and let latents share up to 3 words, so that
-four of its six were about the "United States"; the text it generated was seen before this third form was written, the
-latents that this form chooses were not.)
+four of its six were about the "United States" (three of the six met the criterion below); the text it generated was
+seen before this third form was written, the latents that this form chooses were not.)
 
 Then clamp each to multiples of its largest activation, everywhere but at position 0, while the model writes. A latent
 steers when, at some strength, its words make up at least three times the share of the generated words that they make
