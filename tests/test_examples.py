@@ -16,7 +16,9 @@ nbformat = pytest.importorskip("nbformat")
 
 def test_there_are_notebooks():
     """First steps, steering, live CE degradation, training and CLIP: each has its notebook."""
-    assert {"01_first_steps", "02_steering", "03_live_ce", "04_train_your_own", "05_clip_concepts"} <= {file.stem for file in NOTEBOOKS}
+    assert {"01_first_steps", "02_steering", "03_live_ce", "04_train_your_own", "05_clip_concepts"} <= {
+        file.stem for file in NOTEBOOKS
+    }
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
