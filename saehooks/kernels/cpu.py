@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import offsets_of
-from saehooks.kernels import cpu_products, cpu_select, reference
+from saehooks.kernels import cpu_dense, cpu_products, cpu_select, reference
 from saehooks.kernels.columns import columns
 from saehooks.kernels.memory import empty
 from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
@@ -74,6 +74,8 @@ def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tens
     """(nnz,) products ``left[row] . table[index]`` of the sampled entries; left (rows, d), table (d_sae, d)."""
     if not (serves(left) and serves(table)):
         return reference.sddmm(left, table, indices, offsets)
+    if cpu_dense.pays(indices.numel(), offsets.numel() - 1, table.shape[0]):
+        return cpu_dense.sddmm(left.detach(), table.detach(), indices, offsets)
     out = torch.empty(indices.numel())
     arrays = _arrays(left, table, indices, offsets)
     spread(
@@ -87,6 +89,8 @@ def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Ten
     """(rows, d) sums ``values @ table[indices]`` of each compressed row."""
     if not (serves(values) and serves(table)):
         return reference.spmm(values, indices, offsets, table)
+    if cpu_dense.pays(indices.numel(), offsets.numel() - 1, table.shape[0], table.detach()):
+        return cpu_dense.spmm(values.detach(), indices, offsets, table.detach())
     out = empty(offsets.numel() - 1, table.shape[1])
     arrays = _arrays(values, indices, offsets, table)
     spread(
@@ -100,6 +104,8 @@ def spmm_transposed(values: Tensor, indices: Tensor, offsets: Tensor, left: Tens
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
     if not (serves(values) and serves(left)):
         return reference.spmm_transposed(values, indices, offsets, left, d_sae)
+    if cpu_dense.pays(indices.numel(), offsets.numel() - 1, d_sae, left.detach()):
+        return cpu_dense.spmm_transposed(values.detach(), indices, offsets, left.detach(), d_sae)
     starts, rows, places = columns(indices, offsets, d_sae)
     out = empty(d_sae, left.shape[1])
     arrays = (values.detach()[places].numpy(), rows.numpy(), starts.numpy(), left.detach().contiguous().numpy())

@@ -89,8 +89,11 @@ def test_no_entries_no_rows_and_strides(path, device):
     torch.testing.assert_close(strided, picked.detach())
 
 
-def test_not_a_number_stays_where_it_is(path, device):
+@pytest.mark.parametrize("share", [2.0, 0.0])
+def test_not_a_number_stays_where_it_is(path, device, share, monkeypatch):
     """A NaN in one row of the left operand, or one row of the table, reaches only the entries that use it."""
+    if path == "cpu":
+        monkeypatch.setattr("saehooks.kernels.cpu_dense.SHARE", share)
     left, table, indices, offsets = case(device)
     rows = rows_of(offsets, indices.numel())
     left[3], table[5] = float("nan"), float("nan")
@@ -119,6 +122,25 @@ def test_gradients_of_a_selected_step_equal_dense_autograd(path, device):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
 
 
+def test_supports_that_are_a_good_share_of_all_latents_are_multiplied_densely(monkeypatch):
+    """The dense way gives what gathering gives, block by block, in value and gradient."""
+    pytest.importorskip("numba")
+    from saehooks.kernels import cpu_dense
+
+    left, table, indices, offsets = case("cpu")
+    results = []
+    for share in (2.0, 0.0):
+        monkeypatch.setattr(cpu_dense, "SHARE", share)
+        monkeypatch.setattr(cpu_dense, "BLOCK_BYTES", 4 * 70 * 7)
+        inputs = [tensor.detach().requires_grad_() for tensor in (left, table)]
+        with kernels.force("cpu"):
+            picked = kernels.sddmm(*inputs, indices, offsets)
+            sums = kernels.spmm(picked, indices, offsets, inputs[1])
+            results.append((picked, sums, *torch.autograd.grad(sums.square().sum(), inputs)))
+    for sparse, dense in zip(*results, strict=True):
+        torch.testing.assert_close(dense, sparse, rtol=1e-4, atol=1e-5)
+
+
 def test_the_column_index_is_made_once_and_forgotten_with_its_support():
     """Backward passes over one support share its column-sorted index, which a changed support does not reuse."""
     pytest.importorskip("numba")
@@ -130,12 +152,12 @@ def test_the_column_index_is_made_once_and_forgotten_with_its_support():
     assert torch.equal(first.places.sort().values, torch.arange(indices.numel()))
     assert torch.equal(indices[first.places], indices.sort().values)
     assert torch.equal(rows_of(offsets, indices.numel())[first.places], first.rows)
-    before = len(module._kept)
+    before = len(module.columns.kept)
     indices.fill_(1)
     assert module.columns(indices, offsets, table.shape[0]).starts.tolist()[:3] == [0, 0, indices.numel()]
     del indices
     gc.collect()
-    assert len(module._kept) == before - 1
+    assert len(module.columns.kept) == before - 1
 
 
 def test_support_from_another_source_needs_no_scores(path, device):
