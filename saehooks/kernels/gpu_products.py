@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from saehooks.codes import rows_of
 from saehooks.kernels import reference
 from saehooks.kernels import triton_products as kernels
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import product_plan
+from saehooks.kernels.remember import remembered
 
 SEGMENT = 256
 """Entries of a column that one program sums; longer columns are cut."""
@@ -33,22 +33,9 @@ class Columns(NamedTuple):
     """(room for segments,) int64, the column of each segment after the first."""
 
 
-_kept = WeakTensorKeyDictionary()
-
-
+@remembered
 def columns(indices: Tensor, offsets: Tensor, d_sae: int) -> Columns:
     """Sort a support by column; remembered for as long as the ``indices`` tensor lives and is not changed."""
-    if indices.is_inference() or offsets.is_inference():  # these do not say whether they were changed
-        return _sort(indices, offsets, d_sae)
-    stamp = (indices._version, offsets._version, offsets.data_ptr(), d_sae)
-    kept = _kept.get(indices)
-    if kept is None or kept[0] != stamp:
-        kept = stamp, _sort(indices, offsets, d_sae)
-        _kept[indices] = kept
-    return kept[1]
-
-
-def _sort(indices: Tensor, offsets: Tensor, d_sae: int) -> Columns:
     nnz = indices.numel()
     # Padding past the last row sorts behind every column.
     keys = torch.where(torch.arange(nnz, device=indices.device) < offsets[-1], indices, d_sae).int()
