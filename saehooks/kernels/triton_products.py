@@ -120,23 +120,23 @@ def spmm_columns(
 
 @triton.jit
 def center(VALUES, OFFSETS, OUT, total, ENTRIES: tl.constexpr):
-    """Shift the entries of one row by a constant, so that they sum to ``total``. The mean goes first, for accuracy."""
+    """Shift the entries of one row by a constant, so that they sum to ``total``; in float64, which large rows need."""
     row = tl.program_id(0)
     start = tl.load(OFFSETS + row)
     stop = tl.load(OFFSETS + row + 1)
-    size = (stop - start).to(tl.float32)
-    sums = tl.zeros((ENTRIES,), tl.float32)
+    size = (stop - start).to(tl.float64)
+    sums = tl.zeros((ENTRIES,), tl.float64)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        sums += tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32)
+        sums += tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
     mean = tl.sum(sums, 0) / size
-    sums = tl.zeros((ENTRIES,), tl.float32)
+    sums = tl.zeros((ENTRIES,), tl.float64)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32)
+        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
         sums += tl.where(entry < stop, value - mean, 0.0)
     shift = (tl.sum(sums, 0) - total) / size
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32)
+        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
         tl.store(OUT + entry, ((value - mean) - shift).to(OUT.dtype.element_ty), mask=entry < stop)
