@@ -57,10 +57,10 @@ def forget_gradients(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
-    """SAELens's own training forward pass and loss, without dead latents (no auxiliary loss) or decoder rescaling.
+def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool, rescale: bool = False) -> Callable[[], None]:
+    """SAELens's own training forward pass and loss, without dead latents and so without an auxiliary loss.
 
-    Rescaling is its default and costs time; with sparse activations its backward is not implemented on CPU.
+    Rescaling by decoder norms is its default and costs time; with sparse activations its backward lacks it on CPU.
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
@@ -71,7 +71,7 @@ def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool) -> Callable[[], None]:
             d_sae=d_sae,
             k=SUPPORT,
             use_sparse_activations=sparse,
-            rescale_acts_by_decoder_norm=False,
+            rescale_acts_by_decoder_norm=rescale,
             device=str(x.device),
         )
     )
@@ -124,6 +124,7 @@ def case(rows: int, d_sae: int, args: Any, peers: bool = True) -> dict[str, Any]
         jobs["published sparsemax"] = stepper(published, x, published)
         if has_sae_lens():
             jobs["SAELens topk"] = sae_lens_stepper(x, d_sae, sparse=False)
+            jobs["SAELens topk, rescaled"] = sae_lens_stepper(x, d_sae, sparse=False, rescale=True)
             jobs["SAELens topk, sparse"] = sae_lens_stepper(x, d_sae, sparse=True)
     found = summary(interleaved(jobs, args), "product")
     memory = {name: peak_memory(job, args.device) for name, job in jobs.items() if name != "product"}
