@@ -122,10 +122,12 @@ def main() -> None:
         html.image(figures.png(picture(rows)), "cross-entropy by site and SAE"),
         html.paragraph(
             "`ce_degradation` is spliced minus clean, 0 is best; `ce_recovered` is (zero - spliced) / (zero - clean). "
-            "Position 0 is not spliced and not in NMSE and L0."
+            "Position 0 is not spliced and not in NMSE and L0. Sparsemax finds its own L0 and TopK is given one: compare "
+            "the two with that in mind."
         ),
     )
-    footer = f"Made by `recipes/ce_degradation.py` in {time.perf_counter() - start:.0f} s."
+    made = f"--train-tokens {args.train_tokens} --eval-tokens {args.eval_tokens}"
+    footer = f"Made by `recipes/ce_degradation.py {made}` in {time.perf_counter() - start:.0f} s."
     page = html.page("What splicing costs", [facts], lead=f"SmolLM2-135M-Instruct. {trained}", footer=footer)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")

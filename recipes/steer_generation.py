@@ -21,7 +21,7 @@ seen before this third form was written, the latents that this form chooses were
 
 Then clamp each to multiples of its largest activation, everywhere but at position 0, while the model writes. A latent
 steers when, at some strength, its words make up at least three times the share of the generated words that they make
-up without it, and the cross-entropy of neutral text is given beside it.
+up without it, and at least 3% of all; the cross-entropy of neutral text is given beside it.
 """
 
 from __future__ import annotations
