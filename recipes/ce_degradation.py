@@ -122,8 +122,8 @@ def main() -> None:
         html.image(figures.png(picture(rows)), "cross-entropy by site and SAE"),
         html.paragraph(
             "`ce_degradation` is spliced minus clean, 0 is best; `ce_recovered` is (zero - spliced) / (zero - clean). "
-            "Position 0 is not spliced and not in NMSE and L0. Sparsemax finds its own L0 and TopK is given one: compare "
-            "the two with that in mind."
+            "Position 0 is not spliced and not in NMSE and L0. Sparsemax finds its own L0, TopK is given one: "
+            "compare the two with that in mind."
         ),
     )
     made = f"--train-tokens {args.train_tokens} --eval-tokens {args.eval_tokens}"
