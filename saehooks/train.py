@@ -103,7 +103,7 @@ def fit(
     held_out = (
         None
         if eval_batches is None
-        else torch.cat(list(harvest(model, eval_batches, site.given, head=head, where=where)))
+        else torch.cat(list(harvest(model, eval_batches, site.given, head=site.head, where=where)))
     )
     with TrainingProgress(trainer, progress) as display:
         _loop(trainer, _timed_rows(trainer, model, batches, site, where), folder, held_out, display)
