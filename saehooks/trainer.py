@@ -146,8 +146,7 @@ class Trainer:
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
-        # Dictionaries that adjust gradients need them written.
-        written = getattr(self.sae.dictionary, "unit_norm_decoder", False)
+        written = self.sae.dictionary.adjusts_gradients
         with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
             loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
             loss.total.backward()

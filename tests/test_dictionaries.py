@@ -148,8 +148,10 @@ def test_normalised_codes_do_not_depend_on_the_scale_of_activations():
 
 
 def test_unit_norm_decoder_is_kept():
-    """Gradients lose their parallel part and rows return to norm 1."""
+    """Gradients lose their parallel part and rows return to norm 1; the dictionary says that it adjusts gradients."""
+    assert not sh.SAE(8, 20, "linear", "relu").dictionary.adjusts_gradients
     sae = sh.SAE(8, 20, "linear", "relu", unit_norm_decoder=True)
+    assert sae.dictionary.adjusts_gradients
     sae(torch.randn(30, 8)).recons.square().sum().backward()
     sae.dictionary.after_backward()
     W = sae.dictionary.W_dec

@@ -70,8 +70,13 @@ class Dictionary(nn.Module):
     def initialise(self, x: Tensor) -> None:
         """Set what is best set from data, before training, from a sample (rows, d_in)."""
 
+    @property
+    def adjusts_gradients(self) -> bool:
+        """Whether `after_backward` changes gradients: a trainer must then have them written before it calls it."""
+        return False
+
     def after_backward(self) -> None:
-        """Adjust gradients before the optimiser's step."""
+        """Adjust gradients between the backward pass and the optimiser's step; say so in `adjusts_gradients`."""
 
     def after_step(self) -> None:
         """Restore constraints after the optimiser's step."""

@@ -74,6 +74,10 @@ class LinearDictionary(Dictionary):
             norm = (x - self.b_dec if self.apply_b_dec_to_input else x).norm(dim=1).median()
             self.unit.copy_(norm.clamp(min=torch.finfo(x.dtype).tiny))
 
+    @property
+    def adjusts_gradients(self) -> bool:
+        return self.unit_norm_decoder
+
     @torch.no_grad()
     def after_backward(self) -> None:
         grad = self.W_dec.grad
