@@ -42,7 +42,8 @@ examples:
   saehooks fit --model tinyclip --at visual.blocks.4.hook_resid_post --d-sae 1024 --out saes/clip --images photos/
   saehooks fit ... --resume           goes on after an interruption, bit for bit
 
-Position 0 of each text (an attention sink) is not trained on.
+Position 0 of each text (an attention sink) is not trained on. Ctrl-C stops after the current step and writes a
+checkpoint first; pressed twice, it stops at once.
 
 """
     + MODELS
@@ -70,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SaehooksError as error:
         print(f"saehooks: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("saehooks: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"saehooks: {interruption or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         sys.stderr.close()

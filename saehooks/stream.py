@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,6 +180,13 @@ class ShuffleBuffer:
         self.filled = 0
         """Rows in use, always the first ones."""
         self.generator = torch.Generator().manual_seed(seed)
+        self.before_batch: Callable[[], None] | None = None
+        """Called before each batch; when it raises, `state` is one from which everything goes on."""
+        self._serving: _Serving | None = None
+        self._taken = 0
+        """Rows held of those that the `add` under way was given."""
+        self._held = 0
+        """Rows to pass over in the next `add`: a restored buffer holds them already."""
 
     def add(self, rows: Tensor) -> Iterator[Tensor]:
         """Take in rows (n, d_in); yields the training batches (batch_size, d_in) that become ready.
@@ -194,25 +201,38 @@ class ShuffleBuffer:
         if rows.numel() and not torch.isfinite(rows.sum(dtype=torch.float64)):
             bad = int((~rows.isfinite()).any(1).sum())
             raise NotFiniteError(f"{bad} of {len(rows)} activations hold NaN or infinity")
-        while len(rows):
-            room = len(self.rows) - self.filled
-            taken = rows[:room]
+        self._taken, self._held = self._held, 0
+        yield from self._serve()
+        while self._taken < len(rows):
+            taken = rows[self._taken : self._taken + len(self.rows) - self.filled]
             self.rows[self.filled : self.filled + len(taken)] = taken
-            self.filled, rows = self.filled + len(taken), rows[room:]
+            self.filled, self._taken = self.filled + len(taken), self._taken + len(taken)
             if self.filled == len(self.rows):
                 yield from self._serve(self.filled // 2)
+        self._taken = 0
 
     def drain(self) -> Iterator[Tensor]:
         """Serve what is left; only a last part smaller than a batch is kept back."""
+        yield from self._serve()
         yield from self._serve(self.filled)
 
-    def _serve(self, leaving: int) -> Iterator[Tensor]:
-        """Serve batches in random order; afterwards the first ``leaving`` rows of that order have left."""
-        leaving -= leaving % self.batch_size
-        order = torch.cat([torch.randperm(self.filled, generator=self.generator) for _ in range(self.passes)])
-        order = order.to(self.rows.device)
-        for start in range(0, leaving * self.passes, self.batch_size):
+    def _serve(self, leaving: int | None = None) -> Iterator[Tensor]:
+        """Serve batches in random order; afterwards the first ``leaving`` rows of that order have left.
+
+        Without ``leaving``: go on with the serving that was left half done, if there is one.
+        """
+        if leaving is not None:
+            order = torch.cat([torch.randperm(self.filled, generator=self.generator) for _ in range(self.passes)])
+            self._serving = _Serving(order.to(self.rows.device), leaving - leaving % self.batch_size, 0)
+        if self._serving is None:
+            return
+        order, leaving, first = self._serving
+        for start in range(first, leaving * self.passes, self.batch_size):
+            if self.before_batch is not None:
+                self.before_batch()
+            self._serving = _Serving(order, leaving, start + self.batch_size)
             yield self.rows[order[start : start + self.batch_size]]
+        self._serving = None
         stay = order[leaving : self.filled].sort().values
         # Rows that stay move to the front, in place and in order: a place is never read after it was written.
         for start in range(0, len(stay), 4096):
@@ -221,18 +241,39 @@ class ShuffleBuffer:
         self.filled = len(stay)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which `restore` continues bit for bit."""
-        return {"rows": self.rows[: self.filled].clone(), "generator": self.generator.get_state()}
+        """Tensors from which `restore` continues bit for bit, also between two batches of an `add`."""
+        serving = self._serving or _Serving(torch.zeros(0, dtype=torch.int64), 0, 0)
+        return {
+            "rows": self.rows[: self.filled].clone(),
+            "generator": self.generator.get_state(),
+            "order": serving.order,
+            "places": torch.tensor([serving.leaving, serving.served, self._taken]),
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from a `state`."""
+        """Continue from a `state`; one from the middle of an `add` wants the same rows in the next `add`."""
         held = state["rows"]
         if held.shape[0] > self.rows.shape[0] or held.shape[1] != self.rows.shape[1]:
             raise WidthError(f"a buffer of {tuple(self.rows.shape)} cannot hold the saved {tuple(held.shape)}")
         self.filled = len(held)
         self.rows[: self.filled] = held
         self.generator.set_state(state["generator"])
+        leaving, served, self._taken = state["places"].tolist()
+        self._held = self._taken
+        order = state["order"].to(self.rows.device)
+        self._serving = _Serving(order, leaving, served) if len(order) else None
 
     def __repr__(self) -> str:
         capacity, width = self.rows.shape
         return f"ShuffleBuffer({self.filled} of {capacity} rows of width {width}, batches of {self.batch_size})"
+
+
+class _Serving(NamedTuple):
+    """A serving that is under way."""
+
+    order: Tensor
+    """(filled * passes,) int64, the places of the rows in the order they are drawn."""
+    leaving: int
+    """So many rows of the first pass leave the buffer when it ends."""
+    served: int
+    """Draws served already."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saehooks.checkpoint import load_checkpoint, save_checkpoint
 from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError
+from saehooks.interruption import Interruptions
 from saehooks.place import find
 from saehooks.sae import SAE
 from saehooks.show.training import TrainingProgress
@@ -82,7 +83,8 @@ def fit(
     Args:
         model, sae, at, head, where, config, settings: as for `train`.
         batches: token tensors (batch, pos), images, or dicts of arguments. To resume, give the same ones again.
-        out: folder for checkpoints while training and the SAE at the end.
+        out: folder for checkpoints while training and the SAE at the end. An interruption (Ctrl-C, SIGTERM) writes one
+            more, between two steps, before it leaves; a second one leaves at once.
         resume: go on from the checkpoint in ``out``, if there is one: bit for bit as if never interrupted (on CPU).
         eval_batches: held-out batches, evaluated every ``eval_every`` steps and at the end.
         progress: show a progress display; by default in a terminal or notebook.
@@ -91,6 +93,7 @@ def fit(
     Raises:
         SiteError, WidthError, ConfigError: before anything runs.
         NotFiniteError: an activation or the loss is not finite; the last checkpoint stays.
+        KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
     source = host(model)
     site = find(source, sae, at, head)
@@ -105,22 +108,51 @@ def fit(
         if eval_batches is None
         else torch.cat(list(harvest(model, eval_batches, site.given, head=site.head, where=where)))
     )
-    with TrainingProgress(trainer, progress) as display:
-        _loop(trainer, _timed_rows(trainer, model, batches, site, where), folder, held_out, display)
-    _remember(trainer, source, site, where)
-    if held_out is not None:
-        sae.cfg.metadata["metrics"] = {"held_out": trainer.evaluate(held_out)}
-    if folder is not None:
-        sae.save(folder)
-        save_checkpoint(trainer, folder)
+    rows = _timed_rows(trainer, model, batches, site, where)
+    with _saved_when_interrupted(trainer, folder) as interruptions:
+        with TrainingProgress(trainer, progress) as display:
+            _loop(trainer, rows, folder, held_out, display, interruptions)
+        _remember(trainer, source, site, where)
+        if held_out is not None:
+            sae.cfg.metadata["metrics"] = {"held_out": trainer.evaluate(held_out)}
+        if folder is not None:
+            sae.save(folder)
+            save_checkpoint(trainer, folder)
     return trainer
 
 
+@contextmanager
+def _saved_when_interrupted(trainer: Trainer, folder: Path | None) -> Iterator[Interruptions]:
+    """An interruption inside waits until no step is half done, and leaves a checkpoint behind."""
+    before = trainer.steps
+    with Interruptions(wanted=folder is not None) as interruptions:
+        trainer.buffer.before_batch = interruptions.check
+        try:
+            yield interruptions
+        except KeyboardInterrupt:
+            # After a second one a step may be half done; without a step there is nothing to save.
+            if folder is None or interruptions.count != 1 or trainer.steps == before:
+                raise
+            save_checkpoint(trainer, folder)
+            raise KeyboardInterrupt(
+                f"stopped after step {trainer.steps}, with a checkpoint in {folder}; the same call with resume=True "
+                "(on the command line: --resume) goes on from there, bit for bit"
+            ) from None
+        finally:
+            trainer.buffer.before_batch = None
+
+
 def _loop(
-    trainer: Trainer, rows: Iterator[Tensor], folder: Path | None, held_out: Tensor | None, display: TrainingProgress
+    trainer: Trainer,
+    rows: Iterator[Tensor],
+    folder: Path | None,
+    held_out: Tensor | None,
+    display: TrainingProgress,
+    interruptions: Interruptions,
 ) -> None:
     """Push rows until they end; evaluate and write checkpoints on the way."""
-    evaluated = saved = trainer.steps
+    saved = trainer.steps
+    evaluated = max((record["step"] for record in trainer.history if "eval_nmse" in record), default=0)
 
     def after_push() -> None:
         nonlocal evaluated, saved
@@ -134,14 +166,16 @@ def _loop(
 
     try:
         for part in rows:
-            trainer.push(part)
-            after_push()
+            with interruptions.held():
+                trainer.push(part)
+                after_push()
             if trainer.finished:
                 return
     except NotFiniteError as error:
         kept = f"; the checkpoint of step {saved} in {folder} is intact" if folder and saved else ""
         raise NotFiniteError(f"{error}{kept}") from error
-    trainer.drain()
+    with interruptions.held():
+        trainer.drain()
     display.update()
 
 

@@ -13,8 +13,8 @@ import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
-    errors storage codes kernels activations dictionaries sae optim losses presets metrics formats sites place edits
-    where show trace attach stream trainer checkpoint train measure causal demo cli
+    errors storage interruption codes kernels activations dictionaries sae optim losses presets metrics formats sites
+    place edits where show trace attach stream trainer checkpoint train measure causal demo cli
 """
 ROOMS = TABLE.split()
 HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]

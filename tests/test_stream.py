@@ -99,6 +99,30 @@ def test_buffer_state_continues_bit_for_bit():
     assert torch.equal(*after)
 
 
+def test_buffer_left_between_two_batches_continues_bit_for_bit():
+    """Stopped before any batch of an ``add`` or of the drain, and restored, it serves the rest of the batches."""
+
+    def new(seed):
+        return ShuffleBuffer(128, 4, 16, passes=2, seed=seed)
+
+    def all_of(buffer, parts):
+        while parts:
+            yield from buffer.add(parts[0])
+            parts.pop(0)
+        yield from buffer.drain()
+
+    rows = torch.randn(700, 4).split(300)
+    whole = list(all_of(new(3), [*rows]))
+    for stop in range(0, len(whole), 5):
+        one, two, left = new(3), new(8), [*rows]
+        one.before_batch = ([None] * stop).pop  # an IndexError after so many batches
+        with pytest.raises(IndexError):
+            list(all_of(one, left))
+        two.restore(one.state())
+        after = list(all_of(two, left))
+        assert torch.equal(torch.cat(after), torch.cat(whole[stop:])), stop
+
+
 def test_buffer_refuses_what_it_cannot_hold():
     """Wrong widths, NaN and impossible sizes are errors, and nothing bad gets in."""
     buffer = ShuffleBuffer(64, 4, 16)

@@ -1,5 +1,6 @@
 """Training through hooks: what it learns, what it leaves alone, how it survives."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,15 +118,89 @@ def test_resuming_gives_the_uninterrupted_weights(tiny_bridge, tmp_path, activat
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def signalling(number, call, times=1):
+    """A hook that raises a signal in this process at its n-th call."""
+    calls = []
+
+    def hook(*_):
+        calls.append(1)
+        if len(calls) == call:
+            for _ in range(times):
+                signal.raise_signal(number)
+
+    return hook
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("moment", "call"), [("forward", 9), ("step", 21), ("step", 58), ("step", 80)])
+def test_an_interrupted_training_goes_on_bit_for_bit(tiny_bridge, tmp_path, moment, call, number):
+    """Interrupted in a forward of the model, or amid a step, it ends with the weights and history of one that was not.
+
+    The 80 steps read the buffer in rounds of 8: the first and second step are inside one, the third is the last.
+    """
+    whole, parts, again = fresh(), fresh(), fresh(seed=5)
+    held_out, settings = batches(2, seed=9), {**FAST, "passes": 2, "eval_every": 10}
+    uncut = sh.fit(tiny_bridge, whole, batches(), SITE, eval_batches=held_out, **settings)
+    site = {"forward": tiny_bridge.hook_dict["blocks.0.hook_out"], "step": parts.dictionary.C}[moment]
+    place = site.register_forward_hook if moment == "forward" else site.register_hook
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    handle = place(signalling(number, call))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step \d+, .*resume=True"):
+        sh.fit(tiny_bridge, parts, batches(), SITE, eval_batches=held_out, out=tmp_path, **settings)
+    handle.remove()
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    resumed = sh.fit(tiny_bridge, again, batches(), SITE, eval_batches=held_out, out=tmp_path, resume=True, **settings)
+    assert resumed.history == uncut.history
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_second_interruption_leaves_at_once_and_saves_nothing(tiny_bridge, tmp_path):
+    """Two Ctrl-C amid a step leave in it: the checkpoint stays the one of whole steps."""
+    sae = fresh()
+    sae.dictionary.C.register_hook(signalling(signal.SIGINT, 13, times=2))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sh.fit(tiny_bridge, sae, batches(), SITE, out=tmp_path, checkpoint_every=4, **FAST)
+    assert str(caught.value) == ""
+    trainer = sh.Trainer(fresh(), sh.TrainConfig(batch_size=64, buffer_rows=512, warmup_steps=5, checkpoint_every=4))
+    assert load_checkpoint(trainer, tmp_path)
+    assert trainer.steps in (4, 8, 12)
+
+
+def test_an_interruption_before_the_first_step_keeps_an_older_checkpoint(tiny_bridge, tmp_path):
+    """Who forgot resume=True and presses Ctrl-C at once has lost nothing."""
+    sh.fit(tiny_bridge, fresh(), batches(6), SITE, out=tmp_path, **FAST)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    handle = tiny_bridge.hook_dict["blocks.0.hook_out"].register_forward_hook(signalling(signal.SIGINT, 1))
+    with pytest.raises(KeyboardInterrupt):
+        sh.fit(tiny_bridge, fresh(), batches(6), SITE, out=tmp_path, **FAST)
+    handle.remove()
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_program_with_handlers_of_its_own_keeps_them(tiny_bridge, tmp_path):
+    """Where somebody else handles Ctrl-C, training neither takes it over nor stops."""
+    sae, seen = fresh(), []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        sae.dictionary.C.register_hook(signalling(signal.SIGINT, 3))
+        assert sh.fit(tiny_bridge, sae, batches(6), SITE, out=tmp_path, **FAST).steps == 12
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [1]
+
+
 KILLED = Path(__file__).parent / "killed_training.py"
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(tmp_path):
-    """SIGKILL at ten random moments, resumed each time, ends with the weights of an uninterrupted training."""
-    done = subprocess.run([sys.executable, str(KILLED), str(tmp_path)], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_ten_signals_at_random_moments_change_nothing(tmp_path, number):
+    """Killed or interrupted ten times, resumed each time, it ends with the weights of an uninterrupted training."""
+    command = [sys.executable, str(KILLED), str(tmp_path), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 kills, same weights" in done.stdout
+    assert "10 signals, same weights" in done.stdout
 
 
 def test_resume_refuses_other_settings(tiny_bridge, tmp_path):
