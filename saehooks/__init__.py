@@ -4,6 +4,8 @@
 ['ablate', 'attach', 'causal', 'clamp']
 """
 
+# attach, measure, sites and train are also rooms. They are all loaded here, before the verbs are bound, and Python
+# binds a module only when it first loads it: so the verbs stay, whatever is imported later.
 from saehooks import causal, edits
 from saehooks.activations import sparsemax
 from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer

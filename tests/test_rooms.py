@@ -49,6 +49,11 @@ def modules() -> list[Path]:
     return sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" or file.parent != PACKAGE)
 
 
+def run_afresh(listing: str) -> str:
+    """What a listing prints in a new interpreter."""
+    return subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_point_from_a_later_room_to_an_earlier_one(file):
     """No module imports a room that comes after its own; every module has a place in the table."""
@@ -62,8 +67,7 @@ def test_imports_point_from_a_later_room_to_an_earlier_one(file):
 def test_importing_saehooks_loads_no_heavy_package():
     """``import saehooks`` stays light: hosts and plotting are imported where they are used."""
     listing = f"import saehooks, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert run_afresh(listing).split() == []
 
 
 def test_modules_stay_short():
@@ -88,3 +92,37 @@ def test_public_names_are_few_and_exist():
     names = getattr(saehooks, "__all__", [])
     assert len(names) <= 40
     assert [name for name in names if not hasattr(saehooks, name)] == []
+
+
+SHARED_NAMES = ["attach", "measure", "sites", "train"]
+"""Names of a room and of what it does: ``saehooks.measure`` is the verb, ``from saehooks.measure import`` the room."""
+
+ORDERS = [
+    "import saehooks as sh; import saehooks.{name}; import saehooks.{name} as again",
+    "import saehooks.{name}; import saehooks as sh",
+    "from saehooks.{name} import {name} as again; import saehooks as sh",
+    "import importlib; importlib.import_module('saehooks.{name}'); import saehooks as sh",
+]
+
+EVERYTHING = """
+import pkgutil, sys, saehooks as sh
+before = {name: getattr(sh, name) for name in sh.__all__}
+for module in pkgutil.walk_packages(sh.__path__, "saehooks."):
+    if "triton" not in module.name and ".gpu" not in module.name:
+        __import__(module.name)
+print(*[name for name in before if before[name] is not getattr(sh, name)], "changed;", "rooms:", end=" ")
+print(*sorted(name for name in before if callable(before[name]) and f"saehooks.{name}" in sys.modules))
+"""
+
+
+def test_a_verb_stays_a_verb_in_every_order_of_imports():
+    """Importing the room of the same name, before or after, does not put the module in the verb's place."""
+    forget = "[sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == 'saehooks']"
+    orders = [(order.format(name=name), name) for order in ORDERS for name in SHARED_NAMES]
+    lines = [f"{forget}; {order}; print(type(sh.{name}).__name__)" for order, name in orders]
+    assert run_afresh("\n".join(["import sys", *lines])).split() == ["function"] * len(orders)
+
+
+def test_no_module_takes_the_place_of_a_public_name():
+    """After every module of the package has been imported, the public names are what they were."""
+    assert run_afresh(EVERYTHING).strip() == f"changed; rooms: {' '.join(SHARED_NAMES)}"
