@@ -13,6 +13,8 @@ class SelectPlan(NamedTuple):
 
     tile: int
     """Columns read at a time; also the number of groups, column mod tile, whose maxima bound the threshold."""
+    gather: int
+    """Columns of the groups above that bound read at a time."""
     cap: int
     """Candidates of a row kept aside; rows with more are read again."""
     stream: int
@@ -22,14 +24,19 @@ class SelectPlan(NamedTuple):
 
 
 def select_plan(d_sae: int, k: int = 0) -> SelectPlan:
-    """Launch shape for rows of ``d_sae`` scores, of which top-k wants ``k``."""
-    # 8 scores a thread: with 32 the compiler needs all 255 registers, with 16 up to 200, and then one program fills a
-    # multiprocessor.
+    """Launch shape for rows of ``d_sae`` scores, of which top-k wants ``k``.
+
+    Counted from compiled code for sm_90, not measured: at 8 scores a thread `collect` takes at most 64 registers, so
+    1024 threads share a multiprocessor at tile 2048 and 4096 alike. Opened groups are read again in sectors of 32
+    bytes, ``8 * support / tile`` of a row: at support 64 a quarter at tile 2048, an eighth at 4096. Short rows keep
+    2048: four programs of 8 warps hide each other's sums (some 30 barriers a row) better than two of 16.
+    """
     whole = power_of_two(d_sae)
-    tile = min(whole, max(128, min(2048, power_of_two(-(-d_sae // 4)))))
+    most = 4096 if d_sae > 16384 else 2048
+    tile = min(whole, max(128, min(most, power_of_two(-(-d_sae // 4)))))
     cap = min(whole, max(1024, min(8192, power_of_two(2 * k))))
     warps = max(1, min(8, cap // 512))
-    return SelectPlan(tile, cap, min(whole, 512 * warps), max(1, tile // 256), warps)
+    return SelectPlan(tile, max(1, tile // 4), cap, min(whole, 512 * warps), max(1, tile // 256), warps)
 
 
 def power_of_two(n: int) -> int:

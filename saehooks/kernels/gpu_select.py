@@ -66,23 +66,26 @@ class Candidates(NamedTuple):
     """(rows,) float32, a score that every selected one reaches."""
 
 
-def select_scores(chunks: Iterable[Tensor], rule: Rule, bias: Tensor | None = None) -> list[Support]:
+def select_scores(
+    chunks: Iterable[Tensor], rule: Rule, bias: Tensor | None = None, plan: SelectPlan | None = None
+) -> list[Support]:
     """Supports of consecutive rows.
 
     Args:
         chunks: scores (chunk, d_sae), not empty; each is done with before the next is asked for.
         rule: which are selected.
         bias: (d_sae,) float32 added to the scores, or None.
+        plan: how the kernels are launched, if not as `select_plan` says.
     """
     room, parts, target = active(), [], None
     for scores in chunks:
         scores = scores if scores.stride(1) == 1 else scores.contiguous()
-        plan = select_plan(scores.shape[1], rule.k)
+        shape = plan or select_plan(scores.shape[1], rule.k)
         with on(scores):
             if room is not None and target is None:
                 target = Target.of(room, scores.device)
-            found = collect(scores, rule, plan, bias)
-            parts.append(settle(found, rule, plan, scores, bias, target=target))
+            found = collect(scores, rule, shape, bias)
+            parts.append(settle(found, rule, shape, scores, bias, target=target))
     return parts if room is None or target is None else [target.whole(parts, room)]
 
 
@@ -122,9 +125,9 @@ def collect(scores: Tensor, rule: Rule, plan: SelectPlan, bias: Tensor | None = 
     )
     kernels.collect[(rows,)](
         scores, scores.stride(0), scores if bias is None else bias, found.best if rule.theta is None else rule.theta,
-        *found, d_sae, step, rule.k, rule.slope, rule.power,
+        torch.empty_like(found.places), *found, d_sae, step, rule.k, rule.slope, rule.power,
         KIND=rule.kind, BIASED=bias is not None, LINEAR=rule.linear, SCALAR=rule.theta is None,
-        TILE=plan.tile, CAP=plan.cap, num_warps=plan.collect_warps,
+        TILE=plan.tile, GATHER=plan.gather, CAP=plan.cap, num_warps=plan.collect_warps,
     )  # fmt: skip
     return found
 

@@ -1,10 +1,11 @@
 """Triton kernels that select from given scores: one program a row, no sort, no capacity that a row could exceed.
 
 Three launches. `collect` reads a row once and keeps, in registers, the maximum of each group of strided columns; a
-threshold of those maxima bounds the row's own from below, so only groups above it are read again and only scores
-above it are candidates. `finish` finds the exact threshold among the candidates, `fill` writes the compressed rows.
-Up to CAP candidates a row are kept aside; a row with more (ties, all equal, the first steps of training) is streamed
-again by `finish` and `fill`, on the device, with the same result.
+threshold of those maxima bounds the row's own from below, so only groups above it are read again, side by side, and
+only scores above it are candidates. A threshold that is given opens the groups that hold a score above it. `finish`
+finds the exact threshold among the candidates, `fill` writes the compressed rows. Up to CAP candidates a row are kept
+aside; a row with more (ties, all equal, the first steps of training) is streamed again by `finish` and `fill`, on the
+device, with the same result.
 
 A rule is (KIND, parameters). SIMPLEX is sparsemax and entmax: weights ``((v - tau)+) ** power`` sum to 1, where
 ``v = slope * (score - best)``. TOPK keeps the k largest positive scores, ties by lowest latent. THRESHOLD keeps scores
@@ -37,37 +38,42 @@ SLACK = tl.constexpr(4e-6)
 
 @triton.jit
 def _bound(top, best, k, slope_of, power, KIND: tl.constexpr, LINEAR: tl.constexpr):
-    """What a row's candidates reach, from its group maxima: in units of v for SIMPLEX, of the scores otherwise."""
+    """What a row's candidates reach, from its group maxima: in units of v for SIMPLEX, of the scores for TOPK."""
     if KIND == SIMPLEX:
         bound = simplex_threshold((top - best) * slope_of, best * 0.0 - 1.0, power, LINEAR) - SLACK
-    elif KIND == TOPK:
+    else:
         smallest = (tl.program_id(0) * 0 + 1).to(tl.float32, bitcast=True)  # a positive score reaches it
         bound = tl.maximum(topk_bound(top, best, k), smallest)
-    else:
-        bound = best
     return bound
 
 
 @triton.jit
-def _reaches(z, best, bound, slope_of, KIND: tl.constexpr):
-    """Which scores, or group maxima, may be selected; a threshold is not asked of group maxima."""
+def reaches(z, best, bound, slope_of, KIND: tl.constexpr):
+    """Which scores, or group maxima, may be selected."""
     if KIND == SIMPLEX:
         reached = (z - best) * slope_of >= bound
-    elif KIND == TOPK:
-        reached = z >= bound
     else:
-        reached = z == z
+        reached = z >= bound
     return reached
 
 
 @triton.jit
-def _exceeds(z, THETA, theta, column, mask, SCALAR: tl.constexpr):
+def exceeds(z, THETA, theta, column, mask, SCALAR: tl.constexpr):
     """Which scores exceed their threshold: one number, or one for each latent."""
     if SCALAR:
         above = mask & (z > theta)
     else:
         above = mask & (z > tl.load(THETA + column, mask=mask, other=float("inf")))
     return above
+
+
+@triton.jit
+def _largest(top):
+    """The largest of some scores, NaN if one is: one integer maximum, since bits of floats order as integers."""
+    bits = top.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    most = tl.max(tl.where(top == top, ordered, 0x7FFFFFFF), 0)  # NaN, from above infinity
+    return (most ^ ((most >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -84,10 +90,55 @@ def _odd_place(z_row, BIAS, best, d_sae, TILE: tl.constexpr, BIASED: tl.constexp
 
 
 @triton.jit
+def list_candidates(
+    z_row, BIAS, THETA, values, places, groups, opened, many, best, bound, theta, d_sae, step, slope_of,
+    KIND: tl.constexpr, BIASED: tl.constexpr, SCALAR: tl.constexpr, TILE: tl.constexpr, GATHER: tl.constexpr,
+    CAP: tl.constexpr,
+):  # fmt: skip
+    """List the first CAP candidates in the opened groups, of which there are ``many``, by latent, and count them all.
+
+    The groups are read side by side, as a short row of their own, so that one read, one sum and one pair of stores
+    serve many tiles; there may be no more than CAP of them.
+    """
+    tl.store(groups + tl.cumsum(opened.to(tl.int32), 0) - 1, tl.arange(0, TILE), mask=opened)
+    tl.debug_barrier()  # threads read what others stored
+    width = many * tl.cdiv(d_sae, TILE)
+    n = 0
+    for start in range(0, width, GATHER):
+        at = start + tl.arange(0, GATHER)
+        column = at // many * TILE + tl.load(groups + at % many, mask=at < width, other=0)
+        real = (at < width) & (column < d_sae)
+        z = read(z_row, BIAS, column, real, BIASED)
+        if KIND == THRESHOLD:
+            hit = exceeds(z, THETA, theta, column, real, SCALAR)
+        else:
+            hit = real & reaches(z, best, bound, slope_of, KIND)
+        slot = n + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(values + slot, z, mask=hit & (slot < CAP))
+        tl.store(places + slot, column * step, mask=hit & (slot < CAP))
+        n += tl.sum(hit.to(tl.int32), 0)
+    return n
+
+
+@triton.jit
+def count_candidates(
+    z_row, BIAS, opened, best, bound, d_sae, slope_of, KIND: tl.constexpr, BIASED: tl.constexpr, TILE: tl.constexpr
+):
+    """How many scores of the opened groups reach the bound."""
+    lane = tl.arange(0, TILE)
+    hits = tl.zeros((TILE,), tl.int32)
+    for start in range(0, d_sae, TILE):
+        real = opened & (start + lane < d_sae)
+        z = read(z_row, BIAS, start + lane, real, BIASED)
+        hits += (real & reaches(z, best, bound, slope_of, KIND)).to(tl.int32)
+    return tl.sum(hits, 0)
+
+
+@triton.jit
 def collect(
-    Z, stride, BIAS, THETA, VALUES, PLACES, COUNTS, BEST, BOUND, d_sae, step, k, slope_of, power,
+    Z, stride, BIAS, THETA, GROUPS, VALUES, PLACES, COUNTS, BEST, BOUND, d_sae, step, k, slope_of, power,
     KIND: tl.constexpr, BIASED: tl.constexpr, LINEAR: tl.constexpr, SCALAR: tl.constexpr,
-    TILE: tl.constexpr, CAP: tl.constexpr,
+    TILE: tl.constexpr, GATHER: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Candidates of a row: the first CAP of them, how many there are, the best score, and the bound they reach.
 
@@ -97,34 +148,36 @@ def collect(
     z_row = Z + row * stride
     lane = tl.arange(0, TILE)
     top = tl.full((TILE,), float("-inf"), tl.float32)
+    above = tl.zeros((TILE,), tl.int32)
     for start in tl.range(0, d_sae, TILE, loop_unroll_factor=2):  # more loads under way at a time
-        z = read(z_row, BIAS, start + lane, start + lane < d_sae, BIASED)
+        column = start + lane
+        z = read(z_row, BIAS, column, column < d_sae, BIASED)
         top = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
-    nan = tl.sum((top != top).to(tl.int32), 0) > 0
-    best = tl.where(nan, float("nan"), tl.max(tl.where(top == top, top, float("-inf")), 0))
+        if KIND == THRESHOLD:
+            above += exceeds(z, THETA, power, column, column < d_sae, SCALAR).to(tl.int32)
+    best = _largest(top)
     reach = best
     n = 1
     if finite(best):
-        bound = _bound(top, best, k, slope_of, power, KIND, LINEAR)
+        bound = best
+        if KIND == THRESHOLD:
+            opened = above > 0
+        else:
+            bound = _bound(top, best, k, slope_of, power, KIND, LINEAR)
+            opened = reaches(top, best, bound, slope_of, KIND)
         reach = bound
         if KIND == SIMPLEX:
             reach = best + bound / slope_of - SLACK * tl.abs(best)
-        n = 0
-        for start in range(0, d_sae, TILE):
-            column = start + lane
-            opened = (column < d_sae) & _reaches(top, best, bound, slope_of, KIND)
-            z = read(z_row, BIAS, column, opened, BIASED)
-            if KIND == THRESHOLD:
-                hit = _exceeds(z, THETA, power, column, opened, SCALAR)
-            else:
-                hit = opened & _reaches(z, best, bound, slope_of, KIND)
-            found = hit.to(tl.int32)
-            many = tl.sum(found, 0)
-            if (many > 0) & (n < CAP):
-                slot = n + tl.cumsum(found, 0) - 1
-                tl.store(VALUES + row * CAP + slot, z, mask=hit & (slot < CAP))
-                tl.store(PLACES + row * CAP + slot, column * step, mask=hit & (slot < CAP))
-            n += many
+        many = tl.sum(opened.to(tl.int32), 0)
+        if many <= CAP:
+            n = list_candidates(
+                z_row, BIAS, THETA, VALUES + row * CAP, PLACES + row * CAP, GROUPS + row * CAP, opened, many, best,
+                bound, power, d_sae, step, slope_of, KIND, BIASED, SCALAR, TILE, GATHER, CAP,
+            )  # fmt: skip
+        elif KIND == THRESHOLD:
+            n = tl.sum(above, 0)
+        else:
+            n = count_candidates(z_row, BIAS, opened, best, bound, d_sae, slope_of, KIND, BIASED, TILE)
     else:
         tl.store(VALUES + row * CAP, best)
         tl.store(PLACES + row * CAP, _odd_place(z_row, BIAS, best, d_sae, TILE, BIASED) * step)
@@ -224,7 +277,7 @@ def fill(
                     kept = (z > tau) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= quota))
                     ties += tl.sum(tie.to(tl.int32), 0)
                 else:
-                    kept = _exceeds(z, THETA, power, column, column < d_sae, SCALAR)
+                    kept = exceeds(z, THETA, power, column, column < d_sae, SCALAR)
                 kept = kept & (column < d_sae)
                 where = out + tl.cumsum(kept.to(tl.int32), 0) - 1
                 tl.store(INDICES + where, column.to(tl.int64), mask=kept & (where < room))

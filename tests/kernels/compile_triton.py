@@ -26,7 +26,7 @@ from saehooks.kernels.gpu_products import SEGMENT
 
 TYPES = {
     "Z": "*fp32", "QUERIES": "*bf16", "KEYS": "*bf16", "LEFT": "*fp32", "TABLE": "*fp32", "OUT": "*fp32",
-    "PLACES": "*i32", "COUNTS": "*i32", "QUOTA": "*i32", "SIZES": "*i32",
+    "PLACES": "*i32", "GROUPS": "*i32", "COUNTS": "*i32", "QUOTA": "*i32", "SIZES": "*i32",
     "OFFSETS": "*i64", "INDICES": "*i64", "ROWS": "*i64", "STARTS": "*i64", "EXTRAS": "*i64", "OWNERS": "*i64",
     "slope_of": "fp32", "power": "fp32", "total": "fp32",
     "beta1": "fp32", "beta2": "fp32", "eps": "fp32", "weight_decay": "fp32",
@@ -40,7 +40,7 @@ def cases():
     kinds = {"sparsemax": (0, True), "entmax": (0, False), "topk": (1, True), "threshold": (2, True)}
     for name, (kind, linear) in kinds.items():
         shape = {"KIND": kind, "BIASED": True, "TILE": wide.tile, "CAP": wide.cap}
-        made = {**shape, "LINEAR": linear, "SCALAR": False, "step": 1}
+        made = {**shape, "LINEAR": linear, "SCALAR": False, "step": 1, "GATHER": wide.gather}
         yield f"collect {name}", triton_select.collect, made, wide.collect_warps, 3, {}
         shape["TILE"] = wide.stream
         made = {**shape, "LINEAR": linear, "STREAM": True}
@@ -49,7 +49,8 @@ def cases():
         yield f"fill {name}", triton_select.fill, made, wide.finish_warps, 3, {}
     # Numbers equal to 1 become constants at run time.
     made = {"KIND": 1, "BIASED": False, "LINEAR": True, "k": 1, "CAP": wide.cap}
-    yield "collect top 1", triton_select.collect, {**made, "SCALAR": True, "step": 1, "TILE": wide.tile}, 8, 3, {}
+    reading = {"SCALAR": True, "step": 1, "TILE": wide.tile, "GATHER": wide.gather}
+    yield "collect top 1", triton_select.collect, {**made, **reading}, wide.collect_warps, 3, {}
     yield "finish top 1", triton_select.finish, {**made, "STREAM": True, "TILE": wide.stream}, 2, 3, {}
     plan = product_plan(768)
     rowwise = {"WIDTH": plan.width, "ENTRIES": plan.entries}

@@ -12,10 +12,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-SPILL_LIMIT = 8
-"""Bytes of stack a thread may use: one double. The entmax selection on sm_90 takes that much with 80 of 255 registers
-in use, so it is no lack of registers; every other kernel takes none."""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
@@ -28,7 +24,7 @@ def test_kernels_compile_without_a_gpu_and_do_not_spill(capability):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) >= 20
     print(*rows, sep="\n")
-    assert [row for row in rows if row["spilled"] > SPILL_LIMIT] == []
+    assert [row for row in rows if row["spilled"]] == []
     assert max(row["registers"] for row in rows) < 255
     streaming = ("collect", "sddmm", "spmm", "adam", "scores_above")
     narrow = [row["kernel"] for row in rows if row["kernel"].startswith(streaming) and not row["wide_loads"]]

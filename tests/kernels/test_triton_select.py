@@ -28,7 +28,8 @@ from test_select import test_topk_takes_the_largest_positive_scores_and_of_equal
 
 from saehooks import SAE, kernels
 from saehooks.errors import ConfigError
-from saehooks.kernels import Entmax, Sparsemax, Support, Threshold, TopK, reference, select_rows
+from saehooks.kernels import Entmax, Sparsemax, Support, Threshold, TopK, gpu_select, reference, select_rows
+from saehooks.kernels.gpu_plan import SelectPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
@@ -85,21 +86,13 @@ def test_entmax_agrees_with_the_reference(path, device, alpha):
 @pytest.mark.parametrize(
     "rule", [Sparsemax(), TopK(40), Threshold(-2.0), Entmax(1.5)], ids=lambda rule: type(rule).__name__
 )
-def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, rule, monkeypatch):
+def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, rule):
     """A short list changes nothing: rows that do not fit it are streamed, on the device."""
-    from saehooks.kernels import gpu_select
-    from saehooks.kernels.gpu_plan import SelectPlan
-
     scores = torch.cat([scores_of(kind, 1, 200, 0.1) for kind in KINDS if kind != "two_level"]).to(device)
     expected = reference.select(scores, rule)
-    if isinstance(rule, TopK):  # the reference breaks ties as torch.topk does
-        expected = select_rows(scores, rule)
-    monkeypatch.setattr(
-        gpu_select,
-        "select_plan",
-        lambda d_sae, k: SelectPlan(tile=64, cap=16, stream=32, collect_warps=1, finish_warps=1),
-    )
-    found = select_rows(scores, rule)
+    described = gpu_select.describe(rule, 200, device)
+    plan = SelectPlan(tile=64, gather=32, cap=16, stream=32, collect_warps=1, finish_warps=1)
+    (found,) = gpu_select.select_scores([scores], described, plan=plan)
     assert same(found, expected)
     assert torch.equal(found.scores, scores[kernels_rows(found), found.indices])
 
