@@ -13,7 +13,6 @@ penalties of relu, gated and transformer_relu (their l1) and jumprelu (its l0 ta
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compare_table import at_same_l0, draw, write_tables
 from torch import Tensor
 
 import saehooks as sh
@@ -275,104 +275,7 @@ def ce_of(model, sae: sh.SAE, at: str, tokens: Tensor) -> float:
         return cross_entropy(model, tokens)
 
 
-# ------------------------------------------------------------------- table and picture
-
-
-def at_same_l0(rows: list[dict]) -> None:
-    """TopK's figures at each row's own L0: between (or beyond) its three arms, straight in logarithms."""
-    for row in rows:
-        arms = [r for r in rows if r["d_sae"] == row["d_sae"] and r["arm"] in list(ARMS)[:3]]
-        for key in ("nmse", "token_nmse", "ce_degradation"):
-            row[f"topk_{key}"] = on_curve(row["l0"], sorted((r["l0"], r[key]) for r in arms))
-
-
-def on_curve(l0: float, curve: list[tuple[float, float]]) -> float:
-    if len(curve) < 2 or l0 <= 0 or min(value for _, value in curve) <= 0:
-        return math.nan
-    x, (xs, ys) = math.log(l0), np.log(np.array(curve)).T
-    i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
-    return math.exp(ys[i - 1] + (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1]) * (x - xs[i - 1]))
-
-
-COLUMNS = {
-    "arm": "{}",
-    "d_sae": "{}",
-    "l0": "{:.1f}",
-    "l0_q05": "{}",
-    "l0_median": "{}",
-    "l0_q95": "{}",
-    "dead": "{}",
-    "nmse": "{:.4f}",
-    "topk_nmse": "{:.4f}",
-    "token_nmse": "{:.4f}",
-    "topk_token_nmse": "{:.4f}",
-    "fvu": "{:.4f}",
-    "ce_spliced": "{:.4f}",
-    "ce_degradation": "{:.4f}",
-    "topk_ce_degradation": "{:.4f}",
-    "ce_recovered": "{:.4f}",
-    "ms_per_step": "{:.0f}",
-    "encode_ms": "{:.1f}",
-    "peak_mb": "{:.0f}",
-    "encoder_parameters": "{}",
-    "steps": "{}",
-}
-
-
-def write_tables(rows: list[dict], facts: dict, options: argparse.Namespace) -> None:
-    with (options.out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [f"{name}: {value}" for name, value in facts.items()]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        lines.append("| " + " | ".join(form.format(row.get(name, math.nan)) for name, form in COLUMNS.items()) + " |")
-    (options.out / "table.md").write_text("\n".join(lines) + "\n")
-
-
-FIGURES = {
-    "nmse": "NMSE (few tokens of huge norm weigh most)",
-    "token_nmse": "mean over tokens of squared error / squared norm",
-    "ce_degradation": "CE degradation (nats)",
-}
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(17, 12))
-    axes = axes.flatten()
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(ARMS)}
-    sizes = sorted({row["d_sae"] for row in rows})
-    for axis, (key, label) in zip(axes, FIGURES.items(), strict=False):
-        for i, d_sae in enumerate(sizes):
-            own = [row for row in rows if row["d_sae"] == d_sae]
-            curve = sorted((row["l0"], row[key]) for row in own if row["arm"] in list(ARMS)[:3])
-            axis.plot(*zip(*curve, strict=True), "-", color="grey", linewidth=0.8)
-            axis.plot([], [], "os^D"[i % 4], color="grey", label=f"d_sae {d_sae}")
-            for row in own:
-                axis.plot(row["l0"], row[key], "os^D"[i % 4], color=colours[row["arm"]], markersize=8)
-                if d_sae == sizes[-1]:
-                    where = {"xytext": (4, 4), "textcoords": "offset points"}
-                    axis.annotate(row["arm"], (row["l0"], row[key]), fontsize=7, **where)
-        axis.set(xscale="log", yscale="log", xlabel="L0 (mean support size)", ylabel=label)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(loc="lower left")
-    shown = [row for row in rows if row["d_sae"] == sizes[-1]]
-    for place, row in enumerate(shown):
-        q = row["support_quantiles"]
-        axes[3].plot([q[1], q[-2]], [place, place], "-", color=colours[row["arm"]], linewidth=2)
-        axes[3].plot([q[5], q[15]], [place, place], "-", color=colours[row["arm"]], linewidth=7)
-        axes[3].plot(q[10], place, "|", color="black", markersize=12)
-    axes[3].set_yticks(range(len(shown)), [row["arm"] for row in shown], fontsize=8)
-    axes[3].set(xscale="symlog", xlabel="support size of a token: 5, 25, 50, 75, 95%", title=f"d_sae {sizes[-1]}")
-    axes[3].grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+# ---------------------------------------------------------------------- all of it
 
 
 def main() -> None:
@@ -419,7 +322,7 @@ def main() -> None:
         "columns": "dead: latents that fired on none of the held-out tokens; "
         "peak_mb: memory that making the SAE and training two steps takes",
     }
-    write_tables(rows, facts, options)
+    write_tables(rows, facts, options.out)
     (options.out / "settings.json").write_text(json.dumps({**vars(options), "out": str(options.out)}, indent=2))
     draw(rows, options.out / "comparison.png")
     print(f"wrote {options.out / 'table.md'}, table.csv and comparison.png")

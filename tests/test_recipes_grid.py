@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -12,20 +11,13 @@ import pytest
 import torch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import compare_architectures as compare  # noqa: E402
+from compare_table import at_same_l0, draw, write_tables  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def compare():
-    """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location("compare_architectures", RECIPES / "compare_architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop(spec.name)
-
-
-def made_up(compare):
+def made_up():
     """One row of results for each arm, TopK's on a straight line of slope -1/2 in logarithms."""
     rows = []
     for i, arm in enumerate(compare.ARMS):
@@ -36,29 +28,29 @@ def made_up(compare):
     return rows
 
 
-def test_topk_at_the_same_l0(compare):
+def test_topk_at_the_same_l0():
     """Between and beyond its three arms TopK's NMSE follows a straight line in logarithms."""
-    rows = made_up(compare)
+    rows = made_up()
     rows[5]["l0"] = 256.0
-    compare.at_same_l0(rows)
+    at_same_l0(rows)
     for row in rows:
         assert row["topk_nmse"] == pytest.approx(row["l0"] ** -0.5)
         assert row["topk_token_nmse"] == pytest.approx(2 / row["l0"])
 
 
-def test_tables_and_picture(compare, tmp_path):
+def test_tables_and_picture(tmp_path):
     """CSV, Markdown and a picture come out of results with figures missing."""
     pytest.importorskip("matplotlib")
-    rows, options = made_up(compare), argparse.Namespace(out=tmp_path)
-    compare.at_same_l0(rows)
-    compare.write_tables(rows, {"model": "none"}, options)
-    compare.draw(rows, tmp_path / "picture.png")
+    rows = made_up()
+    at_same_l0(rows)
+    write_tables(rows, {"model": "none"}, tmp_path)
+    draw(rows, tmp_path / "picture.png")
     assert (tmp_path / "table.csv").read_text().count("\n") == len(rows) + 1
     assert "| sparsemax | 64 |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(compare, tmp_path):
+def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(tmp_path):
     """Batches depend on the step alone; a run cut after some steps ends as an uninterrupted one."""
     torch.manual_seed(0)
     rows = torch.randn(64, 16).half()
