@@ -51,7 +51,7 @@ CELLS: dict[str, dict[str, Any]] = {
 RANKS = ("frequency", "strength", "contrast")
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
@@ -70,8 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--templates", nargs="+", default=["a photo of a {}."])
     parser.add_argument("--limit", type=int, help="at most so many training and test photos")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of results; trained SAEs go to OUT/saes")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = settings(argv)
     opened = open_model(args.model)
     if not opened.is_clip:
         raise ConfigError(f"{args.model} reads text; this recipe needs a CLIP")

@@ -12,6 +12,7 @@ import pytest
 import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
+RECIPES = Path(__file__).parents[1] / "recipes"
 TABLE = """
     errors storage interruption codes kernels activations dictionaries sae optim losses presets metrics formats sites
     place edits where show trace attach stream trainer checkpoint train measure causal demo cli
@@ -71,8 +72,22 @@ def test_importing_saehooks_loads_no_heavy_package():
 
 
 def test_modules_stay_short():
-    """No file of the package reaches 400 lines."""
-    long = {file.name: n for file in modules() if (n := len(file.read_text(encoding="utf-8").splitlines())) >= 400}
+    """No file of the package or of the recipes reaches 400 lines."""
+    files = [*modules(), *RECIPES.rglob("*.py")]
+    long = {file.name: n for file in files if (n := len(file.read_text(encoding="utf-8").splitlines())) >= 400}
+    assert long == {}
+
+
+def test_functions_stay_short():
+    """No function of the package or of the recipes takes more than 50 lines beside its docstring."""
+    long = {}
+    for file in [*modules(), *RECIPES.rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                described = (first.end_lineno - first.lineno + 1) * (ast.get_docstring(node) is not None)
+                if (lines := node.end_lineno - node.lineno + 1 - described) > 50:
+                    long[f"{file.name}: {node.name}"] = lines
     assert long == {}
 
 

@@ -36,6 +36,16 @@ class Attribution:
     seen: int = 0
     """Sequences seen."""
 
+    @property
+    def mean_effect(self) -> Tensor:
+        """(d_sae,) float64: the effect, the mean over sequences."""
+        return self.effect / self.seen
+
+    @property
+    def mean_value(self) -> Tensor:
+        """(d_sae,) float64: the mean activation where it was selected, 0 where it never was."""
+        return self.value / self.tokens.clamp(min=1)
+
 
 def attribute(
     model: Any,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from saehooks.attach import attach
 from saehooks.causal.attribution import gradient
-from saehooks.causal.metric import Batch, as_metric
-from saehooks.causal.progress import bar
+from saehooks.causal.metric import Batch, Metric, as_metric
+from saehooks.causal.progress import Bar, bar
 from saehooks.causal.ranking import data_frame, named
-from saehooks.causal.runs import DEFAULT, as_data, default_where, frozen, runner
+from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, frozen, runner
 from saehooks.errors import ConfigError
 from saehooks.sae import SAE
 from saehooks.show import html, terminal
@@ -115,76 +115,90 @@ def latent_graph(
     measured, host = as_metric(metric), host_of(model)
     if measured.flat:
         raise ConfigError(f"the gradient of {measured.name} vanishes at the clean run: take another metric for a graph")
-    names = tuple(saes)
+    early, late = saes
     data, call = as_data(host, tokens, batch_size), runner(host, run)
-    rule = {name: default_where(host, host.site(name), where) for name in names}
-    walk = _Walk(model, saes, names, measured, call, rule, data.total)
-    seen, complete = 0, True
+    rule = {name: default_where(host, host.site(name), where) for name in saes}
+    walk = _Walk(model, saes, measured, call, rule, data)
     with bar(progress) as shown:
-        shown.start("targets", len(data.batches))
-        for part in data.batches:
-            walk.add_nodes(part)
-            shown.step()
-        targets = walk.best(1, n_targets)
-        if not len(targets):
-            raise ConfigError(f"no latent at '{names[1]}' has an effect on {measured.name} in this data")
-        edges = torch.zeros(saes[names[0]].d_sae, len(targets), dtype=torch.float64)
-        shown.start("edges", len(data.batches))
-        try:
-            for part in data.batches:
-                edges += walk.edges(part, targets)
-                seen += len(part.rows)
-                shown.step()
-        except KeyboardInterrupt:
-            if not seen:
-                raise
-            complete = False
+        targets = walk.targets(n_targets, shown)
+        edges, seen = walk.edges(targets, shown)
     sources = edges.abs().sum(1).topk(min(n_sources, int((edges != 0).any(1).sum()))).indices
     return Graph(
-        sites=(names[0], names[1]),
+        sites=(early, late),
         metric=measured.name,
         sources=sources,
         targets=targets,
-        target_effect=walk.nodes[1][targets] / data.total,
-        source_effect=walk.nodes[0][sources] / data.total,
+        target_effect=walk.effects[late][targets] / data.total,
+        source_effect=walk.effects[early][sources] / data.total,
         edges=edges[sources] / seen,
         n_sequences=seen,
-        complete=complete,
+        complete=seen == data.total,
     )
 
 
 class _Walk:
     """Forwards with both SAEs attached, and backward passes between them."""
 
-    def __init__(self, model, saes, names, metric, call, rule, total) -> None:
-        self.model, self.saes, self.names, self.metric = model, saes, names, metric
-        self.call, self.rule, self.total = call, rule, total
-        self.nodes = [torch.zeros(saes[name].d_sae, dtype=torch.float64) for name in names]
+    def __init__(
+        self,
+        model: Any,
+        saes: Mapping[str, SAE],
+        metric: Metric,
+        call: Callable[[Tensor], Tensor],
+        rule: dict[str, Any],
+        data: Data,
+    ) -> None:
+        self.model, self.saes, self.metric, self.call, self.rule, self.data = model, saes, metric, call, rule, data
+        self.early, self.late = saes
+        self.effects = {name: torch.zeros(sae.d_sae, dtype=torch.float64) for name, sae in saes.items()}
         """Sum over sequences of each latent's effect, at the two sites."""
 
-    def _forward(self, part: Any) -> tuple[Tensor, list[Forward]]:
+    def targets(self, n: int, shown: Bar) -> Tensor:
+        """(n,) int64, the latents of the later site with the largest effect; fills `effects`."""
+        shown.start("targets", len(self.data.batches))
+        for part in self.data.batches:
+            self._add_effects(part)
+            shown.step()
+        effect = self.effects[self.late].abs()
+        found = effect.topk(min(n, int((effect > 0).sum()))).indices
+        if not len(found):
+            raise ConfigError(f"no latent at '{self.late}' has an effect on {self.metric.name} in this data")
+        return found
+
+    def edges(self, targets: Tensor, shown: Bar) -> tuple[Tensor, int]:
+        """(d_sae of the earlier site, targets) float64, and the sequences it sums over: fewer after an interrupt."""
+        edges = torch.zeros(self.saes[self.early].d_sae, len(targets), dtype=torch.float64)
+        seen = 0
+        shown.start("edges", len(self.data.batches))
+        try:
+            for part in self.data.batches:
+                edges += self._edges_of(part, targets)
+                seen += len(part.rows)
+                shown.step()
+        except KeyboardInterrupt:
+            if not seen:
+                raise
+        return edges, seen
+
+    def _forward(self, part: Inputs) -> tuple[Tensor, dict[str, Forward]]:
         with attach(self.model, dict(self.saes), where=self.rule, grads=True) as traces, torch.enable_grad():
             output = self.call(part.inputs)
-            values = self.metric(output, Batch(part.inputs, part.rows, self.total, output.detach()))
-        return values.sum(), [traces[name] for name in self.names]
+            values = self.metric(output, Batch(part.inputs, part.rows, self.data.total, output.detach()))
+        return values.sum(), {name: traces[name] for name in self.saes}
 
-    def add_nodes(self, part: Any) -> None:
+    def _add_effects(self, part: Inputs) -> None:
         """Add the effects of a batch at both sites."""
         with frozen(self.model):
             total, traces = self._forward(part)
-            for i, trace in enumerate(traces):
-                grads = gradient(self.metric.name, total, trace, keep_graph=i == 0)
-                self.nodes[i] += _summed(trace, -(grads.values * trace.edited.values.detach()))
+            for name, trace in traces.items():
+                grads = gradient(self.metric.name, total, trace, keep_graph=name == self.early)
+                self.effects[name] += _summed(trace, -(grads.values * trace.edited.values.detach()))
 
-    def best(self, site: int, n: int) -> Tensor:
-        """(n,) int64, the latents of one site with the largest effect."""
-        effect = self.nodes[site].abs()
-        return effect.topk(min(n, int((effect > 0).sum()))).indices
-
-    def edges(self, part: Any, targets: Tensor) -> Tensor:
+    def _edges_of(self, part: Inputs, targets: Tensor) -> Tensor:
         """(d_sae of the earlier site, targets) float64, summed over the sequences of a batch."""
         with frozen(self.model):
-            total, (early, late) = self._forward(part)
+            total, traces = self._forward(part)
+            early, late = traces[self.early], traces[self.late]
             grads = gradient(self.metric.name, total, late, keep_graph=True)
             columns = []
             inside = _inside(late)
@@ -192,9 +206,7 @@ class _Walk:
                 chosen = inside & (late.codes.indices == target)
                 through = (late.codes.values[chosen] * grads.values[chosen]).sum()
                 if not through.requires_grad:
-                    raise ConfigError(
-                        f"'{self.names[1]}' does not depend on '{self.names[0]}': give the earlier site first"
-                    )
+                    raise ConfigError(f"'{self.late}' does not depend on '{self.early}': give the earlier site first")
                 flow = gradient(self.metric.name, through, early, keep_graph=True)
                 columns.append(_summed(early, -(flow.values * early.edited.values.detach())))
         return torch.stack(columns, 1)

@@ -87,15 +87,10 @@ def rank_latents(
     with bar(progress) as shown:
         sums, complete = attribute(model, sae, data, measured, call, place, steps, shown)
         candidates = _candidates(sae, sums, latents)
-        estimate = sums.effect[candidates] / sums.seen
         measure = Ablator(host, site, sae, measured, call, place, batch_size=batch_size)
-        chosen = _chosen(exact, candidates, estimate, order, sae) if complete else candidates[:0]
-        effects, finished = _exact(measure, data, chosen, sae.d_sae, shown)
-    measured_at = {int(latent): float(effect) for latent, effect in zip(chosen, effects, strict=True)}
-    exactly = torch.tensor([measured_at.get(int(latent), torch.nan) for latent in candidates], dtype=torch.float64)
-    best = torch.argsort(_key(torch.where(exactly.isnan(), estimate, exactly), order), descending=True, stable=True)
-    best = best[torch.argsort(exactly[best].isnan().int(), stable=True)]
-    passes = len(data.batches) and (steps or 0) + 1
+        chosen = _chosen(exact, candidates, sums.mean_effect[candidates], order, sae) if complete else candidates[:0]
+        exactly, finished = _exact(measure, data, chosen, sae.d_sae, shown)
+    best = _best_first(candidates, sums.mean_effect[candidates], exactly[candidates], order)
     return Ranking(
         site=site.name,
         metric=measured.name,
@@ -103,19 +98,14 @@ def rank_latents(
         method="gradient x activation" if steps is None else f"integrated gradients, {steps} points",
         clean=sums.clean / sums.seen,
         n_sequences=sums.seen,
-        latents=candidates[best],
-        attribution=estimate[best],
+        latents=best,
+        attribution=sums.mean_effect[best],
         exact=exactly[best],
-        tokens=sums.tokens[candidates][best],
-        sequences=sums.sequences[candidates][best],
-        mean_value=(sums.value / sums.tokens.clamp(min=1))[candidates][best],
+        tokens=sums.tokens[best],
+        sequences=sums.sequences[best],
+        mean_value=sums.mean_value[best],
         complete=complete and finished,
-        cost={
-            "sequences_forward": sums.seen * passes,
-            "sequences_backward": sums.seen * (passes if steps is None else steps),
-            "sequences_ablated": measure.rows_run,
-            "resumed_at_site": float(measure.resume and bool(measure.rows_run)),
-        },
+        cost=_cost(sums.seen, steps, measure),
     )
 
 
@@ -151,18 +141,37 @@ def _chosen(exact: Any, candidates: Tensor, estimate: Tensor, order: str, sae: S
 
 
 def _exact(measure: Ablator, data: Data, chosen: Tensor, d_sae: int, shown: Any) -> tuple[Tensor, bool]:
-    """(n,) float64 exact effects, and whether all of the data went in."""
+    """(d_sae,) float64 exact effects, NaN where none was measured; and whether all of the data went in."""
+    exactly = torch.full((d_sae,), torch.nan, dtype=torch.float64)
     if not len(chosen):
-        return torch.zeros(0, dtype=torch.float64), True
+        return exactly, True
     table = torch.zeros(len(chosen), d_sae, dtype=torch.bool)
     table[torch.arange(len(chosen)), chosen] = True
     try:
         found = measure(data, table, shown)
     except KeyboardInterrupt:  # before the first batch was done: the attribution is kept
-        return torch.full((len(chosen),), torch.nan, dtype=torch.float64), False
-    return found.change[:, found.done].mean(1), bool(found.done.all())
+        return exactly, False
+    exactly[chosen] = found.change[:, found.done].mean(1)
+    return exactly, bool(found.done.all())
+
+
+def _best_first(candidates: Tensor, estimate: Tensor, exact: Tensor, order: str) -> Tensor:
+    """(n,) int64, the candidates: those measured exactly by that effect, and after them the others by the estimate."""
+    unmeasured = exact.isnan()
+    best = torch.argsort(_key(torch.where(unmeasured, estimate, exact), order), descending=True, stable=True)
+    return candidates[best[torch.argsort(unmeasured[best].int(), stable=True)]]
 
 
 def _key(effect: Tensor, order: str) -> Tensor:
     """What to sort by, largest first."""
     return {"absolute": effect.abs(), "lowering": -effect, "raising": effect}[order]
+
+
+def _cost(seen: int, steps: int | None, measure: Ablator) -> dict[str, float]:
+    """Sequences that went forward and backward; on a path of several points the clean run needs no backward pass."""
+    return {
+        "sequences_forward": seen * (1 + (steps or 0)),
+        "sequences_backward": seen * (steps or 1),
+        "sequences_ablated": measure.rows_run,
+        "resumed_at_site": float(measure.resume and bool(measure.rows_run)),
+    }
