@@ -140,6 +140,27 @@ class Dictionary(nn.Module):
         return self.project(self.table).norm(dim=1)
 
 
+class RowDecoder(Dictionary):
+    """A dictionary whose reconstruction is ``values @ W_dec + b_dec``, with b_dec started at the mean of the data."""
+
+    W_dec: nn.Parameter
+    """(d_sae, d_in)."""
+    b_dec: nn.Parameter
+    """(d_in,)."""
+
+    @property
+    def table(self) -> Tensor:
+        return self.W_dec
+
+    @property
+    def offset(self) -> Tensor:
+        return self.b_dec
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        self.b_dec.copy_(x.mean(0))
+
+
 def unit_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """(rows, width) random directions of norm 1."""
     made = torch.randn(rows, width, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from saehooks import kernels
 from saehooks.codes import rows_of
-from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+from saehooks.dictionaries.base import Prepared, RowDecoder, unit_rows
 from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
 from saehooks.kernels import BatchRule, FeatureChoice, RowRule, Support
@@ -22,7 +22,7 @@ SMALLEST = 1e-6
 """Scores below this have the gradient of this score, so that the square root's stays finite."""
 
 
-class KronDictionary(Dictionary):
+class KronDictionary(RowDecoder):
     """Head k scores pair (i, j) by ``sqrt(p_i q_j)`` with ``p = relu(P_k x)``, ``q = relu(Q_k x)``; decoder as linear.
 
     The encoder has ``heads (m + n) d_in`` parameters instead of ``d_sae d_in``. Latent ``(k m + i) n + j`` is pair
@@ -70,18 +70,6 @@ class KronDictionary(Dictionary):
         """The factors, (rows, heads * m + heads * n), already rectified."""
         x = x - self.b_dec if self.subtract_b_dec else x
         return Prepared((x @ torch.cat([self.P, self.Q]).T).relu(), None)
-
-    @property
-    def table(self) -> Tensor:
-        return self.W_dec
-
-    @property
-    def offset(self) -> Tensor:
-        return self.b_dec
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        self.b_dec.copy_(x.mean(0))
 
     # ------------------------------------------------------------- selection
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+from saehooks.dictionaries.base import Prepared, RowDecoder, unit_rows
 
 
-class LinearDictionary(Dictionary):
+class LinearDictionary(RowDecoder):
     """``scores = (x - b_dec) @ W_enc + b_enc``; ``recons = values @ W_dec + b_dec``.
 
     W_enc (d_in, d_sae) is stored with a latent's weights contiguous, as the kernels read them. Rows of W_dec start
@@ -59,17 +59,9 @@ class LinearDictionary(Dictionary):
     def bias(self) -> Tensor:
         return self.b_enc
 
-    @property
-    def table(self) -> Tensor:
-        return self.W_dec
-
-    @property
-    def offset(self) -> Tensor:
-        return self.b_dec
-
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        self.b_dec.copy_(x.mean(0))
+        super().initialise(x)
         if self.normalize and len(x):
             norm = (x - self.b_dec if self.apply_b_dec_to_input else x).norm(dim=1).median()
             self.unit.copy_(norm.clamp(min=torch.finfo(x.dtype).tiny))
