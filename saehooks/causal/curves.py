@@ -14,25 +14,24 @@ from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.progress import bar
 from saehooks.causal.rank import check_latents
-from saehooks.causal.ranking import Ranking, data_frame
+from saehooks.causal.ranking import Ranking
 from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, device_of, runner
+from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
 from saehooks.place import find
 from saehooks.sae import SAE
-from saehooks.show import html, terminal
 from saehooks.show.values import number
 from saehooks.sites import host as host_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SetEffects:
+class SetEffects(Table):
     """What a metric becomes when sets of latents are ablated, or all latents but a set."""
 
     site: str
@@ -57,18 +56,8 @@ class SetEffects:
             found.append({"set": name, "ablated": size, "metric": self.of(name), "change": self.of(name) - clean})
         return found
 
-    def to_pandas(self) -> DataFrame:
-        """All rows as a DataFrame."""
-        return data_frame(self.rows())
-
     def _caption(self) -> str:
         return f"{self.site}: {self.metric}, mean of {int((~self.clean.isnan()).sum())} sequences"
-
-    def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(self.rows()))
-
-    def _repr_html_(self) -> str:
-        return html.table_html(self.rows(), caption=self._caption())
 
 
 def ablate_sets(
@@ -128,7 +117,7 @@ def _table(sae: SAE, ablate: Mapping[str, Any], keep: Mapping[str, Any]) -> tupl
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curve:
+class Curve(Table):
     """Necessity and sufficiency: a metric against how many of the best latents are ablated, or kept alone."""
 
     site: str
@@ -155,10 +144,6 @@ class Curve:
         names = ("n", "top n ablated", "n random ablated", "only top n kept", "only n random kept")
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def to_pandas(self) -> DataFrame:
-        """All rows as a DataFrame."""
-        return data_frame(self.rows())
-
     def plot(self) -> Figure:
         """The four curves."""
         from saehooks.show.figures import effect_curves
@@ -178,12 +163,6 @@ class Curve:
 
     def _caption(self) -> str:
         return f"{self.site}: {self.metric}, clean {number(self.clean)}, all latents ablated {number(self.none_kept)}"
-
-    def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(self.rows()))
-
-    def _repr_html_(self) -> str:
-        return html.table_html(self.rows(), caption=self._caption())
 
 
 def curve(

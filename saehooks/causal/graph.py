@@ -13,23 +13,19 @@ from saehooks.attach import attach
 from saehooks.causal.attribution import gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.progress import Bar, bar
-from saehooks.causal.ranking import data_frame, named
 from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, frozen, runner
+from saehooks.causal.table import SHOWN, Table, named
 from saehooks.errors import ConfigError
 from saehooks.sae import SAE
-from saehooks.show import html, terminal
 from saehooks.sites import host as host_of
 from saehooks.trace import Forward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-SHOWN = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Graph:
+class Graph(Table):
     """Latents of two sites and how much the earlier ones do through the later ones.
 
     All numbers are first-order estimates of the metric's change when a latent, or its influence on another one, is
@@ -62,10 +58,6 @@ class Graph:
             for i, j in places
         ]
 
-    def to_pandas(self) -> DataFrame:
-        """All edges as a DataFrame."""
-        return data_frame(self.rows())
-
     def plot(self, n: int = 40) -> Figure:
         """The strongest n edges between the two columns of latents."""
         from saehooks.show.effects import two_columns
@@ -77,11 +69,8 @@ class Graph:
         partial = "" if self.complete else "; interrupted, partial"
         return f"{self.sites[0]} -> {self.sites[1]}: effect on {self.metric}, {self.n_sequences} sequences{partial}"
 
-    def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(named(self.rows(SHOWN), "source", "target")))
-
-    def _repr_html_(self) -> str:
-        return html.table_html(named(self.rows(SHOWN), "source", "target"), caption=self._caption())
+    def _shown(self) -> list[dict[str, Any]]:
+        return named(self.rows(SHOWN), "source", "target")
 
 
 def latent_graph(

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saehooks.causal.table import SHOWN, Table, named
 from saehooks.errors import ConfigError, LatentError
-from saehooks.show import html, terminal
 from saehooks.show.values import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-SHOWN = 12
-"""Latents in a repr."""
 
 ORDERS = ("absolute", "lowering", "raising")
 
@@ -34,7 +30,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ranking:
+class Ranking(Table):
     """Latents by their effect on a metric: what it becomes when a latent is ablated, minus what it is.
 
     The latents measured exactly come first, by exact effect; after them the others, by attribution.
@@ -119,14 +115,6 @@ class Ranking:
             "mean_value": float(self.mean_value[i]),
         }
 
-    def to_pandas(self) -> DataFrame:
-        """All rows as a DataFrame.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return data_frame(self.rows())
-
     def plot(self, n: int = 20) -> Figure:
         """Bars of the best n latents' effects."""
         from saehooks.show.figures import ranking_bars
@@ -160,14 +148,11 @@ class Ranking:
             text += f"; {measured} ablated exactly, Spearman {self.agreement.spearman:.2f}"
         return text if self.complete else text + "; interrupted, partial"
 
+    def _shown(self) -> list[dict[str, Any]]:
+        return named(self.rows(SHOWN), "latent")
+
     def __len__(self) -> int:
         return len(self.latents)
-
-    def __repr__(self) -> str:
-        return self._caption() + "\n" + terminal.render(terminal.table(named(self.rows(SHOWN), "latent")))
-
-    def _repr_html_(self) -> str:
-        return html.table_html(named(self.rows(SHOWN), "latent"), caption=self._caption())
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
@@ -189,25 +174,3 @@ def _ranks(values: Tensor) -> Tensor:
     _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
     return (last - (sizes.double() - 1) / 2)[group]
-
-
-def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
-    """Rows for showing, in which numbers that are names are written without thousands separators.
-
-    >>> named([{"latent": 1204, "tokens": 1204}], "latent")
-    [{'latent': '1204', 'tokens': 1204}]
-    """
-    return [{key: str(value) if key in columns else value for key, value in row.items()} for row in rows]
-
-
-def data_frame(rows: list[dict[str, Any]]) -> DataFrame:
-    """Rows as a DataFrame.
-
-    Raises:
-        ConfigError: pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ConfigError("to_pandas needs pandas; write: pip install pandas") from error
-    return pandas.DataFrame(rows)
