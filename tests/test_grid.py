@@ -41,7 +41,7 @@ def test_cell_trains_saves_loads_and_needs_no_batch(dictionary, activation, tmp_
     config = TrainConfig(batch_size=256, buffer_rows=512, warmup_steps=1, decay=0.0, lr=3e-3, loss=loss)
     trainer = Trainer(sae, config)
     sae.initialise(x)
-    losses = [float(trainer.step(x).total) for _ in range(12)]
+    losses = [float(trainer.step(x).total.detach()) for _ in range(12)]
     assert losses[-1] < 0.95 * losses[0]
 
     sae.save(tmp_path)
