@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from language_common import codes_of, counts_of
 
 import saehooks as sh
 from saehooks.demo import text as packaged_text
@@ -23,7 +24,6 @@ from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.show import figures, html
 from saehooks.show.values import number, visible
-from saehooks.sites import host
 from saehooks.stream import read_text
 
 CONTEXTS, BEFORE, AFTER = 8, 14, 6
@@ -35,18 +35,10 @@ class Survey:
 
     def __init__(self, model, sae: sh.SAE, batches: sh.TokenBatches) -> None:
         self.sae, self.tokens = sae, batches.tokens
-        source, parts = host(model), []
-        site = source.site(sae.hook_name)
-        for tokens in batches:
-            with torch.no_grad(), sh.read(model, sae) as trace, source.stop_at(site):
-                source.run(tokens)
-            parts.append(trace.codes)
-        codes = sh.Codes.cat(parts)
-        self.codes = codes
+        self.codes = codes = codes_of(model, sae, batches)
         self.position = codes.rows % codes.shape[1]
         self.sequence = codes.rows // codes.shape[1]
-        inside = self.position > 0
-        self.counts = torch.bincount(codes.indices[inside], minlength=sae.d_sae)
+        self.counts = counts_of(codes)
         self.n_tokens = codes.shape[0] * (codes.shape[1] - 1)
 
     def entries(self, latent: int) -> torch.Tensor:
@@ -116,7 +108,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=ASSETS / "sae-smollm2-l15")
     parser.add_argument("--latents", type=int, nargs="*", help="by default 12 spread over the range of densities")
     parser.add_argument("--text", type=Path, nargs="*", help="files; by default the packaged WikiText-2 passages")
-    parser.add_argument("--tokens", type=int, default=16_000)
+    parser.add_argument("--tokens", type=int, default=32_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "concept_dashboard.html")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -136,7 +128,8 @@ def main() -> None:
     )
     chosen = "as asked" if args.latents else "evenly spaced in order of density among those that fired 20 times or more"
     lead = f"{len(latents)} latents of an SAE at {sae.hook_name} of SmolLM2-135M-Instruct, {chosen}, not by result."
-    footer = f"Made by `recipes/concept_dashboard.py` with {sae!r}, in {time.perf_counter() - start:.0f} s."
+    made = f"Made by `recipes/concept_dashboard.py --tokens {args.tokens}` with {sae!r}"
+    footer = f"{made}, in {time.perf_counter() - start:.0f} s."
     page = html.page(
         "Concept dashboard", [about, *(section(survey, model, tokenizer, i) for i in latents)], lead=lead, footer=footer
     )

@@ -34,13 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from language_common import codes_of, counts_of
 
 import saehooks as sh
 from saehooks.demo import text as packaged_text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.show import figures, html, terminal
-from saehooks.sites import host
 
 PROMPT = "I think that"
 SAMPLES, NEW_TOKENS = 8, 30
@@ -70,19 +70,6 @@ def words_of(text: str) -> list[str]:
 # ---------------------------------------------------------------------- the rule
 
 
-def survey(model, sae: sh.SAE, batches: sh.TokenBatches) -> tuple[sh.Codes, torch.Tensor]:
-    """Codes of a whole text, (sequences, positions), and the latents' counts without position 0."""
-    source, parts = host(model), []
-    site = source.site(sae.hook_name)
-    for tokens in batches:
-        with torch.no_grad(), sh.read(model, sae) as trace, source.stop_at(site):
-            source.run(tokens)
-        parts.append(trace.codes)
-    codes = sh.Codes.cat(parts)
-    counts = torch.bincount(codes.indices[codes.rows % codes.shape[1] > 0], minlength=sae.d_sae)
-    return codes, counts
-
-
 def describe(codes: sh.Codes, entries: torch.Tensor, tokens: torch.Tensor, tokenizer, usual: Counter) -> Chosen | None:
     """Steps 1 to 3 for one latent, from its entries in the codes; None where too few sequences have it."""
     rows, width = codes.rows, codes.shape[1]
@@ -108,7 +95,8 @@ def choose(model, sae: sh.SAE, tokenizer, n_tokens: int, n: int) -> list[Chosen]
     """The rule of this recipe."""
     text = "\n".join(packaged_text("train").splitlines()[::8])
     batches = sh.TokenBatches(tokenizer, text, context=128, batch_size=16, limit=n_tokens)
-    codes, counts = survey(model, sae, batches)
+    codes = codes_of(model, sae, batches)
+    counts = counts_of(codes)
     total = codes.shape[0] * (codes.shape[1] - 1)
     usual = Counter(words_of(tokenizer.decode(batches.tokens[:, 1:].reshape(-1))))
     inside = codes.rows % codes.shape[1] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,21 +11,17 @@ import torch
 
 import saehooks as sh
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-
-def recipe(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+import causal_ablation
+import concept_dashboard
+import steer_generation as steer
 
 
 @pytest.mark.parametrize("name", ["capitals", "agreement", "induction", "indirect object"])
 def test_prompts_are_fixed_and_fair(name):
     """The same prompts each time, the right word never the wrong one, none twice; the answer is not given away."""
-    behaviours = recipe("causal_ablation").BEHAVIOURS
+    behaviours = causal_ablation.BEHAVIOURS
     prompts = behaviours[name]()
     assert prompts == behaviours[name]()
     assert len({one[0] for one in prompts}) > 0.9 * len(prompts)
@@ -36,7 +31,7 @@ def test_prompts_are_fixed_and_fair(name):
 
 def test_induction_asks_for_the_word_that_came_next():
     """In a repeated list the right word followed the last one before, and the wrong one did not."""
-    for prompt, right, wrong in recipe("causal_ablation").induction():
+    for prompt, right, wrong in causal_ablation.induction():
         words = prompt.split()
         place = words.index(words[-1])
         assert words[place + 1] == right.strip()
@@ -45,7 +40,6 @@ def test_induction_asks_for_the_word_that_came_next():
 
 def test_words_of_a_latent():
     """A latent's words stand beside its strongest activations more often than elsewhere; coherence counts contexts."""
-    steer = recipe("steer_generation")
 
     class Words:
         names = ("bos", "the", "river", "water", "table", "flows")
@@ -70,7 +64,6 @@ def test_words_of_a_latent():
 
 def test_dashboard_reads_codes_by_latent(tiny_hf_bridge):
     """Counts leave position 0 out, and the strongest contexts come from different sequences."""
-    dashboard = recipe("concept_dashboard")
     torch.manual_seed(0)
     sae = sh.SAE(d_in=32, d_sae=24, hook_name="blocks.1.hook_resid_post").eval()
 
@@ -80,7 +73,7 @@ def test_dashboard_reads_codes_by_latent(tiny_hf_bridge):
         def __iter__(self):
             return iter(self.tokens.split(2))
 
-    survey = dashboard.Survey(tiny_hf_bridge, sae, Batches())
+    survey = concept_dashboard.Survey(tiny_hf_bridge, sae, Batches())
     with torch.no_grad(), sh.read(tiny_hf_bridge, sae) as trace:
         tiny_hf_bridge(Batches.tokens)
     assert survey.counts.tolist() == trace.codes[:, 1:].counts().tolist()
@@ -89,4 +82,4 @@ def test_dashboard_reads_codes_by_latent(tiny_hf_bridge):
     assert len({sequence for sequence, _ in contexts}) == 3
     column = trace.codes.of(latent)[:, 1:]
     assert float(column[contexts[0][0], contexts[0][1] - 1]) == pytest.approx(float(column.max()))
-    assert len(dashboard.spread(survey.counts, 4, at_least=1)) == 4
+    assert len(concept_dashboard.spread(survey.counts, 4, at_least=1)) == 4
