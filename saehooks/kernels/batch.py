@@ -1,5 +1,8 @@
 """Selection across rows, from blocks of scores: rows x d_sae is never kept, only what is selected so far.
 
+These are the reference for every device. On GPUs batch top-k has kernels of its own, `gpu_batch`, for scores that fit
+in one piece; feature choice is served from here.
+
 Rows without a finite maximum select their argmax alone, as in the row rules. In batch top-k they take nothing from the
 budget; in feature choice, where a row is known whole only at the end, what they won is lost.
 """
@@ -22,6 +25,8 @@ Columns = Callable[[int, int], Tensor]
 def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, device: torch.device) -> Support:
     """Select the ``total`` largest scores of all rows together, positive ones only.
 
+    Of equal scores the first rows' are selected, in a row the lowest latents'.
+
     Args:
         chunks: scores (chunk, d_sae) of consecutive rows; each is done with before the next is asked for.
         total: how many entries; at most rows * d_sae.
@@ -31,8 +36,7 @@ def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, devi
     Raises:
         ConfigError: a budget larger than the batch.
     """
-    if total > rows * d_sae:
-        raise ConfigError(f"a budget of {total} matches is larger than the batch: {rows} rows x {d_sae} latents")
+    check_budget(total, rows, d_sae)
     best: Tensor | None = None
     places = torch.zeros(0, dtype=torch.int64, device=device)
     odd, start, lowest = [], 0, 0.0
@@ -49,8 +53,8 @@ def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, devi
         if best is not None:
             found, here = torch.cat([best, found]), torch.cat([places, here + start * d_sae])
         if found.numel() > total:
-            found, order = found.topk(total, sorted=False)
-            here = here[order]
+            kept = _largest(found, total)
+            found, here = found[kept], here[kept]
             lowest = float(found.min()) if total else torch.inf
         best, places, start = found, here, start + scores.shape[0]
     if best is None or not best.numel():
@@ -58,6 +62,24 @@ def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, devi
     else:
         threshold = best.min().float().expand(rows)
     return _from_places(torch.cat([places, *odd]), rows, d_sae, threshold)
+
+
+def check_budget(total: int, rows: int, d_sae: int) -> None:
+    """Raise ConfigError if there are fewer entries than are to be selected."""
+    if total > rows * d_sae:
+        raise ConfigError(f"a budget of {total} matches is larger than the batch: {rows} rows x {d_sae} latents")
+
+
+def _largest(found: Tensor, total: int) -> Tensor:
+    """(total,) ascending places of the largest of (n,) scores; of equal ones the first."""
+    if not total:
+        return torch.zeros(0, dtype=torch.int64, device=found.device)
+    smallest = found.topk(total, sorted=False).values.min()
+    places = (found >= smallest).nonzero()[:, 0]
+    ties = (found[places] == smallest).nonzero()[:, 0]
+    kept = torch.ones_like(places, dtype=torch.bool)
+    kept[ties[ties.numel() - (places.numel() - total) :]] = False
+    return places[kept]
 
 
 def feature_choice(columns: Columns, budgets: Tensor, rows: int, block: int) -> Support:

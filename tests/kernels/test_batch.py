@@ -32,6 +32,16 @@ def test_the_running_pool_finds_the_largest(chunk, total):
     assert torch.equal(found.threshold, lowest.expand(20))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_of_equal_scores_the_first_are_selected(chunk):
+    """However the rows are cut: the first rows' first, in a row the lowest latents'."""
+    table = torch.ones(5, 4)
+    table[2, 1] = 2.0
+    found = batch_topk(iter(table.clone().split(chunk)), 6, 5, 4, table.device)
+    assert found.indices.tolist() == [0, 1, 2, 3, 0, 1]
+    assert found.offsets.tolist() == [0, 4, 5, 6, 6, 6]
+
+
 def test_rows_that_are_not_finite_stand_apart():
     """NaN, infinite and all -inf rows keep their argmax alone; in batch top-k they take nothing from the budget."""
     table = torch.ones(5, 4).cumsum(1)
