@@ -12,10 +12,11 @@ from torch import Tensor
 
 from saehooks.kernels import triton_gemm
 from saehooks.kernels.capacity import active
+from saehooks.kernels.gpu_batch import select_batch
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import GEMM_PLAN, GemmPlan, score_rows, select_plan, writes_scores
 from saehooks.kernels.gpu_select import Candidates, Rule, Target, collect, describe, incomplete, select_scores, settle
-from saehooks.kernels.rules import RowRule, Support
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Support
 from saehooks.kernels.triton_select import THRESHOLD
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,23 +25,38 @@ HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 """Whether this torch multiplies half-precision matrices into a float32 one."""
 
 
-def select_products(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None = None) -> list[Support] | None:
-    """Supports of consecutive rows, from their scores against all keys; None where the reference has to do it."""
-    described = describe(rule, keys.shape[0], queries.device)
-    if described is None or torch.float64 in (queries.dtype, keys.dtype) or not (queries.numel() and keys.numel()):
+def select_products(
+    queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None
+) -> list[Support] | None:
+    """Supports of consecutive rows, from their scores against all keys; None where the reference has to do it.
+
+    That is in float64, for feature choice, and for batch top-k over more scores than SCORE_BYTES in `gpu_plan` hold.
+    """
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    if torch.float64 in (queries.dtype, keys.dtype) or not (queries.numel() and keys.numel()):
+        return None
+    described, across = describe(rule, d_sae, queries.device), isinstance(rule, BatchTopK)
+    if described is None or (across and score_rows(rows, d_sae) < rows):
         return None
     queries, keys = operands(queries.detach(), keys.detach())
     bias = None if bias is None else bias.detach().float().contiguous()
     with on(queries, keys, *([] if bias is None else [bias])):
-        unwritten = queries.dtype in HALF and described.kind != THRESHOLD.value
-        if unwritten and not writes_scores(queries.shape[0], keys.shape[0], described.k):
-            found = select_unwritten(queries, keys, described, bias)
-            if found is not None:
-                return [found]
-        step = score_rows(queries.shape[0], keys.shape[0])
-        buffer = torch.empty(step, keys.shape[0], dtype=torch.float32, device=queries.device)
-        chunks = (product(part, keys, buffer[: part.shape[0]]) for part in queries.split(step))
-        return select_scores(chunks, described, bias)
+        if not across:
+            return _by_row(queries, keys, described, bias)
+        scores = torch.empty(rows, d_sae, dtype=torch.float32, device=queries.device)
+        return [select_batch(product(queries, keys, scores), described, bias)]
+
+
+def _by_row(queries: Tensor, keys: Tensor, rule: Rule, bias: Tensor | None) -> list[Support]:
+    """Supports under a row rule, from scores that are written chunk by chunk, or not at all."""
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    if queries.dtype in HALF and rule.kind != THRESHOLD.value and not writes_scores(rows, d_sae, rule.k):
+        found = select_unwritten(queries, keys, rule, bias)
+        if found is not None:
+            return [found]
+    step = score_rows(rows, d_sae)
+    buffer = torch.empty(step, d_sae, dtype=torch.float32, device=queries.device)
+    return select_scores((product(part, keys, buffer[: part.shape[0]]) for part in queries.split(step)), rule, bias)
 
 
 def operands(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

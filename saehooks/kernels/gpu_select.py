@@ -14,7 +14,7 @@ from saehooks.kernels import triton_select as kernels
 from saehooks.kernels.capacity import Capacity, active
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import SelectPlan, select_plan
-from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import BatchRule, BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK
 
 
 class Rule(NamedTuple):
@@ -32,14 +32,14 @@ class Rule(NamedTuple):
     """Whether the exponent is 1."""
 
 
-def describe(rule: RowRule, d_sae: int, device: torch.device) -> Rule | None:
-    """A rule in the kernels' terms, or None if they do not know it."""
+def describe(rule: RowRule | BatchRule, d_sae: int, device: torch.device) -> Rule | None:
+    """A rule in the kernels' terms, or None if they do not know it; batch top-k as top-k of each row."""
     if isinstance(rule, Sparsemax):
         return Rule(kernels.SIMPLEX.value, 0, 1.0, 1.0, None, True)
     if isinstance(rule, Entmax):
         slope = float(rule.alpha) - 1.0
         return Rule(kernels.SIMPLEX.value, 0, slope, 1.0 / slope, None, slope == 1.0)
-    if isinstance(rule, TopK):
+    if isinstance(rule, TopK | BatchTopK):
         if rule.k > d_sae:
             raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {d_sae}")
         return Rule(kernels.TOPK.value, rule.k, 1.0, 1.0, None, True)
@@ -64,6 +64,17 @@ class Candidates(NamedTuple):
     """(rows,) float32, the largest score of the row."""
     bound: Tensor
     """(rows,) float32, a score that every selected one reaches."""
+
+
+class Cut(NamedTuple):
+    """Which candidates of each row are selected."""
+
+    tau: Tensor
+    """(rows,) float32, the threshold; for sparsemax and entmax in units of v, see the kernels."""
+    quota: Tensor
+    """(rows,) int32, for top-k: how many that equal the threshold are kept, the first ones."""
+    sizes: Tensor
+    """(rows,) int32, support sizes."""
 
 
 def select_scores(
@@ -103,7 +114,7 @@ class Target(NamedTuple):
     def of(cls, room: Capacity, device: torch.device) -> Target:
         """Nothing filled yet."""
         indices = torch.empty(room.entries, dtype=torch.int64, device=device)
-        return cls(indices, torch.zeros(room.entries, device=device), indices.new_zeros(1))
+        return cls(indices, torch.zeros_like(indices, dtype=torch.float32), indices.new_zeros(1))
 
     def whole(self, parts: list[Support], room: Capacity) -> Support:
         """The chunks as one support, cut off at the room and padded."""
@@ -146,30 +157,43 @@ def settle(
     entries go there, and the support's offsets count from its beginning; without one, the host waits for their number.
     """
     source = found.values if scores is None else scores
-    values, places, counts, best, _ = found
-    rows, d_sae = source.shape
-    tau, quota, sizes = torch.empty_like(best), torch.empty_like(counts), torch.empty_like(counts)
-    start = (source, source.stride(0), source if bias is None else bias)
-    shared: dict[str, Any] = {"KIND": rule.kind, "BIASED": bias is not None, "STREAM": scores is not None}
-    shared |= {"TILE": plan.stream, "CAP": plan.cap, "num_warps": plan.finish_warps}
-    kernels.finish[(rows,)](
-        *start, values, counts, best, tau, quota, sizes, d_sae, rule.k, rule.slope, rule.power,
-        LINEAR=rule.linear, **shared,
+    cut = Cut(torch.empty_like(found.best), torch.empty_like(found.counts), torch.empty_like(found.counts))
+    kernels.finish[(source.shape[0],)](
+        source, source.stride(0), source if bias is None else bias, found.values, found.counts, found.best,
+        *cut, source.shape[1], rule.k, rule.slope, rule.power,
+        KIND=rule.kind, BIASED=bias is not None, LINEAR=rule.linear, TILE=plan.stream, CAP=plan.cap,
+        STREAM=scores is not None, num_warps=plan.finish_warps,
     )  # fmt: skip
-    offsets = offsets_of(sizes.long())
+    return write(found, cut, rule, plan, scores, bias, target)
+
+
+def write(
+    found: Candidates,
+    cut: Cut,
+    rule: Rule,
+    plan: SelectPlan,
+    scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    target: Target | None = None,
+) -> Support:
+    """Support from candidates, of which it is known which are selected; see `settle`."""
+    source = found.values if scores is None else scores
+    offsets = offsets_of(cut.sizes.long())
     if target is None:
         indices = offsets.new_empty(int(offsets[-1]))
-        picked = best.new_empty(indices.numel())
+        picked = found.best.new_empty(indices.numel())
     else:
         indices, picked = target.indices, target.scores
         offsets += target.start
         target.start.copy_(offsets[-1:])
-    kernels.fill[(rows,)](
-        *start, best if rule.theta is None else rule.theta, values, places, counts, best, tau, quota,
-        offsets, indices, picked, indices.numel(), d_sae, rule.slope, rule.power,
-        SCALAR=rule.theta is None, **shared,
+    kernels.fill[(source.shape[0],)](
+        source, source.stride(0), source if bias is None else bias, found.best if rule.theta is None else rule.theta,
+        found.values, found.places, found.counts, found.best, cut.tau, cut.quota, offsets, indices, picked,
+        indices.numel(), source.shape[1], rule.slope, rule.power,
+        KIND=rule.kind, BIASED=bias is not None, SCALAR=rule.theta is None, TILE=plan.stream, CAP=plan.cap,
+        STREAM=scores is not None, num_warps=plan.finish_warps,
     )  # fmt: skip
-    return Support(indices, offsets, _threshold(tau, best, rule), picked)
+    return Support(indices, offsets, _threshold(cut.tau, found.best, rule), picked)
 
 
 def incomplete(found: Candidates) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, WidthError
-from saehooks.kernels.batch import Columns, batch_topk, feature_choice
+from saehooks.kernels.batch import Columns, batch_topk, check_budget, feature_choice
 from saehooks.kernels.dispatch import path, select_rows
 from saehooks.kernels.memory import empty
 from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
@@ -37,17 +37,19 @@ def select(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tenso
     """
     if isinstance(rule, TopK) and rule.k > keys.shape[0]:
         raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {keys.shape[0]}")
+    rows, d_sae = queries.shape[0], keys.shape[0]
     if isinstance(rule, BatchTopK):
-        rows, d_sae = queries.shape[0], keys.shape[0]
-        return batch_topk(score_chunks(queries, keys, bias), rule.k * rows, rows, d_sae, keys.device)
-    if isinstance(rule, FeatureChoice):
-        return feature_choice(_columns(queries, keys, bias), rule.budgets, queries.shape[0], column_block(queries))
+        check_budget(rule.k * rows, rows, d_sae)
     _check_widths(queries, keys)
     from_products = getattr(path(queries), "select_products", None)  # a path that makes the scores itself
     parts = None if from_products is None else from_products(queries, keys, rule, bias)
-    if parts is None:
-        parts = [select_rows(scores, rule) for scores in score_chunks(queries, keys, bias)]
-    return join(parts, keys)
+    if parts is not None:
+        return join(parts, keys)
+    if isinstance(rule, BatchTopK):
+        return batch_topk(score_chunks(queries, keys, bias), rule.k * rows, rows, d_sae, keys.device)
+    if isinstance(rule, FeatureChoice):
+        return feature_choice(_columns(queries, keys, bias), rule.budgets, rows, column_block(queries))
+    return join([select_rows(scores, rule) for scores in score_chunks(queries, keys, bias)], keys)
 
 
 def column_block(queries: Tensor) -> int:

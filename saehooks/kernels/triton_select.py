@@ -68,7 +68,7 @@ def exceeds(z, THETA, theta, column, mask, SCALAR: tl.constexpr):
 
 
 @triton.jit
-def _largest(top):
+def largest(top):
     """The largest of some scores, NaN if one is: one integer maximum, since bits of floats order as integers."""
     bits = top.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -77,7 +77,7 @@ def _largest(top):
 
 
 @triton.jit
-def _odd_place(z_row, BIAS, best, d_sae, TILE: tl.constexpr, BIASED: tl.constexpr):
+def odd_place(z_row, BIAS, best, d_sae, TILE: tl.constexpr, BIASED: tl.constexpr):
     """The first latent whose score is a row's best, which is not finite; NaN is found by being unlike itself."""
     lane = tl.arange(0, TILE)
     place = d_sae
@@ -155,7 +155,7 @@ def collect(
         top = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
         if KIND == THRESHOLD:
             above += exceeds(z, THETA, power, column, column < d_sae, SCALAR).to(tl.int32)
-    best = _largest(top)
+    best = largest(top)
     reach = best
     n = 1
     if finite(best):
@@ -180,7 +180,7 @@ def collect(
             n = count_candidates(z_row, BIAS, opened, best, bound, d_sae, slope_of, KIND, BIASED, TILE)
     else:
         tl.store(VALUES + row * CAP, best)
-        tl.store(PLACES + row * CAP, _odd_place(z_row, BIAS, best, d_sae, TILE, BIASED) * step)
+        tl.store(PLACES + row * CAP, odd_place(z_row, BIAS, best, d_sae, TILE, BIASED) * step)
     tl.store(BEST + row, best)
     tl.store(BOUND + row, reach)
     tl.store(COUNTS + row, n)

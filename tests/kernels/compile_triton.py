@@ -20,13 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saehooks.kernels import triton_adam, triton_gemm, triton_products, triton_select
-from saehooks.kernels.gpu_plan import GEMM_PLAN, product_plan, select_plan
+from saehooks.kernels import triton_adam, triton_batch, triton_gemm, triton_products, triton_select
+from saehooks.kernels.gpu_batch import DIGITS
+from saehooks.kernels.gpu_plan import GEMM_PLAN, batch_plan, product_plan, select_plan
 from saehooks.kernels.gpu_products import SEGMENT
 
 TYPES = {
     "Z": "*fp32", "QUERIES": "*bf16", "KEYS": "*bf16", "LEFT": "*fp32", "TABLE": "*fp32", "OUT": "*fp32",
     "PLACES": "*i32", "GROUPS": "*i32", "COUNTS": "*i32", "QUOTA": "*i32", "SIZES": "*i32",
+    "LISTED": "*i32", "PREFIX": "*i32", "RANK": "*i32", "ABOVE": "*i32", "TIES": "*i32",
     "OFFSETS": "*i64", "INDICES": "*i64", "ROWS": "*i64", "STARTS": "*i64", "EXTRAS": "*i64", "OWNERS": "*i64",
     "slope_of": "fp32", "power": "fp32", "total": "fp32",
     "beta1": "fp32", "beta2": "fp32", "eps": "fp32", "weight_decay": "fp32",
@@ -52,6 +54,7 @@ def cases():
     reading = {"SCALAR": True, "step": 1, "TILE": wide.tile, "GATHER": wide.gather}
     yield "collect top 1", triton_select.collect, {**made, **reading}, wide.collect_warps, 3, {}
     yield "finish top 1", triton_select.finish, {**made, "STREAM": True, "TILE": wide.stream}, 2, 3, {}
+    yield from batch_cases()
     plan = product_plan(768)
     rowwise = {"WIDTH": plan.width, "ENTRIES": plan.entries}
     columnwise = {"WIDTH": plan.width, "ENTRIES": plan.column_entries, "SEGMENT": SEGMENT}
@@ -81,6 +84,24 @@ def cases():
     yield "order", triton_gemm.order, {"CAP": GEMM_PLAN.cap}, 1, 3, {}
 
 
+def batch_cases():
+    """The same of batch top-k."""
+    plan = batch_plan(49152, 64)
+    wide = {"BIASED": True, "TILE": plan.select.tile}
+    yield "batch maxima", triton_batch.maxima, wide, plan.select.collect_warps, 3, {}
+    wide |= {"SHIFT": DIGITS[1], "GATHER": plan.select.gather, "CAP": plan.select.cap}
+    yield "batch gather", triton_batch.gather, wide, plan.select.collect_warps, 3, {}
+    for shift in DIGITS[:2]:
+        made = {"SHIFT": shift, "FOLD": plan.fold, "BLOCK": plan.block}
+        yield f"batch tally_maxima {shift}", triton_batch.tally_maxima, made, plan.warps, 3, {}
+    made = {"BIASED": True, "CAP": plan.select.cap, "BLOCK": plan.block}
+    for shift in DIGITS:
+        yield f"batch tally_rows {shift}", triton_batch.tally_rows, {**made, "SHIFT": shift}, plan.warps, 3, {}
+    yield "batch count_rows", triton_batch.count_rows, made, plan.warps, 3, {}
+    for clamp in (False, True):
+        yield f"batch descend {clamp}", triton_batch.descend, {"CLAMP": clamp}, 1, 3, {}
+
+
 def compile_one(kernel, constants, warps, stages, types, capability):
     """The compiled kernel, for a GPU that need not be here."""
     names = kernel.arg_names
@@ -102,7 +123,7 @@ def compile_one(kernel, constants, warps, stages, types, capability):
 
 
 def aligned(name, kind):
-    return kind.startswith("*") or name in ("width", "d_sae", "rows") or "stride" in name
+    return kind.startswith("*") or name in ("width", "d_sae", "rows", "groups", "share") or "stride" in name
 
 
 def usage(cubin: bytes) -> dict[str, int]:
