@@ -57,7 +57,7 @@ def test_the_environment_forces_a_path_and_importing_compiles_nothing():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_selection_works_in_a_forked_process():
-    """A child of a process that has used its threads starts its own."""
+    """A child of a process that has used torch's threads, which do not come along, starts its own."""
     pytest.importorskip("numba")
     from saehooks.kernels import cpu, threads
 
@@ -66,18 +66,21 @@ def test_selection_works_in_a_forked_process():
     try:
         scores = scores_of("random", 600, 2000, 1.0)
         expected = cpu.select(scores, Sparsemax()).indices.numpy()
-        assert threads._pool is not None
         child = os.fork()
         if child == 0:
-            same = threads._pool is None and (cpu.select(scores, Sparsemax()).indices.numpy() == expected).all()
-            os._exit(0 if same else 1)
+            same = (cpu.select(scores, Sparsemax()).indices.numpy() == expected).all()
+            os._exit(0 if same and threads._pool is not None else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
 
 
-def test_several_threads_may_select_at_once():
+@pytest.mark.parametrize("team", ["openmp", "python"])
+def test_several_threads_may_select_at_once(team, monkeypatch):
     """Calls from different threads neither share a score buffer nor mix their rows."""
+    from saehooks.kernels import threads as spreading
+
+    monkeypatch.setattr(spreading, "_forked", team == "python")
     made = torch.Generator().manual_seed(1)
     queries, keys = torch.randn(64, 8, generator=made), torch.randn(4000, 8, generator=made)
     inputs = [queries * (1 + i) for i in range(6)]
@@ -97,9 +100,13 @@ def test_several_threads_may_select_at_once():
     assert not wrong
 
 
-def test_an_error_in_a_thread_reaches_the_caller():
-    """Work that fails on any thread fails the call."""
-    from saehooks.kernels.threads import spread
+@pytest.mark.parametrize("team", ["openmp", "python"])
+def test_an_error_in_a_thread_reaches_the_caller(team, monkeypatch):
+    """Work that fails on any thread fails the call, and the next call works."""
+    from saehooks.kernels import threads
+
+    monkeypatch.setattr(threads, "_forked", team == "python")
+    spread = threads.spread
 
     def fail(start, stop):
         raise ValueError(f"rows {start} to {stop}")
@@ -112,6 +119,33 @@ def test_an_error_in_a_thread_reaches_the_caller():
         assert spread(lambda start, stop: stop, [(0, 1), (1, 2), (2, 3)]) == [1, 2, 3]
     finally:
         torch.set_num_threads(before)
+
+
+def test_work_is_shared_with_torchs_own_team(monkeypatch):
+    """Where torch brings GNU's OpenMP, blocks run on its threads, all of them; work may itself be spread."""
+    from saehooks.kernels import threads
+
+    if threads._openmp() is None:
+        pytest.skip("this torch has another OpenMP")
+    monkeypatch.setattr(threads, "_forked", False)
+    monkeypatch.setattr(threads, "_pool", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    met = threading.Barrier(2, timeout=20)
+
+    def work(start, stop):
+        if start < 2:
+            met.wait()
+        without_pool = threads._pool is None
+        return threading.get_ident(), without_pool, threads.spread(lambda a, b: (start, a), [(0, 1), (1, 2)])
+
+    try:
+        found = threads.spread(work, [(i, i + 1) for i in range(4)])
+    finally:
+        torch.set_num_threads(before)
+    assert len({thread for thread, _, _ in found}) == 2
+    assert found[0][1] or found[1][1], "the first blocks ran before any Python thread was made"
+    assert [inner for _, _, inner in found] == [[(i, 0), (i, 1)] for i in range(4)]
 
 
 def test_large_memory_is_used_again_only_when_nobody_holds_it():
