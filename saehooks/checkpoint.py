@@ -26,6 +26,7 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
         NotFiniteError: a parameter is NaN or infinite; the checkpoint that was there stays.
     """
     folder = Path(folder)
+    trainer.settle()
     trainer.check_finite()
     broken = [name for name, p in trainer.sae.named_parameters() if not torch.isfinite(p).all()]
     if broken:

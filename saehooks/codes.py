@@ -102,8 +102,10 @@ class Codes:
 
     def keep(self, kept: Tensor) -> Codes:
         """Only some of the entries: ``kept`` (nnz,) bool; rows and their scale stay."""
-        sizes = torch.zeros_like(self.sizes).index_add_(0, self.rows, kept.long())
-        return replace(self, indices=self.indices[kept], values=self.values[kept], offsets=offsets_of(sizes))
+        codes = self.trimmed()
+        kept = kept[: codes.indices.numel()]
+        sizes = torch.zeros_like(codes.sizes).index_add_(0, codes.rows, kept.long())
+        return replace(codes, indices=codes.indices[kept], values=codes.values[kept], offsets=offsets_of(sizes))
 
     def detach(self) -> Codes:
         """The same codes, cut from the autograd graph."""
@@ -164,7 +166,11 @@ class Codes:
 
     def counts(self) -> Tensor:
         """(d_sae,) int64, in how many rows each latent was selected."""
-        return torch.bincount(self.trimmed().indices, minlength=self.d_sae)
+        if self.indices.device.type == "cpu":
+            return torch.bincount(self.trimmed().indices, minlength=self.d_sae)
+        # bincount would wait for a GPU. Counts are integers, so their order of addition does not matter.
+        listed = torch.arange(self.indices.numel(), device=self.indices.device) < self.offsets[-1]
+        return self.offsets.new_zeros(self.d_sae).index_add_(0, self.indices, listed.long())
 
     def top(self, k: int) -> Top:
         """The k largest latents of each row, padded with latent -1 and value 0."""

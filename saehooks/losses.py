@@ -5,6 +5,7 @@ All terms are relative to the size of the activations, so a coefficient means th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from torch.func import functional_call
 from saehooks.activations.zipf import fit_zipf, ranks
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
-from saehooks.kernels import TopK
+from saehooks.kernels import TopK, capacity
+from saehooks.kernels.capacity import active
 from saehooks.sae import SAE, Encoded
 
 RECONSTRUCTION = ("relative", "mse", "per_norm")
@@ -153,7 +155,7 @@ def l1(sae: SAE, x: Tensor, stages: Encoded) -> Tensor:
     codes = stages.candidates
     sizes = sae.activation.penalised(stages.scores, stages.support, codes.values)
     sizes = sizes * sae.dictionary.direction_norms()[codes.indices]
-    rows = codes.rows
+    rows = codes.rows.clamp(max=x.shape[0] - 1)  # padding past the last row has size 0
     if codes.scale is not None:
         sizes = sizes * codes.scale[rows]
     relative = sizes / _norms(x, sae.dictionary.offset).clamp(min=TINY)[rows]
@@ -225,7 +227,9 @@ def auxiliary(
     """
     k = min(k or max(1, sae.d_in // 2), latents.numel())
     prepared = stages.prepared
-    with torch.no_grad():
+    # How many there can be is known: a step that does not wait for its codes need not wait for these.
+    room = nullcontext() if active() is None else capacity(max(1, error.shape[0] * k))
+    with torch.no_grad(), room:
         support = sae.dictionary.select(prepared, TopK(k), among=latents)
     values = sae.dictionary.scores(prepared, support).relu()
     shape = (error.shape[0],)

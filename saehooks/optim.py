@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
-from saehooks.kernels import path
+from saehooks.kernels import path, path_name
 from saehooks.kernels.deferred import Contribution, Deferred, deferring
 from saehooks.sae import SAE
 
@@ -122,4 +122,4 @@ def _rows_of_latents(p: Tensor) -> Tensor:
 
 
 def _fused(p: Tensor) -> bool:
-    return p.dtype == torch.float32 and path(p).__name__.endswith(".gpu")
+    return p.dtype == torch.float32 and path_name(p) == "gpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saehooks import kernels
 from saehooks.activations import ACTIVATIONS, LatentDensity
 from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
@@ -146,7 +147,7 @@ class SAE(nn.Module):
             )
         flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
         prepared = self.dictionary.prepare(flat)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.activation.takes_padding else kernels.exactly():
             rule = self.activation.rule(flat.shape[0], self.density.mean)
             silenced = self.density.silenced
             support = self.dictionary.select(prepared, rule, silenced=silenced)
@@ -162,7 +163,8 @@ class SAE(nn.Module):
             codes = candidates.keep(active)
         if self.training:
             self.activation.observe(scores.detach(), support)
-            self.density.update(codes.counts(), flat.shape[0])
+            if self.density.tracked:
+                self.density.update(codes.counts(), flat.shape[0])
         return Encoded(prepared, support, scores, candidates, codes)
 
     def decode(self, codes: Codes) -> Tensor:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saehooks import kernels
 from saehooks.errors import ConfigError, NotFiniteError
+from saehooks.kernels.forecast import Forecast
 from saehooks.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.metrics import ReconstructionMeter, nmse
 from saehooks.optim import TableAdam
@@ -97,9 +99,10 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         """Records: step, rows, loss, nmse, l0, dead, lr; and eval_* where there was an evaluation."""
         self.seconds = {"model": 0.0, "sae": 0.0, "optimizer": 0.0, "buffer": 0.0}
-        """Where the time went."""
+        """Where the host's time went; on a GPU, which works on while the host goes ahead, not the GPU's."""
         self._fresh = "training" not in sae.cfg.metadata
         self._bad = torch.zeros((), device=sae.device)
+        self._forecast = Forecast()
 
     # ---------------------------------------------------------------- rows in
 
@@ -122,6 +125,7 @@ class Trainer:
     def drain(self) -> None:
         """Train on what is left in the buffer."""
         self._train(self.buffer.drain())
+        self.settle()
 
     def _train(self, batches: Iterator[Tensor]) -> None:
         """Step through batches; making them is booked as the buffer's time."""
@@ -134,26 +138,55 @@ class Trainer:
             if self.steps == 0 and self._fresh:
                 self.sae.initialise(self.buffer.rows[: self.buffer.filled])
             self.step(batch)
+        self.settle()
 
     # ------------------------------------------------------------------ steps
 
     def step(self, x: Tensor) -> TrainingLoss:
         """One optimiser step on a batch (rows, d_in).
 
+        On a GPU the host does not wait for it: codes get room foretold from earlier steps, NaN is looked for every
+        ``log_every`` steps, and a step whose codes did not fit, which changes nothing, is made again two steps later.
+
         Raises:
             NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
         """
+        self._repeat(self._forecast.late())
+        loss = self._update(x, foretold=kernels.path_name(x) == "gpu")
+        self._count(loss, x)
+        return loss
+
+    @property
+    def repeated(self) -> int:
+        """Steps made again because their codes outgrew the room foretold for them (GPU only)."""
+        return self._forecast.repeated
+
+    def settle(self) -> None:
+        """Wait for the device and make the steps again whose codes did not fit: afterwards every batch has counted."""
+        self._repeat(self._forecast.late(everything=True))
+
+    def _repeat(self, batches: list[Tensor]) -> None:
+        for batch in batches:
+            self._update(batch, foretold=False)
+
+    def _update(self, x: Tensor, foretold: bool) -> TrainingLoss:
+        """Forward, backward and the optimiser's update; ``foretold``: without waiting for the size of the codes."""
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
         written = self.sae.dictionary.adjusts_gradients
+        entries = self._forecast.room(len(x) * self.sae.d_sae) if foretold else None
         with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
-            loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
+            with nullcontext() if entries is None else kernels.capacity(entries) as room:
+                loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
             loss.total.backward()
+        self._forecast.add(loss.stages.support.indices.numel(), room, x)
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
-        self.optimizer.found_inf = (~torch.isfinite(loss.total.detach())).to(self._bad)  # type: ignore[attr-defined]
-        self._bad += self.optimizer.found_inf  # type: ignore[attr-defined]
-        if x.device.type == "cpu":
+        broken = (~torch.isfinite(loss.total.detach())).to(self._bad)
+        cut = torch.zeros_like(broken) if room is None or room.wanted is None else room.found_inf.to(broken)
+        self._bad += broken * (1 - cut)  # codes that were cut off say nothing about the loss
+        self.optimizer.found_inf = torch.maximum(broken, cut)  # type: ignore[attr-defined]
+        if not foretold:
             self.check_finite()
         between = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -163,7 +196,6 @@ class Trainer:
         self.sae.dictionary.after_step()
         self.seconds["sae"] += between - started
         self.seconds["optimizer"] += time.perf_counter() - between
-        self._count(loss, x)
         return loss
 
     def check_finite(self) -> None:

@@ -19,6 +19,8 @@ class Activation(nn.Module):
     """Settings of the `LossConfig` that goes with this activation."""
     tracks_density: ClassVar[bool] = False
     """Whether the SAE must count how often each latent fires."""
+    takes_padding: ClassVar[bool] = False
+    """Whether its values may be asked of codes with padding past the last row, as `saehooks.kernels.capacity` makes."""
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()

@@ -41,11 +41,11 @@ class LatentDensity(nn.Module):
 
     @property
     def silenced(self) -> Tensor | None:
-        """(d_sae,) bool, latents whose scores are set to 0; None if there are none."""
+        """(d_sae,) bool, latents whose scores are set to 0; None if there are none (on a GPU, if there can be none)."""
         if self.max_density is None:
             return None
         silenced = self.fired > self.max_density * self.rows
-        return silenced if bool(silenced.any()) else None
+        return silenced if silenced.device.type != "cpu" or bool(silenced.any()) else None
 
     @torch.no_grad()
     def update(self, counts: Tensor, rows: int) -> None:
@@ -54,6 +54,6 @@ class LatentDensity(nn.Module):
             return
         self.fired += counts
         self.rows += rows
-        if int(self.rows) > HORIZON:
-            self.fired.div_(2, rounding_mode="floor")
-            self.rows.div_(2, rounding_mode="floor")
+        full = (self.rows > HORIZON).long()  # decided on the device: the host need not wait
+        self.fired.bitwise_right_shift_(full)
+        self.rows.bitwise_right_shift_(full)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from saehooks.activations.base import Activation
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels import Sparsemax, Support, path
+from saehooks.kernels import Sparsemax, Support, exactly, path
 
 VALUES = ("score", "weight")
 
@@ -25,6 +25,7 @@ class SparsemaxActivation(Activation):
     """
 
     name: ClassVar[str] = "sparsemax"
+    takes_padding: ClassVar[bool] = True
 
     def __init__(self, d_sae: int, *, values: str = "score") -> None:
         super().__init__(d_sae)
@@ -108,7 +109,8 @@ def sparsemax(scores: Tensor, dim: int = -1) -> SparsemaxResult:
         raise ConfigError("sparsemax over an empty axis: there is nothing to choose from")
     flat = moved.reshape(-1, moved.shape[-1])
     wide = flat if flat.dtype == torch.float64 else flat.float()
-    support = path(wide).select(wide.detach().contiguous(), Sparsemax())
+    with exactly():
+        support = path(wide).select(wide.detach().contiguous(), Sparsemax())
     rows = rows_of(support.offsets, support.indices.numel())
     picked = wide[rows, support.indices]
     weights = simplex_weights(picked, support.offsets)

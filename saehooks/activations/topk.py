@@ -28,6 +28,7 @@ class TopKActivation(Activation):
     """Select the k largest positive scores of each row. Source: Gao et al. 2024, arXiv:2406.04093."""
 
     name: ClassVar[str] = "topk"
+    takes_padding: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
 
     def __init__(self, d_sae: int, *, k: int = 32) -> None:
@@ -50,6 +51,7 @@ class BatchTopKActivation(Activation):
     """
 
     name: ClassVar[str] = "batchtopk"
+    takes_padding: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
     threshold: Tensor
     batches: Tensor
@@ -66,11 +68,11 @@ class BatchTopKActivation(Activation):
     @torch.no_grad()
     def observe(self, scores: Tensor, support: Support) -> None:
         smallest = support.threshold.min() if support.threshold.numel() else self.threshold.new_tensor(torch.inf)
-        if not smallest.isfinite():
-            return
-        self.batches += 1
+        some = smallest.isfinite()  # decided on the device: the host need not wait
+        self.batches += some
         rate = (1 / self.batches.double()).clamp(min=RATE)
-        self.threshold.lerp_(smallest.to(self.threshold), rate.to(self.threshold))
+        moved = self.threshold.lerp(smallest.to(self.threshold), rate.to(self.threshold))
+        self.threshold.copy_(torch.where(some, moved, self.threshold))
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, k={self.k}"

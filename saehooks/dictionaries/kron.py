@@ -73,6 +73,7 @@ class KronDictionary(RowDecoder):
 
     # ------------------------------------------------------------- selection
 
+    @kernels.exactly()
     def select(
         self,
         prepared: Prepared,

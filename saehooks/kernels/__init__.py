@@ -5,8 +5,8 @@ with gradients, `spmm` decodes. Each has a plain-torch reference and faster path
 """
 
 from saehooks.kernels.batch import batch_topk
-from saehooks.kernels.capacity import Capacity, capacity
-from saehooks.kernels.dispatch import PATHS, force, path, select_rows
+from saehooks.kernels.capacity import Capacity, capacity, exactly
+from saehooks.kernels.dispatch import PATHS, force, path, path_name, select_rows
 from saehooks.kernels.products import sddmm, spmm
 from saehooks.kernels.rules import (
     BatchRule,
@@ -35,8 +35,10 @@ __all__ = [
     "TopK",
     "batch_topk",
     "capacity",
+    "exactly",
     "force",
     "path",
+    "path_name",
     "score_chunks",
     "sddmm",
     "select",

@@ -15,7 +15,7 @@ class Capacity:
     """Room for the entries of one selection, and what became of it. Reading `used` or `overflowed` waits for the GPU.
 
     An overflow loses the entries beyond the room; give `found_inf` to a fused optimiser, which then leaves the
-    parameters alone in that step, and enlarge the room when the host next looks.
+    parameters alone in that step, and enlarge the room when the host next looks. `saehooks.Trainer` does all that.
     """
 
     def __init__(self, entries: int) -> None:
@@ -23,6 +23,11 @@ class Capacity:
             raise ConfigError(f"a capacity needs room for at least one entry, got {entries}")
         self.entries = entries
         self._most: Tensor | None = None
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """() int64 on the device, what `used` reads; None if nothing was selected under this capacity."""
+        return self._most
 
     @property
     def used(self) -> int:
@@ -61,7 +66,7 @@ class Capacity:
         torch.maximum(self._most, entries, out=self._most)
 
 
-_active: list[Capacity] = []
+_active: list[Capacity | None] = []
 
 
 @contextmanager
@@ -72,9 +77,20 @@ def capacity(entries: int) -> Iterator[Capacity]:
     nothing is read back: codes have ``entries`` entries, those past ``offsets[-1]`` are padding that belongs to no row
     (a latent that the batch did select, value 0). Paths on the CPU ignore it.
     """
-    _active.append(Capacity(entries))
+    room = Capacity(entries)
+    _active.append(room)
     try:
-        yield _active[-1]
+        yield room
+    finally:
+        _active.pop()
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Inside the block codes are as long as they are, whatever `capacity` is around it: for what takes no padding."""
+    _active.append(None)
+    try:
+        yield
     finally:
         _active.pop()
 

@@ -40,10 +40,16 @@ def force(name: str) -> Iterator[None]:
 
 def path(tensor: Tensor) -> ModuleType:
     """The module whose kernels serve this tensor: the forced one, else the fastest for its device and dtype."""
+    name = path_name(tensor)
+    return reference if name == "reference" else import_module(f"saehooks.kernels.{name}")
+
+
+def path_name(tensor: Tensor) -> str:
+    """Which of `PATHS` serves this tensor."""
     name = _forced or _fastest(tensor)
     if name not in PATHS:
         raise ConfigError(f"no kernel path {name!r}; choose one of {', '.join(PATHS)}")
-    return reference if name == "reference" else import_module(f"saehooks.kernels.{name}")
+    return name
 
 
 def _fastest(tensor: Tensor) -> str:

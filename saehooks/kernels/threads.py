@@ -1,8 +1,8 @@
 """Blocks of rows over threads, for kernels that release the interpreter lock.
 
-The threads are torch's own OpenMP team where that is GNU's. It spins for milliseconds after each product: threads beside
-it would wait for the processors it holds, while work given to the team itself starts at once. Elsewhere, and after a
-fork, which an OpenMP team does not survive, they are Python threads that sleep when idle.
+The threads are torch's own OpenMP team where that is GNU's. It spins for milliseconds after each product: threads
+beside it would wait for the processors it holds, while work given to the team itself starts at once. Elsewhere, and
+after a fork, which an OpenMP team does not survive, they are Python threads that sleep when idle.
 """
 
 from __future__ import annotations

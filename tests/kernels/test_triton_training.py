@@ -1,0 +1,105 @@
+"""Training steps that do not wait for the GPU: in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+pytest.importorskip("triton")
+
+from waiting import Waits
+
+from saehooks import SAE, LossConfig, TrainConfig, Trainer, kernels
+from saehooks.errors import NotFiniteError
+from saehooks.kernels import forecast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRID = [
+    ("concepts", "sparsemax", {"key_scale": 6.0}),
+    ("concepts", "sparsemax", {"key_scale": 6.0, "values": "weight"}),
+    ("linear", "topk", {"k": 4}),
+    ("linear", "topk", {"k": 4, "unit_norm_decoder": True}),
+    ("linear", "batchtopk", {"k": 4}),
+    ("linear", "jumprelu", {"start_l0": 4}),
+    ("concepts", "relu", {}),
+    ("concepts", "gated", {}),
+    ("kron", "topk", {"k": 4}),
+]
+
+
+def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Trainer:
+    """A few steps of 4 rows on the gpu path, with or without codes of foretold size."""
+    with monkeypatch.context() as patched, kernels.force("gpu"):
+        if not foretold:
+            patched.setattr(forecast.Forecast, "room", lambda self, scores: None)
+        torch.manual_seed(7)
+        trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0, log_every=100, **settings))
+        for _ in range(steps):
+            trainer.step(3 * torch.randn(4, 16, device=DEVICE))
+        trainer.settle()
+    return trainer
+
+
+@pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID)
+def test_steps_of_foretold_size_train_as_exact_ones(dictionary, activation, settings, monkeypatch):
+    """Whatever the cell of the grid, room for the codes changes nothing that is learned."""
+    monkeypatch.setattr(forecast, "WORTHWHILE", 0)  # room for wide codes too
+    ends = []
+    for foretold in (False, True):
+        torch.manual_seed(0)
+        sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
+        trainer = trained(sae, 4, foretold, monkeypatch, dead_after=12)
+        ends.append([*sae.state_dict().values(), trainer.idle])
+    for exact, found in zip(*ends, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID[:3])
+def test_a_step_does_not_wait(dictionary, activation, settings, monkeypatch):
+    """Once sizes are known, nothing in a step brings a number back but the size of the step before the last."""
+    sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
+    trainer = trained(sae, 3, True, monkeypatch, loss=LossConfig())
+    x = 3 * torch.randn(4, 16, device=DEVICE)
+    with kernels.force("gpu"):
+        trainer.step(x)
+        trainer.step(x)
+        with Waits() as waits:
+            trainer.step(x)
+    assert [line for line in waits.found if "forecast.py" not in line] == []
+    assert len(waits.found) == 1
+
+
+def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
+    """Codes outgrow the room foretold for them: the batch is trained on again, and no batch is lost or counts twice."""
+    torch.manual_seed(0)
+    sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
+    trainer = trained(sae, 2, True, monkeypatch)
+    with torch.no_grad():
+        sae.dictionary.W_k.mul_(0.1)  # smaller scores, larger supports
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    with kernels.force("gpu"):
+        trainer.step(torch.randn(4, 16, device=DEVICE))
+        assert all(torch.equal(p, before[name]) for name, p in sae.named_parameters()), "it did not fit"
+        updates = float(trainer.optimizer.state[sae.dictionary.C]["step"])
+        trainer.settle()
+    assert (trainer.repeated, trainer.steps) == (1, 3)
+    assert float(trainer.optimizer.state[sae.dictionary.C]["step"]) == updates + 1 == trainer.steps
+    assert not any(torch.equal(p, before[name]) for name, p in sae.named_parameters() if name.endswith(("C", "W_v")))
+    assert trainer._forecast.room(10**9) is None, "the next steps are selected exactly"
+
+
+def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
+    """NaN in a batch is an error at the next look, and the parameters are as before it."""
+    sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
+    trainer = trained(sae, 2, True, monkeypatch)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    with kernels.force("gpu"):
+        trainer.step(torch.full((4, 16), float("nan"), device=DEVICE))
+        with pytest.raises(NotFiniteError):
+            trainer.check_finite()
+    assert all(torch.equal(p, before[name]) for name, p in sae.named_parameters())
