@@ -12,7 +12,7 @@ from saehooks.activations.base import Activation
 from saehooks.activations.sparsemax import VALUES
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels import Entmax, Support
+from saehooks.kernels import Entmax, Support, path
 
 LOWEST = 1.01
 """Below this a learned alpha does not go: at 1 entmax is softmax, which selects everything."""
@@ -24,7 +24,8 @@ class EntmaxActivation(Activation):
     Args:
         alpha: in (1, 2]; 2 is sparsemax, smaller selects more. A learned alpha starts here.
         learn_alpha: train one alpha for the SAE, between 1.01 and 2; needs ``values="weight"``, since a support alone
-            has no gradient.
+            has no gradient. On a GPU its one number is read back in every step, since selection takes it as a number;
+            with a fixed alpha nothing waits.
         values: ``"score"`` or ``"weight"``, as for sparsemax.
     Source: Peters et al. 2019, arXiv:1905.05702; the gradient of alpha: Correia et al. 2019, arXiv:1909.00015.
     """
@@ -57,7 +58,9 @@ class EntmaxActivation(Activation):
     def values(self, scores: Tensor, support: Support) -> Tensor:
         if self.carries == "score":
             return scores
-        alpha = torch.as_tensor(self.alpha, dtype=scores.dtype, device=scores.device)
+        alpha = self.alpha
+        if not isinstance(alpha, Tensor):
+            alpha = scores.new_full((), alpha, dtype=torch.float64)  # made on the device, not copied there
         return entmax_weights(scores, support.offsets, alpha)
 
     def extra_repr(self) -> str:
@@ -67,8 +70,11 @@ class EntmaxActivation(Activation):
 def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:
     """(nnz,) entmax probabilities over the given supports, differentiable in scores and in alpha (a scalar).
 
-    A row's probabilities are those of its scores alone: of the whole row, if its support is the entmax support.
+    A row's probabilities are those of its scores alone: of the whole row, if its support is the entmax support. Sums
+    are float64; on the GPU path each has one order, so that results repeat, and the host waits for none.
     """
+    if scores.dtype != torch.float64 and hasattr(path(scores), "entmax_weights"):
+        return _WeightsByKernel.apply(scores, offsets, alpha)
     return _Weights.apply(scores, offsets, alpha)
 
 
@@ -83,7 +89,7 @@ class _Weights(torch.autograd.Function):
         tau = wide.new_full((n_rows,), -1.0)
         for _ in range(100):
             above = (scaled - tau[rows]).clamp(min=0)
-            slope = above.pow(power - 1)
+            slope = torch.where(above > 0, above.pow(power - 1), 0.0)  # 0 ** 0 is 1
             mass = torch.zeros_like(tau).index_add_(0, rows, slope * above)
             step = ((mass - 1) / (power * torch.zeros_like(tau).index_add_(0, rows, slope))).clamp(min=0)
             tau = tau + step
@@ -91,7 +97,7 @@ class _Weights(torch.autograd.Function):
                 break
         weights = (scaled - tau[rows]).clamp(min=0).pow(power)
         ctx.save_for_backward(weights, rows, alpha)
-        ctx.n_rows = n_rows
+        ctx.n_rows, ctx.dtype = n_rows, scores.dtype
         return weights.to(scores.dtype)
 
     @staticmethod
@@ -112,4 +118,22 @@ class _Weights(torch.autograd.Function):
             surprise = torch.where(positive, weights * weights.clamp(min=1e-300).log(), 0.0)
             change = (weights - skewed) / (wide - 1) ** 2 - (surprise - skewed * row_sum(surprise)) / (wide - 1)
             d_alpha = (grad * change).sum().to(alpha.dtype)
-        return d_scores.to(alpha.dtype), None, d_alpha
+        return d_scores.to(ctx.dtype), None, d_alpha
+
+
+class _WeightsByKernel(torch.autograd.Function):
+    """`_Weights` on a path with kernels for it."""
+
+    @staticmethod
+    def forward(ctx, scores, offsets, alpha):
+        weights = path(scores).entmax_weights(scores, offsets, alpha)
+        ctx.save_for_backward(weights, offsets, alpha)
+        return weights.to(scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weights, offsets, alpha = ctx.saved_tensors
+        learned = ctx.needs_input_grad[2]
+        d_scores, d_alpha = path(grad).entmax_gradient(weights, grad, offsets, alpha, learned)
+        return d_scores, None, d_alpha.to(alpha.dtype) if learned else None

@@ -10,13 +10,24 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError
 from saehooks.kernels import reference
+from saehooks.kernels.gpu_entmax import entmax_gradient, entmax_weights
 from saehooks.kernels.gpu_launch import LEAST_CAPABILITY
 from saehooks.kernels.gpu_products import center, sddmm, spmm, spmm_transposed
 from saehooks.kernels.gpu_scores import select_products
 from saehooks.kernels.gpu_select import describe, select_scores
 from saehooks.kernels.rules import RowRule, Sparsemax, Support
 
-__all__ = ["center", "probe", "sddmm", "select", "select_products", "spmm", "spmm_transposed"]
+__all__ = [
+    "center",
+    "entmax_gradient",
+    "entmax_weights",
+    "probe",
+    "sddmm",
+    "select",
+    "select_products",
+    "spmm",
+    "spmm_transposed",
+]
 
 
 def select(scores: Tensor, rule: RowRule) -> Support:

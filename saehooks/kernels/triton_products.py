@@ -128,15 +128,15 @@ def center(VALUES, OFFSETS, OUT, total, ENTRIES: tl.constexpr):
     sums = tl.zeros((ENTRIES,), tl.float64)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        sums += tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
+        sums += tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32).to(tl.float64)
     mean = tl.sum(sums, 0) / size
     sums = tl.zeros((ENTRIES,), tl.float64)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
+        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32).to(tl.float64)
         sums += tl.where(entry < stop, value - mean, 0.0)
     shift = (tl.sum(sums, 0) - total) / size
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float64)
-        tl.store(OUT + entry, ((value - mean) - shift).to(OUT.dtype.element_ty), mask=entry < stop)
+        value = tl.load(VALUES + entry, mask=entry < stop, other=0.0).to(tl.float32).to(tl.float64)
+        tl.store(OUT + entry, ((value - mean) - shift).to(tl.float32).to(OUT.dtype.element_ty), mask=entry < stop)

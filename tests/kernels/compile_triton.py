@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saehooks.kernels import triton_adam, triton_batch, triton_gemm, triton_products, triton_select
+from saehooks.kernels import triton_adam, triton_batch, triton_entmax, triton_gemm, triton_products, triton_select
 from saehooks.kernels.gpu_batch import DIGITS
 from saehooks.kernels.gpu_plan import GEMM_PLAN, batch_plan, product_plan, select_plan
 from saehooks.kernels.gpu_products import SEGMENT
@@ -65,6 +65,10 @@ def cases():
     yield "spmm_segments", triton_products.spmm_segments, segments, plan.warps, 3, long
     yield "spmm_columns", triton_products.spmm_columns, columnwise, plan.warps, 3, long
     yield "center", triton_products.center, {"ENTRIES": 128}, 1, 3, {}
+    yield "entmax weights", triton_entmax.weights, {"ENTRIES": 128}, 1, 3, {"OUT": "*fp64"}
+    for learned in (False, True):
+        made, doubles = {"ENTRIES": 128, "LEARNED": learned}, {"WEIGHTS": "*fp64", "D_ALPHA": "*fp64"}
+        yield f"entmax gradient {learned}", triton_entmax.gradient, made, 1, 3, doubles
     both = {f"{name}_{side}": "*i64" for name in ("PLACES", "ROWS", "STARTS", "EXTRAS") for side in "AB"}
     for two in (False, True):
         made = {**columnwise, "TWO": two, "SPARSE": True}

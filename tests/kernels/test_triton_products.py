@@ -104,6 +104,15 @@ def test_sparsemax_weights_and_their_gradient(path, device):
     torch.testing.assert_close(found, grad - mean[rows], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparsemax_weights_in_half_precision(path, device, dtype):
+    """Half-precision scores are centred in float64, and rounded once."""
+    offsets = torch.tensor([0, 1, 4, 204], device=device)
+    scores = torch.randn(204, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    expected = simplex_weights(scores.double(), offsets)
+    torch.testing.assert_close(simplex_weights(scores, offsets), expected.to(dtype))
+
+
 @pytest.mark.parametrize("activation", ["sparsemax", "topk"])
 @pytest.mark.parametrize("dictionary", ["concepts", "linear"])
 def test_a_training_step_agrees_with_the_reference_in_float64(path, device, dictionary, activation):
