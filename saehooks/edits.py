@@ -94,7 +94,7 @@ def keep(latents: int | Iterable[int] | Tensor) -> Edit:
 
 def clamp(values: Mapping[int, Value]) -> Edit:
     """Set each latent to its value in every row, inserting it where it was not selected."""
-    chosen = latent_list(values, "clamp({901: 8.0})")
+    chosen = _listed_with_values(values, "clamp({901: 8.0})")
 
     def function(codes: Codes) -> Codes:
         full, place = _with_latents(codes, chosen)
@@ -105,7 +105,7 @@ def clamp(values: Mapping[int, Value]) -> Edit:
 
 def add(deltas: Mapping[int, Value]) -> Edit:
     """Add to each latent in every row, a latent that was not selected starting at 0."""
-    chosen = latent_list(deltas, "add({901: 4.0})")
+    chosen = _listed_with_values(deltas, "add({901: 4.0})")
 
     def function(codes: Codes) -> Codes:
         full, place = _with_latents(codes, chosen)
@@ -117,7 +117,7 @@ def add(deltas: Mapping[int, Value]) -> Edit:
 
 def scale(factors: Mapping[int, Value]) -> Edit:
     """Multiply each latent by its factor wherever it is selected."""
-    chosen = latent_list(factors, "scale({9: 0.5})")
+    chosen = _listed_with_values(factors, "scale({9: 0.5})")
 
     def function(codes: Codes) -> Codes:
         entries = _listed(codes, chosen).nonzero().squeeze(1)
@@ -201,13 +201,11 @@ def without_zeros(codes: Codes) -> Codes:
     return _from_keys(_keys(codes)[held], codes.values[held], codes)
 
 
-def latent_list(latents: Any, example: str = "") -> tuple[int, ...]:
+def latent_list(latents: Any) -> tuple[int, ...]:
     """Latents given as an int, a list, a tensor or a mapping's keys, as a tuple of ints.
 
-    Raises: LatentError when they are not whole numbers, or when ``example`` asks for a mapping and none was given.
+    Raises: LatentError when they are not whole numbers.
     """
-    if example and not isinstance(latents, Mapping):
-        raise LatentError(f"expected a mapping from latent to number, as in {example}; got {latents!r}")
     if isinstance(latents, Tensor):
         latents = latents.reshape(-1).tolist()
     try:
@@ -222,6 +220,17 @@ def latent_list(latents: Any, example: str = "") -> tuple[int, ...]:
 
 def _edit(name: str, latents: tuple[int, ...], function: Callable[[Codes], Codes]) -> Edit:
     return Edit(name, latents, lambda codes, context: function(codes))
+
+
+def _listed_with_values(values: Any, example: str) -> tuple[int, ...]:
+    """The latents of a mapping, all of whose values are numbers or tensors; ``example`` is shown if they are not."""
+    if not isinstance(values, Mapping):
+        raise LatentError(f"expected a mapping from latent to number, as in {example}; got {values!r}")
+    chosen = latent_list(values)
+    for latent, value in values.items():
+        if not isinstance(value, Tensor) and not hasattr(value, "__float__"):
+            raise LatentError(f"expected a number or a tensor for latent {latent}, as in {example}; got {value!r}")
+    return chosen
 
 
 def _listed(codes: Codes, latents: Sequence[int]) -> Tensor:

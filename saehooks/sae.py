@@ -309,5 +309,9 @@ def _route(settings: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
     unknown = sorted(set(settings) - {name for part in parts for name in part})
     if unknown:
         known = sorted({name for kind in kinds for name in settings_of(kind)})
-        raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known) or 'none'}")
+        others = sorted(
+            name for name, kind in {**DICTIONARIES, **ACTIVATIONS}.items() if unknown[0] in settings_of(kind)
+        )
+        hint = f"; {unknown[0]} is a setting of {', '.join(others)}" if others else ""
+        raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known)}{hint}")
     return parts

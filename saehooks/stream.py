@@ -130,19 +130,27 @@ def harvest(
     Yields:
         (n, width) rows, in the dtype and on the device of the model. Between two of them the model carries no hook.
     Raises:
+        ConfigError: a text instead of batches.
         NeverFiredError: a forward ended without passing the site.
     """
     source = host(model)
     site = source.site(at, head)
     rows: list[Tensor] = []
     tap = Tap(source, site, rows.append, where)
-    for batch in batches:
+    for batch in checked_batches(batches):
         with tap.attached(), source.stop_at(site), torch.no_grad():
             source.run(batch)
         if not rows:
             raise NeverFiredError(f"the forward passed without reaching '{site.name}'; does this batch go through it?")
         yield torch.cat(rows) if len(rows) > 1 else rows[0]
         rows.clear()
+
+
+def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """The same batches; a text, whose letters would be taken for them, is a ConfigError."""
+    if isinstance(batches, (str, bytes)):
+        raise ConfigError("batches is one text; write sh.TokenBatches(tokenizer, text), or [text] for a single batch")
+    return batches
 
 
 class ShuffleBuffer:

@@ -20,7 +20,7 @@ from saehooks.place import find
 from saehooks.sae import SAE
 from saehooks.show.training import TrainingProgress
 from saehooks.sites import Host, Site, host
-from saehooks.stream import AFTER_FIRST, Tap, harvest
+from saehooks.stream import AFTER_FIRST, Tap, checked_batches, harvest
 from saehooks.trainer import TrainConfig, Trainer
 
 
@@ -49,6 +49,7 @@ def train(
     Raises:
         SiteError, WidthError: on entering, when the site does not exist or does not fit.
         NeverFiredError: on leaving, when no forward passed the site.
+        ConfigError: on leaving, when fewer activations came than make one batch.
         NotFiniteError: from the model's call, when an activation or the loss is not finite.
     """
     source = host(model)
@@ -60,6 +61,7 @@ def train(
     if not tap.fired:
         raise NeverFiredError(f"no forward passed '{site.name}' inside the block, so nothing was trained")
     trainer.drain()
+    _check_trained(trainer)
     _remember(trainer, source, site, where)
 
 
@@ -91,7 +93,7 @@ def fit(
     Returns:
         The trainer, with its history; the SAE is trained in place and left in eval mode.
     Raises:
-        SiteError, WidthError, ConfigError: before anything runs.
+        SiteError, WidthError, ConfigError: before anything runs; ConfigError also when the batches hold too little.
         NotFiniteError: an activation or the loss is not finite; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
@@ -103,11 +105,8 @@ def fit(
         raise ConfigError("resume=True needs out=, the folder that holds the checkpoint")
     if resume and folder is not None:
         load_checkpoint(trainer, folder)
-    held_out = (
-        None
-        if eval_batches is None
-        else torch.cat(list(harvest(model, eval_batches, site.given, head=site.head, where=where)))
-    )
+    batches = checked_batches(batches)
+    held_out = None if eval_batches is None else _held_out(model, eval_batches, site, where)
     rows = _timed_rows(trainer, model, batches, site, where)
     with _saved_when_interrupted(trainer, folder) as interruptions:
         with TrainingProgress(trainer, progress) as display:
@@ -176,7 +175,31 @@ def _loop(
         raise NotFiniteError(f"{error}{kept}") from error
     with interruptions.held():
         trainer.drain()
+    _check_trained(trainer)
+    trainer.expected_steps = trainer.steps
     display.update()
+
+
+def _check_trained(trainer: Trainer) -> None:
+    """Raise ConfigError where there was too little to make a single step."""
+    if not trainer.rows_seen:
+        raise ConfigError(
+            "no activation came, so nothing was trained: there are no batches (a generator that was used up before?), "
+            "or where= leaves out every position"
+        )
+    if not trainer.steps:
+        raise ConfigError(
+            f"{trainer.rows_seen} activations do not fill a batch of {trainer.config.batch_size}, so nothing was "
+            "trained: give more batches, or a smaller batch_size="
+        )
+
+
+def _held_out(model: Any, batches: Iterable[Any], site: Site, where: Any) -> Tensor:
+    """(n, d_in) activations of the evaluation batches."""
+    rows = list(harvest(model, checked_batches(batches), site.given, head=site.head, where=where))
+    if not sum(map(len, rows)):
+        raise ConfigError("eval_batches= gave no activation: it is empty, or a generator that was used up before")
+    return torch.cat(rows)
 
 
 def _timed_rows(trainer: Trainer, model: Any, batches: Iterable[Any], site: Site, where: Any) -> Iterator[Tensor]:

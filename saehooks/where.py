@@ -243,6 +243,10 @@ def as_where(where: Any) -> Where:
     """
     if isinstance(where, Where):
         return where
+    if isinstance(where, str):
+        raise WhereError(
+            f"where={where!r} is a text; write where=sh.last, positions as in [1, 2], a slice, a mask or a function"
+        )
     if callable(where):
         return _rule(where)
     if hasattr(where, "__array__") or _all_bools(where):

@@ -430,6 +430,8 @@ def test_ranking_shows_itself(tiny_bridge, tokens):
     """A ranking prints, goes to pandas and HTML, and plots."""
     found = causal.rank_latents(tiny_bridge, small_sae(32), tokens, "ce", exact=6)
     assert "Spearman" in repr(found)
+    alone = repr(causal.rank_latents(tiny_bridge, small_sae(32), tokens[:1], "ce", exact=1))
+    assert "in 1 sequence; 1 ablated exactly\n" in alone
     assert "<table>" in found._repr_html_()
     frame = found.to_pandas()
     assert list(frame.columns[:4]) == ["rank", "latent", "attribution", "exact"]

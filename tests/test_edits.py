@@ -128,6 +128,13 @@ def test_clamp_wants_a_mapping():
         edits.clamp([901])
 
 
+@pytest.mark.parametrize("edit", [edits.clamp, edits.add, edits.scale])
+def test_values_must_be_numbers(edit):
+    """A value that is neither number nor tensor is named before any forward."""
+    with pytest.raises(LatentError, match=r"number or a tensor for latent 901, as in .*; got '8'"):
+        edit({3: 1, 901: "8"})
+
+
 @pytest.mark.parametrize("latent", [4, -1])
 def test_latent_out_of_range(codes, latent):
     """The error names the edit, the latent and the range."""

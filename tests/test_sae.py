@@ -59,7 +59,7 @@ def test_directions(sae):
         ({"d_sae": 2.5}, "positive integer"),
         ({"dictionary": "convolution"}, "choose one of concepts, kron, linear"),
         ({"activation": "softmax"}, "sparsemax"),
-        ({"k": 3}, "unknown setting k"),
+        ({"k": 3}, "unknown setting k.*; k is a setting of batchtopk, feature_choice, mutual_choice, topk"),
         ({"values": "mean"}, "'score', 'weight'"),
         ({"key_scale": 0.0}, "key_scale"),
     ],

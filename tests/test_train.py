@@ -303,3 +303,34 @@ def test_bad_requests_fail_before_anything_runs(tiny_bridge):
         sh.TrainConfig(lr=-1.0)
     with pytest.raises(NeverFiredError, match="nothing was trained"), sh.train(tiny_bridge, fresh(), at=SITE):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "said"),
+    [
+        ([], {}, "no activation came"),
+        (iter(()), {}, "no activation came"),
+        (batches(1), {"where": torch.zeros(17, dtype=torch.bool)}, "no activation came"),
+        (batches(1), {"batch_size": 200}, "128 activations do not fill a batch of 200"),
+        ("w1 w2 w3", {}, r"sh\.TokenBatches"),
+        (batches(1), {"eval_batches": []}, "eval_batches="),
+        (batches(1), {"eval_batches": "w1 w2"}, r"sh\.TokenBatches"),
+    ],
+)
+def test_too_little_to_train_on_is_an_error(tiny_bridge, tmp_path, given, more, said):
+    """An SAE that nothing was trained of is neither returned nor saved: what was given, and what to give, is said."""
+    with pytest.raises(ConfigError, match=said):
+        sh.fit(tiny_bridge, fresh(), given, SITE, out=tmp_path, **{**FAST, **more})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_with_too_little_to_train_on_is_an_error(tiny_bridge):
+    """The with-block says so on leaving."""
+    with pytest.raises(ConfigError, match="batch_size="), sh.train(tiny_bridge, fresh(), at=SITE, batch_size=200):
+        tiny_bridge(batches(1)[0])
+
+
+def test_a_finished_training_says_how_many_steps_it_took(tiny_bridge):
+    """Batches of unequal length make fewer steps than the first one promised; at the end it is not "7/8"."""
+    trainer = sh.fit(tiny_bridge, fresh(), [*batches(3), batches(1)[0][:3]], SITE, **FAST)
+    assert repr(trainer).startswith(f"Trainer(step {trainer.steps}/{trainer.steps},")

@@ -159,7 +159,7 @@ def test_wrong_shapes_at_the_first_forward(rule, message):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("last", "whole numbers or a slice"),
+        ("last", r"'last' is a text; write where=sh\.last"),
         (1.5, "whole numbers or a slice"),
         (torch.ones(4), r"torch.float32 of shape \(4,\).*mask.bool\(\)"),
         (torch.ones(2, 4, dtype=torch.int64), r"mask.bool\(\)"),

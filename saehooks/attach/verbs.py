@@ -76,7 +76,8 @@ def clamp(
     """``with sh.clamp(model, sae, {901: 8.0}, where=sh.last):`` sets latents to values, selected there or not.
 
     Args:
-        values: from latent to a number, or to a tensor that broadcasts to (batch, pos).
+        values: from latent to a number, or to a tensor that broadcasts to (batch, pos). How large a value is for this
+            SAE, ``trace.codes.of(901).max()`` of a read tells.
         model, sae, options: as in `attach`.
     """
     return attach(model, sae, edits=edit.clamp(values), **options)
@@ -100,7 +101,7 @@ def steer(
     """``with sh.steer(model, sae, {901: +4.0}):`` adds to latents, selected there or not.
 
     Args:
-        deltas: from latent to a number, or to a tensor that broadcasts to (batch, pos).
+        deltas: from latent to a number, or to a tensor that broadcasts to (batch, pos); scale as for `clamp`.
         model, sae, options: as in `attach`.
     """
     return attach(model, sae, edits=edit.add(deltas), **options)

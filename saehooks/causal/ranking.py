@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -142,10 +143,11 @@ class Ranking(Table):
 
     def _caption(self) -> str:
         text = f"{self.site}: effect on {self.metric} (clean {number(self.clean)}) of ablating each latent; "
-        text += f"{len(self):,} active in {self.n_sequences:,} sequences"
+        text += f"{len(self):,} active in {self.n_sequences:,} sequence{'s' * (self.n_sequences != 1)}"
         measured = int((~self.exact.isnan()).sum())
         if measured:
-            text += f"; {measured} ablated exactly, Spearman {self.agreement.spearman:.2f}"
+            text += f"; {measured} ablated exactly"
+            text += f", Spearman {self.agreement.spearman:.2f}" if isfinite(self.agreement.spearman) else ""
         return text if self.complete else text + "; interrupted, partial"
 
     def _shown(self) -> list[dict[str, Any]]:

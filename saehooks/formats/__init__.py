@@ -28,6 +28,10 @@ def load(source: str | Path, *, device: torch.device | str | None = None, dtype:
     path = Path(source)
     if path.is_file() and path.name.endswith((".pt", ".pkl", ".pkl.gz")):
         return sparsemax_sae.load(path).to(device=device, dtype=dtype)
+    if path.is_file():
+        raise FormatError(
+            f"{str(source)!r} is a file; give the folder that holds it, or a file that ends in .pt or .pkl"
+        )
     if not path.is_dir():
         path = _download(str(source))
     return _load_folder(path).to(device=device, dtype=dtype)

@@ -38,7 +38,10 @@ def host(model: Any) -> Host:
         SiteError: the model cannot carry hooks.
     """
     if not isinstance(model, nn.Module):
-        raise SiteError(f"a model must be a torch.nn.Module, got {type(model).__name__}")
+        raise SiteError(
+            f"a model must be a torch.nn.Module, got {type(model).__name__}: open it first, as with "
+            "TransformerBridge.boot_transformers(name) or open_clip.create_model(name)"
+        )
     model = getattr(model, "_orig_mod", model)  # from torch.compile, which runs eagerly while hooks are attached
     if hasattr(model, "hook_dict"):
         return TransformerLensHost(model)
