@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError
 from saehooks.kernels import path, path_name
+from saehooks.kernels.copies import shared_copies
 from saehooks.kernels.deferred import Contribution, Deferred, deferring
 from saehooks.sae import SAE
 
@@ -55,11 +56,15 @@ class TableAdam(torch.optim.Adam):
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Backward passes inside leave the tables' gradients unwritten, where the path has a kernel for that."""
+        """Backward passes inside leave the tables' gradients unwritten, where the path has a kernel for that.
+
+        Under ``torch.set_float32_matmul_precision("medium")`` forward and backward read one bfloat16 copy of each table
+        on a GPU: do not change parameters inside.
+        """
         tables = [p for p in self.tables if _fused(p)]
         if self._deferred is None:
             self._deferred = Deferred(tables)
-        with deferring(self._deferred):
+        with deferring(self._deferred), shared_copies():
             yield
 
     def write_gradients(self) -> None:

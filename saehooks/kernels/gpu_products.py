@@ -10,6 +10,7 @@ from torch import Tensor
 from saehooks.codes import rows_of
 from saehooks.kernels import reference
 from saehooks.kernels import triton_products as kernels
+from saehooks.kernels.copies import shared_copy
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import product_plan
 from saehooks.kernels.remember import remembered
@@ -53,7 +54,7 @@ def sddmm(left: Tensor, table: Tensor, indices: Tensor, offsets: Tensor) -> Tens
     """(nnz,) products ``left[row] . table[index]``; 0 for padding past the last row."""
     if torch.float64 in (left.dtype, table.dtype):
         return reference.sddmm(left, table, indices, offsets)
-    left, table = _rowwise(left), _rowwise(table)
+    left, table = _rowwise(left), _rowwise(shared_copy(table))
     out = left.new_zeros(indices.numel())
     plan = product_plan(left.shape[1])
     with on(left, table, indices, offsets):
@@ -70,9 +71,9 @@ def spmm(values: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Ten
     """(rows, d) sums ``values @ table[indices]`` of each compressed row."""
     if table.dtype == torch.float64:
         return reference.spmm(values, indices, offsets, table)
-    values, table = values.contiguous(), _rowwise(table)
     rows, width = offsets.numel() - 1, table.shape[1]
     out = table.new_empty(rows, width)
+    values, table = values.contiguous(), _rowwise(shared_copy(table))
     plan = product_plan(width)
     with on(values, indices, offsets, table):
         if not out.numel():

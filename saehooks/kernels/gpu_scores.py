@@ -1,8 +1,9 @@
 """Host side of scoring on the GPU: in which precision queries meet keys, and whether the scores are written at all.
 
 Float32 SAEs follow torch's own switch: ``torch.set_float32_matmul_precision("medium")`` scores in bfloat16 with
-float32 sums, ``"high"`` in TF32, ``"highest"`` (the default) in float32. Half-precision SAEs score as they are, with
-float32 sums. Scores are never rounded to half precision before selection.
+float32 sums, ``"high"`` in TF32, ``"highest"`` (the default) in float32. Under "medium" a training step also decodes
+from the bfloat16 copy of the table that it scored with. Half-precision SAEs score as they are, with float32 sums.
+Scores are never rounded to half precision before selection.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from saehooks.kernels import triton_gemm
 from saehooks.kernels.capacity import active
+from saehooks.kernels.copies import bfloat16_is_wanted, shared_copy
 from saehooks.kernels.gpu_batch import select_batch
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import GEMM_PLAN, GemmPlan, score_rows, select_plan, writes_scores
@@ -63,15 +65,8 @@ def operands(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys in the dtype they are multiplied in."""
     if queries.dtype == keys.dtype and queries.dtype in HALF:
         return queries, keys
-    dtype = torch.bfloat16 if _bfloat16_is_wanted() else torch.float32
-    return queries.to(dtype), keys.to(dtype)
-
-
-def _bfloat16_is_wanted() -> bool:
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # set through torch's newer switches, which know no bfloat16
-        return False
+    dtype = torch.bfloat16 if bfloat16_is_wanted() else torch.float32
+    return queries.to(dtype), shared_copy(keys).to(dtype)
 
 
 def product(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from waiting import Waits
 from saehooks import SAE, LossConfig, TrainConfig, Trainer, kernels
 from saehooks.errors import NotFiniteError
 from saehooks.kernels import forecast
+from saehooks.optim import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = [
@@ -103,3 +105,36 @@ def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
         with pytest.raises(NotFiniteError):
             trainer.check_finite()
     assert all(torch.equal(p, before[name]) for name, p in sae.named_parameters())
+
+
+@pytest.mark.parametrize("dictionary", ["concepts", "linear"])
+def test_a_step_in_bfloat16_reads_one_copy_of_each_table(dictionary, monkeypatch):
+    """Under "medium" the loss and every gradient are those of tables rounded to bfloat16; each is rounded once."""
+    made: list[torch.Size] = []
+    original = torch.Tensor.to
+
+    def counted(tensor, *args, **kwargs):
+        if args == (torch.bfloat16,) and tensor.dtype == torch.float32 and tensor.shape[0] == 40:
+            made.append(tensor.shape)
+        return original(tensor, *args, **kwargs)
+
+    settings = {"key_scale": 4.0} if dictionary == "concepts" else {}
+    sae = SAE(16, 40, dictionary, device=DEVICE, **settings)
+    x = torch.randn(5, 16, device=DEVICE)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    optimizer = TableAdam(sae, lr=0.01)
+    with kernels.force("gpu"), monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", counted)
+        with optimizer.deferring():
+            stages = sae.encode_stages(x)
+            (sae.decode(stages.codes) - x).square().sum().backward()
+    optimizer.write_gradients()
+    assert len(made) == len(optimizer.tables)
+    rounded = SAE(16, 40, dictionary, device=DEVICE, dtype=torch.float64, **settings)
+    rounded.load_state_dict({name: t.bfloat16() if t.shape == (40, 16) else t for name, t in sae.state_dict().items()})
+    prepared = rounded.dictionary.prepare(x.double())
+    scores = rounded.dictionary.scores(prepared, stages.support._replace(scores=None))
+    codes = replace(stages.codes, values=scores, scale=prepared.scale)
+    (rounded.decode(codes) - x.double()).square().sum().backward()
+    for (name, p), q in zip(sae.named_parameters(), rounded.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 0.02 * q.grad.norm(), name
