@@ -77,7 +77,7 @@ def picture(rows: list[dict]):
     bars.set_yticks(range(len(rows)), names)
     bars.invert_yaxis()
     bars.set(xlabel="cross-entropy, nats per token", title="clean, spliced, zeroed")
-    bars.legend(frameon=False, fontsize=8)
+    bars.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for i, row in enumerate(rows):
         cost.scatter(row["l0"], row["ce_degradation"], color=figures.COLOURS[i % len(figures.COLOURS)])
         cost.annotate(
