@@ -104,12 +104,12 @@ def training_loss(
         terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
     if config.gate:
         terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
-    error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
     for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
         if not coefficient:
             continue
         helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
         if helpers is not None and helpers.numel():
+            error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
             terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights)
     total = torch.stack(list(terms.values())).sum()
     return TrainingLoss(total, {name: term.detach() for name, term in terms.items()}, recons.detach(), stages)
