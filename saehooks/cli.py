@@ -40,7 +40,8 @@ examples:
   saehooks fit --model smollm2 --at blocks.15.hook_resid_post --d-sae 4608 --out saes/topk \\
       --dictionary linear --activation topk --k 32 --text mine.txt --eval-text held_out.txt
   saehooks fit --model tinyclip --at visual.blocks.4.hook_resid_post --d-sae 1024 --out saes/clip --images photos/
-  saehooks fit ... --resume           goes on after an interruption, bit for bit
+  saehooks fit ... --precision medium --model-dtype bfloat16 --batch-size 4096     fastest on a GPU
+  saehooks fit ... --resume           goes on after an interruption, bit for bit (on the CPU)
 
 Position 0 of each text (an attention sink) is not trained on. Ctrl-C stops after the current step and writes a
 checkpoint first; pressed twice, it stops at once.
@@ -172,6 +173,24 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, help="at most so many tokens of text")
     add("--context", type=int, default=256, help="tokens in a sequence (%(default)s)")
     add("--sequences", type=int, default=8, help="sequences (or images / 8) in a forward pass (%(default)s)")
+    place = parser.add_argument_group("where and how precisely")
+    place.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, by default")
+    place.add_argument("--model-dtype", choices=("float32", "bfloat16"), default="float32", help="of its weights")
+    place.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of float32 products on a GPU: float32, TF32 or, fastest, bfloat16 with float32 sums (%(default)s)",
+    )
+
+
+def _opened(arguments: argparse.Namespace) -> Any:
+    """The model that a command was given, where and as it was asked for."""
+    import torch
+
+    torch.set_float32_matmul_precision(arguments.precision)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return open_model(arguments.model, device, arguments.model_dtype)
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -180,15 +199,16 @@ def _fit(arguments: argparse.Namespace) -> None:
     import saehooks as sh
     from saehooks.sites import host
 
-    opened = open_model(arguments.model)
-    site = host(opened.model).site(arguments.at, arguments.head)
+    opened = _opened(arguments)
+    source = host(opened.model)
+    site = source.site(arguments.at, arguments.head)
     if site.width is None:
         raise ConfigError(
             f"the width of '{site.name}' is not known before a forward pass; choose a site that lists one"
         )
     settings = dict(_setting(one) for one in arguments.set) | ({} if arguments.k is None else {"k": arguments.k})
     torch.manual_seed(arguments.seed)
-    sae = sh.SAE(site.width, arguments.d_sae, arguments.dictionary, arguments.activation, **settings)
+    sae = sh.SAE(site.width, arguments.d_sae, arguments.dictionary, arguments.activation, **settings).to(source.device)
     batches = opened.batches(arguments, "train", arguments.text, arguments.images, arguments.tokens)
     sae.cfg.metadata["data"] = opened.source(arguments.text, arguments.images, "train") | {"batches": repr(batches)}
     held_out = None
@@ -244,8 +264,11 @@ def _measure(arguments: argparse.Namespace) -> None:
 
     import saehooks as sh
     from saehooks.measure import measure
+    from saehooks.sites import host
 
-    sae, opened = sh.load(arguments.sae), open_model(arguments.model)
+    opened = _opened(arguments)
+    source = host(opened.model)
+    sae = sh.load(arguments.sae, device=source.device)
     packaged = opened.is_clip and arguments.images is None
     options = opened.zero_shot() if packaged else {}
     batches = opened.batches(arguments, "eval", arguments.text, arguments.images, arguments.tokens or 8192)
@@ -253,7 +276,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     live = False if arguments.json else None
     with torch.no_grad(), measure(opened.model, sae, arguments.at, live=live, **options) as figures:
         for batch in batches:
-            run(batch)
+            run(source.beside(batch))
     print(json.dumps(figures.summary(), indent=1) if arguments.json else figures)
 
 
@@ -310,8 +333,8 @@ def flattened(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_model(name: str) -> Any:
+def open_model(name: str, device: str | None = None, dtype: str = "float32") -> Any:
     """Open a model by the name a command was given."""
     from saehooks.demo.open import open_model as opened
 
-    return opened(name)
+    return opened(name, device, dtype)

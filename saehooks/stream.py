@@ -123,7 +123,7 @@ def harvest(
 
     Args:
         model: any model that saehooks knows.
-        batches: token tensors (batch, pos), images, or dicts of arguments.
+        batches: token tensors (batch, pos), images, or dicts of arguments; moved to the model's device.
         at: the site.
         head: one head of a per-head site.
         where: which positions; all but the first by default, None for all.
@@ -139,7 +139,7 @@ def harvest(
     tap = Tap(source, site, rows.append, where)
     for batch in checked_batches(batches):
         with tap.attached(), source.stop_at(site), torch.no_grad():
-            source.run(batch)
+            source.run(source.beside(batch))
         if not rows:
             raise NeverFiredError(f"the forward passed without reaching '{site.name}'; does this batch go through it?")
         yield torch.cat(rows) if len(rows) > 1 else rows[0]

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import saehooks as sh
 from saehooks.cli import main
@@ -85,9 +86,29 @@ def test_fit_reads_the_users_own_pictures(tmp_path):
         assert sh.load(tmp_path / "sae").cfg.metadata["data"]["images"] == name
 
 
+def test_fit_and_measure_run_a_bfloat16_model_where_they_are_told(trained, tmp_path, capsys):
+    """A half-precision model trains and carries a float32 SAE; products are made as precisely as asked."""
+    before = torch.get_float32_matmul_precision()
+    where = "--device cpu --model-dtype bfloat16 --sequences 4"
+    try:
+        command = f"fit --model tinyclip --at {SITE} --d-sae 256 --batch-size 512 --steps 2 --precision high {where}"
+        assert main(f"{command} --out {tmp_path / 'half'}".split()) == 0
+        assert torch.get_float32_matmul_precision() == "high"
+        sae = sh.load(tmp_path / "half")
+        assert sae.dtype == torch.float32
+        assert all(p.isfinite().all() for p in sae.parameters())
+        capsys.readouterr()
+        assert main(f"measure {trained} --model tinyclip --json {where}".split()) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert 0 < figures["cos_spliced"] <= 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (f"fit --model tinyclip --device nowhere --at {SITE} --d-sae 64 --out x", "device 'nowhere'"),
         (f"fit --model tinyclip --at {SITE[:-1]} --d-sae 64 --out x", "did you mean"),
         (f"fit --model tinyclip --at {SITE} --d-sae 64 --out x --set values", "NAME=VALUE"),
         (f"fit --model tinyclip --at {SITE} --d-sae 64 --out x --set nothing=1", "unknown setting"),

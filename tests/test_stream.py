@@ -5,6 +5,7 @@ import torch
 
 import saehooks as sh
 from saehooks.errors import ConfigError, NotFiniteError, SiteError, WidthError
+from saehooks.sites import host
 from saehooks.stream import ShuffleBuffer, TokenBatches, harvest, read_text
 
 SITE = "blocks.1.hook_resid_post"
@@ -50,6 +51,17 @@ def test_harvest_of_images_gives_patches(tiny_clip):
     """For a CLIP, rows are the patches of the images, CLS left out by default."""
     rows = next(harvest(tiny_clip, [torch.randn(2, 3, 16, 16)], "visual.blocks.1.hook_resid_post"))
     assert rows.shape == (2 * 16, 32)
+
+
+def test_batches_are_moved_to_the_model(tiny_hf):
+    """Tensors, also those in dicts and pairs, follow the model to its device; what is no tensor stays."""
+    source = host(tiny_hf.to("meta"))
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    found = source.beside({"input_ids": tokens, "pair": (tokens, "text"), "n": 3})
+    assert found["input_ids"].device == found["pair"][0].device == source.device == torch.device("meta")
+    assert found["pair"][1:] == ("text",)
+    assert found["n"] == 3
+    assert tokens.device.type == "cpu"
 
 
 def test_harvest_names_an_unknown_site(tiny_bridge):

@@ -15,7 +15,7 @@ from saehooks.causal.metric import as_metric
 from saehooks.causal.progress import bar
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
-from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, device_of, runner
+from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
 from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
@@ -235,7 +235,7 @@ def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
     where, call = default_where(host, site, options.get("where", DEFAULT)), options.get("run") or host.run
     counts = torch.zeros(sae.d_sae, dtype=torch.int64)
     for part in data.batches:
-        inputs = part.inputs.to(device_of(host))
+        inputs = host.beside(part.inputs)
         with torch.no_grad(), read(model, sae, at=site.given, head=site.head, where=where) as trace, host.stop_at(site):
             call(inputs)
         inside = trace.codes if trace.mask is None else trace.codes[trace.mask]

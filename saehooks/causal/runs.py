@@ -117,7 +117,6 @@ def default_where(host: Host, site: Site, where: Any) -> Any:
 def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Callable[[Tensor], Tensor]:
     """A function from inputs to the output that metrics see: logits, or embeddings of a CLIP."""
     model: Any = host.model
-    device = device_of(host)
     if run is not None:
         call: Callable[[Tensor], Any] = run
     elif host.family == "transformer_lens":
@@ -127,12 +126,7 @@ def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Callable[[
     else:
         options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         call = lambda inputs: model(inputs, **options)  # noqa: E731
-    return lambda inputs: _tensor_of(call(inputs.to(device)))
-
-
-def device_of(host: Host) -> torch.device:
-    """Where the model's parameters live."""
-    return next((p.device for p in host.model.parameters()), torch.device("cpu"))
+    return lambda inputs: _tensor_of(call(host.beside(inputs)))
 
 
 def _tensor_of(output: Any) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from saehooks.demo.data import TEXTS, ImageBatches, photos, text
 from saehooks.demo.models import quiet, small_clip, smollm2
@@ -65,15 +66,41 @@ class Opened:
         return {"prompts": prompts, "labels": shots.labels, "tokenizer": self.tokenizer}
 
 
-def open_model(name: str) -> Opened:
+def open_model(name: str, device: str | None = None, dtype: str = "float32") -> Opened:
     """Open a model by name.
 
     Args:
         name: ``smollm2``, ``tinyclip``, ``open_clip:ARCH/WEIGHTS``, ``open_clip:local-dir:FOLDER``, or a Hugging Face
             hub id or folder.
+        device: where to put it, such as ``"cuda:1"``; where its library puts it, if not given.
+        dtype: of its weights, ``"float32"`` or ``"bfloat16"``.
     Raises:
-        ConfigError: it cannot be opened; says why.
+        ConfigError: it cannot be opened, or not there; says why.
     """
+    place = None if device is None else device_named(device)
+    opened, wanted = _open(name), getattr(torch, dtype)
+    opened.model.to(device=place, dtype=wanted)
+    read = opened.preprocess
+    if read is None:
+        return opened
+    return replace(opened, preprocess=lambda image: read(image).to(wanted))
+
+
+def device_named(name: str) -> torch.device:
+    """A device by name.
+
+    Raises:
+        ConfigError: no such device, or none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; write cpu") from error
+    return device
+
+
+def _open(name: str) -> Opened:
     if name == "smollm2":
         return Opened(*smollm2())
     if name in ("tinyclip", "clip"):

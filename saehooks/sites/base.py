@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -194,6 +194,21 @@ class Host(ABC):
     @abstractmethod
     def run(self, batch: Any) -> Any:
         """Run one forward pass on a batch, with the cheapest output. The gradient mode is the caller's."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters live."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def beside(self, batch: Any) -> Any:
+        """A batch with its tensors, also those in dicts, lists and tuples, on the model's device."""
+        if isinstance(batch, Tensor):
+            return batch.to(self.device, non_blocking=True)
+        if isinstance(batch, Mapping):
+            return {name: self.beside(value) for name, value in batch.items()}
+        if type(batch) in (list, tuple):
+            return type(batch)(self.beside(value) for value in batch)
+        return batch
 
     @property
     def tokenizer(self) -> Any:
