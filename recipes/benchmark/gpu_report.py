@@ -1,85 +1,37 @@
-"""Timing, tables and pictures of the GPU benchmark; needs nothing but torch."""
+"""The machine, tables and pictures of the GPU benchmark; needs nothing but torch."""
 
 from __future__ import annotations
 
-import gc
+import json
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Job = Callable[[], Any]
+Row = dict[str, Any]
 
-
-class Clock:
-    """Medians of jobs on one device. In the interpreter every job runs once and no time is reported."""
-
-    def __init__(self, device: torch.device, interpreted: bool) -> None:
-        self.device, self.interpreted = device, interpreted
-
-    def ms(self, job: Job, budget: float = 0.35) -> float | None:
-        """Median milliseconds by device events, over as many runs as fit the budget of seconds; at least 5."""
-        if self.interpreted:
-            job()
-            return None
-        started = time.perf_counter()
-        job()
-        job()
-        torch.cuda.synchronize()
-        once = (time.perf_counter() - started) / 2
-        runs = max(5, min(100, int(budget / max(once, 1e-5))))
-        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-        for begin, end in marks:
-            begin.record()
-            job()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in marks)
-
-    def peak_mb(self, job: Job) -> float | None:
-        """Megabytes beyond what was allocated before, at the job's peak."""
-        if self.interpreted:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def tried(name: str, job: Callable[[], Any]) -> Any:
-    """The job's result; where the GPU's memory does not suffice, None, and a line that says so."""
-    try:
-        return job()
-    except torch.OutOfMemoryError:
-        print(f"  {name}: out of memory", flush=True)
-        return None
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def graphed(job: Job, clock: Clock) -> Job:
-    """The job as a CUDA graph; as it is in the interpreter."""
-    if clock.interpreted:
-        return job
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            job()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        job()
-    return graph.replay
+SECTIONS = {
+    "exact": "Against float64: largest distance from the threshold, relative to the scores, of an entry that only one "
+    "of the two selected; gradients as relative norms.",
+    "peaks": "What this device does at best; the floors below are taken from it.",
+    "profile": "One step at the reference size, each part on its own, in the order of the step.",
+    "kernels": "The same step as torch.profiler accounts for it, by kernel.",
+    "select": "Selection on given scores; ours and amax as CUDA graphs.",
+    "encode": "Product and selection, scores written and not, against the vendor's bfloat16 product.",
+    "decode": "Sparse products against the dense one, order by column included in spmm_transposed.",
+    "step": "Ours as CUDA graphs, unless it says Python. fb is forward and backward with written gradients; step adds "
+    "Adam, fused into the tables' gradients.",
+    "others": "Steps of others with fused Adam, products in bfloat16, launched from Python, and how many times as long "
+    "they take as ours launched likewise (and as our CUDA graph).",
+    "trainer": "`Trainer.step`, launched from Python, means over ten steps.",
+    "attach": "A forward of a decoder with bfloat16 weights, an SAE at half depth.",
+    "generate": "The same decoder generating token by token through its KV cache, on the host's clock.",
+    "select plans": "Launch shapes of the selection, the default first.",
+    "product plans": "Launch shapes of the product that writes no scores, selection included, the default first.",
+}
+"""Sections in the order of the report, and what their numbers are."""
 
 
 def machine(interpreted: bool) -> dict[str, Any]:
@@ -103,9 +55,32 @@ def ratio(mine: float | None, other: float | None) -> float | None:
     return None if mine is None or other is None else mine / other
 
 
-def table(header: list[str], rows: Iterable[list[Any]]) -> str:
-    """A Markdown table; what was not measured is a dash."""
-    lines = [header, *([_short(cell) for cell in row] for row in rows)]
+def page(found: dict[str, Any], goals: list[Row], explanations: list[str], advice: list[str]) -> str:
+    """The report in Markdown: goals, what missed them, what did not run, then a table a section."""
+    said = json.dumps(found["machine"])
+    parts = [f"# GPU benchmark\n\n`{said}`\n\n{found['rows']} rows; times are medians, in ms; - was not measured."]
+    if found["machine"]["interpreted"]:
+        parts.append("Run in Triton's interpreter at toy size, to show that it runs: **nothing was timed**.")
+    where = ", ".join(f"{key} {value:,}" for key, value in found["reference"].items())
+    parts.append(f"## Goals\n\nMeasured at {where}.\n\n{table(goals)}")
+    if explanations:
+        parts.append(
+            "Missed, and the parts of the profile that take longest beyond their floor:\n\n" + "\n".join(explanations)
+        )
+    for title in ("failed", "uncaptured", "skipped"):
+        if found[title]:
+            parts.append(f"## {title.capitalize()}\n\n" + "\n".join(f"- {line}" for line in found[title]))
+    for name, meaning in SECTIONS.items():
+        if found.get(name):
+            parts.append(f"## {name.capitalize()}\n\n{meaning}\n\n{table(found[name])}")
+    parts.append("## Launch shapes\n\n" + "\n".join(f"- {line}" for line in advice))
+    return "\n\n".join(parts) + f"\n\n{found['minutes']:.1f} minutes.\n"
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table of rows, whose columns are all that any row names; what was not measured is a dash."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [header, *([_short(row.get(key)) for key in header] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     shown = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *shown[1:]])
@@ -115,7 +90,7 @@ def _short(cell: Any) -> str:
     if cell is None:
         return "-"
     if not isinstance(cell, float):
-        return str(cell)
+        return f"{cell:,}" if type(cell) is int else str(cell).replace("|", "/")
     return f"{cell:.1e}" if 0 < abs(cell) < 1e-3 else f"{cell:.3f}" if abs(cell) < 10 else f"{cell:.0f}"
 
 
@@ -131,7 +106,7 @@ def bars(where: Path, title: str, groups: dict[str, dict[str, float | None]]) ->
         for name, value in named.items():
             if value is None:
                 continue
-            colour = "#b8442c" if name.startswith("saehooks") else "#8a93a0"
+            colour = "#b8442c" if name.startswith(("saehooks", "step", "ms")) else "#8a93a0"
             parts.append(f'<text x="16" y="{y + 4}">{name}</text>')
             parts.append(f'<rect x="250" y="{y - 7}" width="{360 * value / most:.1f}" height="12" fill="{colour}"/>')
             parts.append(f'<text x="{256 + 360 * value / most:.1f}" y="{y + 4}">{_short(value)}</text>')
@@ -143,3 +118,22 @@ def bars(where: Path, title: str, groups: dict[str, dict[str, float | None]]) ->
         + "".join(parts)
         + "</svg>\n"
     )
+
+
+def pictures(found: dict[str, Any], folder: Path) -> None:
+    """One SVG for each section that has times to compare; none where nothing was timed."""
+    titles = {
+        "select": lambda row: f"{row['d_sae']:,} latents, support {row['support']}",
+        "step": lambda row: f"{row['d_sae']:,} latents, width {row['d_in']:,}, support {row['support']}",
+        "others": lambda row: f"{row['who']}, {row['d_sae']:,} latents, width {row['d_in']:,}",
+        "profile": lambda row: row["part"],
+        "attach": lambda row: f"{row['verb']}, {row['SAE']}, capacity: {row['capacity']}",
+    }
+    for name, title in titles.items():
+        groups = {
+            title(row): {
+                key.removesuffix(" ms"): value for key, value in row.items() if key.endswith(" ms") or key == "ms"
+            }
+            for row in found.get(name, [])
+        }
+        bars(folder / f"gpu_{name}.svg", f"{name}: milliseconds, {found['rows']:,} rows", groups)

@@ -14,32 +14,13 @@ from typing import Any
 
 import torch
 from common import arguments, figure, interleaved, machine, peak_memory, save, summary, table
+from peers import Peer, PublishedSparsemax, installed, sae_lens_topk
 from torch import Tensor, nn
 
 from saehooks import SAE
 
 WIDTH, SUPPORT = 576, 64
 OURS = "saehooks sparsemax"
-
-
-class PublishedSparsemax(nn.Module):
-    """The Sparsemax SAE as published code has it: dense cross-attention, sorted sparsemax, raw scores as values."""
-
-    def __init__(self, d_in: int, d_sae: int, key_scale: float) -> None:
-        super().__init__()
-        self.concept = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_in), dim=1))
-        self.k, self.v = nn.Parameter(torch.eye(d_in) * key_scale), nn.Parameter(torch.eye(d_in))
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = x.norm(dim=1, keepdim=True)
-        keys, values = self.concept @ self.k, self.concept @ self.v
-        scores = (x / norm) @ keys.T
-        ordered = scores.detach().sort(dim=1, descending=True).values
-        excess = ordered.cumsum(1) - 1
-        rank = torch.arange(1, scores.shape[1] + 1, device=x.device, dtype=x.dtype)
-        size = (rank * ordered > excess).sum(1, keepdim=True)
-        chosen = scores > excess.gather(1, size - 1) / size
-        return norm * ((scores * chosen) @ values)
 
 
 def stepper(model: Any, x: Tensor, recons: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -57,41 +38,14 @@ def forget_gradients(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def sae_lens_stepper(x: Tensor, d_sae: int, sparse: bool, rescale: bool = False) -> Callable[[], None]:
-    """SAELens's own training forward pass and loss, without dead latents and so without an auxiliary loss.
-
-    Rescaling by decoder norms is its default and costs time; with sparse activations its backward lacks it on CPU.
-    """
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
-
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=WIDTH,
-            d_sae=d_sae,
-            k=SUPPORT,
-            use_sparse_activations=sparse,
-            rescale_acts_by_decoder_norm=rescale,
-            device=str(x.device),
-        )
-    )
+def peer_stepper(peer: Peer, x: Tensor) -> Callable[[], None]:
+    """One forward and backward of a peer's own loss."""
 
     def step() -> None:
-        given = TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
-        )
-        sae.training_forward_pass(given).loss.backward()
-        forget_gradients(sae)
+        peer.loss(x).backward()
+        forget_gradients(peer.model)
 
     return step
-
-
-def has_sae_lens() -> bool:
-    try:
-        import sae_lens  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def concepts(d_sae: int, x: Tensor, support: float = SUPPORT) -> tuple[SAE, float]:
@@ -120,12 +74,14 @@ def case(rows: int, d_sae: int, args: Any, peers: bool = True) -> dict[str, Any]
         "saehooks topk, linear": stepper(linear, x, lambda x: linear(x).recons),
     }
     if peers:
-        published = PublishedSparsemax(WIDTH, d_sae, scale).to(args.device)
+        concept = nn.functional.normalize(torch.randn(d_sae, WIDTH), dim=1).to(args.device)
+        published = PublishedSparsemax(concept, scale)
         jobs["published sparsemax"] = stepper(published, x, published)
-        if has_sae_lens():
-            jobs["SAELens topk"] = sae_lens_stepper(x, d_sae, sparse=False)
-            jobs["SAELens topk, rescaled"] = sae_lens_stepper(x, d_sae, sparse=False, rescale=True)
-            jobs["SAELens topk, sparse"] = sae_lens_stepper(x, d_sae, sparse=True)
+        if installed("sae_lens"):
+            sizes = WIDTH, d_sae, SUPPORT, x.device
+            jobs["SAELens topk"] = peer_stepper(sae_lens_topk(*sizes), x)
+            jobs["SAELens topk, rescaled"] = peer_stepper(sae_lens_topk(*sizes, rescale=True), x)
+            jobs["SAELens topk, sparse"] = peer_stepper(sae_lens_topk(*sizes, sparse=True), x)
     found = summary(interleaved(jobs, args), "product")
     memory = {name: peak_memory(job, args.device) for name, job in jobs.items() if name != "product"}
     support = float(sae.encode(x).support_size.double().mean())
