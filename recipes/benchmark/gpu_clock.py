@@ -19,6 +19,9 @@ import torch
 
 Job = Callable[[], Any]
 
+GRACE = 0.7
+"""Minutes that a task which has begun may go on when the clock is late."""
+
 
 class Broken(RuntimeError):
     """The device answers no more: nothing after this can be measured."""
@@ -79,7 +82,7 @@ class Clock:
         print(f"  FAILED: {self.failed[-1]}", flush=True)
 
     def tried(self, name: str, job: Job, gigabytes: float = 0.0, theirs: bool = False) -> Any:
-        """The job's result; None where it needs more memory than there is, or fails.
+        """The job's result; None where there is neither time nor memory for it, or it fails.
 
         Args:
             name: for the line that says so.
@@ -89,6 +92,9 @@ class Clock:
         Raises:
             Broken: the device reports an error that no later job survives.
         """
+        if self.elapsed > self.minutes + GRACE:
+            self.skip(name, "no time left")
+            return None
         free = self.free_gb()
         if gigabytes > free:
             self.skip(name, f"needs about {gigabytes:.3g} GB, {free:.3g} GB are free")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from saehooks import kernels
 
-HERE = [name for name in kernels.PATHS if name != "gpu" or torch.cuda.is_available()]
+RUNS = {"reference": True, "cpu": find_spec("numba") is not None, "gpu": torch.cuda.is_available()}
+HERE = [name for name in kernels.PATHS if RUNS[name]]
 
 
 @pytest.fixture(params=HERE)

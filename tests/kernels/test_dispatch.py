@@ -39,6 +39,7 @@ def test_a_path_can_be_forced_and_is_given_back():
 
 def test_the_environment_forces_a_path_and_importing_compiles_nothing():
     """SAEHOOKS_KERNELS holds for a process; neither numba nor Triton is imported before it is needed."""
+    pytest.importorskip("numba")
     code = (
         "import sys, torch; from saehooks import kernels, SAE; print('numba' in sys.modules, 'triton' in sys.modules);"
         "SAE(d_in=4, d_sae=8)(torch.zeros(1, 4)); print('numba' in sys.modules, kernels.path(torch.zeros(1)).__name__)"
