@@ -100,7 +100,7 @@ def main() -> None:
     args = arguments()
     device = device_of(args.interpret)
     from gpu_clock import Broken, Clock
-    from gpu_report import machine, pictures
+    from gpu_report import machine, pictures, table
 
     from saehooks import kernels
 
@@ -123,7 +123,7 @@ def main() -> None:
                 write(args, clock, found)
     except Broken as error:
         clock.fail("the device", f"{error}; nothing after it was measured")
-    print("\n" + write(args, clock, found))
+    print(f"\n{write(args, clock, found)}\n{table(found['goals'])}\n")
     pictures(found, args.out)
     print(f"written: {args.out / 'gpu.md'}, gpu.json" + ("" if args.interpret else ", gpu_*.svg"))
     sys.exit(bool(clock.failed))

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from saehooks import SAE, kernels
 from saehooks.codes import Codes, rows_of
-from saehooks.kernels import Entmax, RowRule, Sparsemax, Support, Threshold, TopK, gpu_scores, gpu_select
+from saehooks.kernels import (
+    BatchTopK,
+    Entmax,
+    RowRule,
+    Sparsemax,
+    Support,
+    Threshold,
+    TopK,
+    gpu_batch,
+    gpu_scores,
+    gpu_select,
+)
 
 
 def checked(args: argparse.Namespace, clock: Clock) -> Found:
@@ -22,7 +33,8 @@ def checked(args: argparse.Namespace, clock: Clock) -> Found:
     found: list[Row] = []
     for support in args.supports:
         queries, keys = case(rows, d_sae, d_in, support, clock)
-        found += _selections(queries @ keys.T, support)
+        scores = queries @ keys.T
+        found += [*_selections(scores, support), _batch(scores, support)]
         found += _unwritten(queries.to(half(clock)), keys.to(half(clock)), support, clock)
     odd = torch.zeros(6, d_sae, device=clock.device)
     odd[1, 3], odd[2, 5], odd[3], odd[4] = float("nan"), float("inf"), -float("inf"), torch.arange(d_sae) / d_sae
@@ -44,6 +56,13 @@ def _selections(scores: Tensor, support: int) -> list[Row]:
         mine, exact = kernels.select_rows(scores, rule), kernels.reference.select(scores.double(), rule)
         found.append(agreement(f"{name}, support {support}", scores, mine, exact, 1e-5))
     return found
+
+
+def _batch(scores: Tensor, support: int) -> Row:
+    rows, d_sae = scores.shape
+    described = gpu_select.describe(BatchTopK(support), d_sae, scores.device)
+    exact = kernels.batch_topk([scores.double()], support * rows, rows, d_sae, scores.device)
+    return agreement(f"batch topk, support {support}", scores, gpu_batch.select_batch(scores, described), exact, 1e-5)
 
 
 def _unwritten(queries: Tensor, keys: Tensor, support: int, clock: Clock) -> list[Row]:

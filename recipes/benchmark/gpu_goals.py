@@ -101,13 +101,13 @@ GOALS = (
 )
 
 NEXT = {
-    "operands": "keep a half-precision copy of the keys and write it inside Adam's update",
+    "operands": "write the half-precision copy inside Adam's update, which has the row at hand",
     "product": "do not write the scores: see the product plans for the best launch shape and UNWRITTEN_FROM",
     "selection: collect": "see the select plans: another tile or more warps; below that, fuse it into the product",
     "selection: finish": "a shorter candidate list, or finish and fill in one launch",
-    "decode": "a half-precision copy of the table halves what is gathered",
-    "codes' gradient": "a half-precision copy of the table halves what is gathered",
-    "queries' gradient": "a half-precision copy of the table halves what is gathered",
+    "decode": "tokens in an order that shares latents, so that gathered rows are met in the L2 cache",
+    "codes' gradient": "one launch with the queries' gradient, which gathers the same rows",
+    "queries' gradient": "one launch with the codes' gradient, which gathers the same rows",
     "order by column": "count and place instead of a radix sort of 32 bits: latents need 16 to 18",
     "table's gradient": "running means in half precision take a third off; latents without entries still decay",
     "five products": "a linear dictionary has none of them",

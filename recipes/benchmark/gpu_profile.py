@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from saehooks import kernels
 from saehooks.kernels import Sparsemax, Support, gpu_adam, gpu_plan, gpu_products, gpu_scores, gpu_select
 from saehooks.kernels.capacity import active
+from saehooks.kernels.copies import shared_copies, shared_copy
 from saehooks.kernels.deferred import Contribution
 
 
@@ -69,8 +70,9 @@ def profiled(args: argparse.Namespace, clock: Clock, d_in: int, d_sae: int, peak
             step = our_step(sae, x)
             whole = clock.tried("step", lambda: clock.graph_ms("step", step.whole))
             account = clock.tried("torch.profiler", lambda: by_kernel(clock, step.whole), theirs=True)
-            parts = [*_encoding(queries, keys, chosen.indices.numel()), *_sparse(x, keys, chosen)]
-            found = [_timed(clock, part, peak) for part in parts]
+            found = [_timed(clock, part, peak) for part in _encoding(queries, keys, chosen.indices.numel())]
+            with shared_copies():
+                found += [_timed(clock, part, peak) for part in _sparse(x, keys, chosen)]
     measured = [row["ms"] for row in found if row["ms"] is not None]
     rest = None if whole is None or len(measured) < len(found) else whole - sum(measured)
     found.append({"part": "the rest: small kernels, other parameters", "ms": rest})
@@ -116,11 +118,14 @@ def _encoding(queries: Tensor, keys: Tensor, entries: int) -> list[Part]:
 
 
 def _sparse(x: Tensor, table: Tensor, chosen: Support) -> list[Part]:
-    """From codes to updated tables: the sparse products, the order by column, the sums inside Adam."""
+    """From codes to updated tables: the sparse products, the order by column, the sums inside Adam.
+
+    Rows of the table are gathered from the half-precision copy that the product was made with.
+    """
     (rows, d_in), d_sae, n = x.shape, table.shape[0], chosen.indices.numel()
     indices, offsets, path = chosen.indices, chosen.offsets, kernels.path(x)
     values, eye = torch.randn(n, device=x.device), torch.eye(d_in, device=x.device)
-    row_bytes, gathered = 4.0 * rows * d_in, n * (4.0 * d_in + 12.0)
+    row_bytes, gathered = 4.0 * rows * d_in, n * (float(shared_copy(table).element_size()) * d_in + 12.0)
     state = table.clone(), torch.zeros_like(table), torch.zeros_like(table)
     settings = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     numbers = gpu_adam.numbers(settings, torch.ones((), device=x.device), None)
