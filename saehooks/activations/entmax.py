@@ -31,6 +31,7 @@ class EntmaxActivation(Activation):
     """
 
     name: ClassVar[str] = "entmax"
+    takes_padding: ClassVar[bool] = True
 
     def __init__(self, d_sae: int, *, alpha: float = 1.5, learn_alpha: bool = False, values: str = "score") -> None:
         super().__init__(d_sae)
@@ -52,8 +53,12 @@ class EntmaxActivation(Activation):
             return self.fixed_alpha
         return LOWEST + (2 - LOWEST) * self.raw_alpha.sigmoid()
 
+    def _number(self) -> float:
+        """The alpha at hand; a learned one is read back from its device."""
+        return self.fixed_alpha if self.raw_alpha is None else float(torch.as_tensor(self.alpha).detach())
+
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Entmax:
-        return Entmax(float(torch.as_tensor(self.alpha).detach()))
+        return Entmax(self._number())
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
         if self.carries == "score":
@@ -64,7 +69,7 @@ class EntmaxActivation(Activation):
         return entmax_weights(scores, support.offsets, alpha)
 
     def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, alpha={float(torch.as_tensor(self.alpha).detach()):.3g}, values={self.carries!r}"
+        return f"d_sae={self.d_sae}, alpha={self._number():.3g}, values={self.carries!r}"
 
 
 def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:

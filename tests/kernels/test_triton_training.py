@@ -24,9 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = [
     ("concepts", "sparsemax", {"key_scale": 6.0}),
     ("concepts", "sparsemax", {"key_scale": 6.0, "values": "weight"}),
+    ("concepts", "entmax", {"key_scale": 6.0, "values": "weight"}),
     ("linear", "topk", {"k": 4}),
-    ("linear", "topk", {"k": 4, "unit_norm_decoder": True}),
     ("linear", "batchtopk", {"k": 4}),
+    ("linear", "topk", {"k": 4, "unit_norm_decoder": True}),
+    ("concepts", "entmax", {"key_scale": 6.0, "values": "weight", "learn_alpha": True}),
     ("linear", "jumprelu", {"start_l0": 4}),
     ("concepts", "relu", {}),
     ("concepts", "gated", {}),
@@ -61,7 +63,7 @@ def test_steps_of_foretold_size_train_as_exact_ones(dictionary, activation, sett
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID[:3])
+@pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID[:5])
 def test_a_step_does_not_wait(dictionary, activation, settings, monkeypatch):
     """Once sizes are known, nothing in a step brings a number back but the size of the step before the last."""
     sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
