@@ -25,7 +25,7 @@ SECTIONS = {
     "Adam, fused into the tables' gradients.",
     "others": "Steps of others with fused Adam, products in bfloat16, launched from Python, and how many times as long "
     "they take as ours launched likewise (and as our CUDA graph).",
-    "trainer": "`Trainer.step`, launched from Python, means over ten steps.",
+    "trainer": "`Trainer.step`, launched from Python: means over ten steps, one of which writes a record; none dead.",
     "attach": "A forward of a decoder with bfloat16 weights, an SAE at half depth.",
     "generate": "The same decoder generating token by token through its KV cache, on the host's clock.",
     "select plans": "Launch shapes of the selection, the default first.",

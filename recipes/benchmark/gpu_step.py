@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from gpu_report import ratio
 from torch import Tensor
 
 from saehooks import SAE, TrainConfig, Trainer, kernels
+from saehooks.losses import default_loss
 from saehooks.optim import TableAdam
 
 
@@ -144,7 +146,9 @@ def trained(args: argparse.Namespace, clock: Clock, d_in: int, d_sae: int) -> Fo
 
 def _trained(clock: Clock, sae: SAE, x: Tensor) -> Row:
     every = 1 if clock.interpreted else 10
-    trainer = Trainer(sae, TrainConfig(batch_size=len(x), lr=1e-6, buffer_rows=2 * len(x), log_every=every))
+    loss = replace(default_loss(sae), dead_after=10**12)  # one batch again and again: else almost all would be dead
+    config = TrainConfig(batch_size=len(x), lr=1e-6, buffer_rows=2 * len(x), log_every=every, loss=loss)
+    trainer = Trainer(sae, config)
 
     def steps() -> None:
         for _ in range(every):
