@@ -16,6 +16,7 @@ from gpu_report import ratio
 from torch import Tensor
 
 from saehooks import SAE, TrainConfig, Trainer, kernels
+from saehooks.kernels.copies import shared_copies
 from saehooks.losses import default_loss
 from saehooks.optim import TableAdam
 
@@ -63,12 +64,13 @@ def our_step(sae: SAE, x: Tensor) -> Step:
 
 
 def written_step(sae: SAE, x: Tensor) -> Step:
-    """Gradients are written, and torch's own fused Adam reads them."""
+    """Gradients are written, and torch's own fused Adam reads them; tables are read from one bfloat16 copy here too."""
     adam = torch.optim.Adam(sae.parameters(), lr=1e-6, fused=True, capturable=x.is_cuda)
 
     def backward() -> None:
         adam.zero_grad(set_to_none=True)
-        (sae(x).recons - x).square().sum().backward()
+        with shared_copies():
+            (sae(x).recons - x).square().sum().backward()
 
     def whole() -> None:
         backward()
