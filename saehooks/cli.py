@@ -146,7 +146,7 @@ def _add_fit(commands: Any) -> None:
     add("--head", type=int, help="one head of a per-head site")
     add("--out", type=Path, required=True, help="folder for the SAE and its checkpoints")
     add("--d-sae", type=int, required=True, help="number of latents")
-    add("--dictionary", default="concepts", help="concepts or linear (%(default)s)")
+    add("--dictionary", default="concepts", help="concepts, linear or kron (%(default)s)")
     add("--activation", default="sparsemax", help="sparsemax, topk, ... (%(default)s)")
     add("--k", type=int, help="latents per token, for topk and its kin")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the SAE, may be repeated")

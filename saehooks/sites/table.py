@@ -59,6 +59,8 @@ class SiteTable(Sequence[SiteInfo]):
         return table
 
     def __repr__(self) -> str:
+        if not self._infos:
+            return "no sites"
         rows = [COLUMNS, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -183,5 +183,6 @@ def test_the_table_reads_as_text_and_html():
     assert repr(table).splitlines()[1].split()[:2] == ["a.<b>", "8"]
     assert "a.&lt;b&gt;" in table._repr_html_()
     assert table.find("c").names == ["a.<b>"]
+    assert repr(table.find("nothing")) == "no sites"
     assert table[1:].names == ["d"]
     assert table.__rich__().row_count == 2
