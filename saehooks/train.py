@@ -185,7 +185,7 @@ def _check_trained(trainer: Trainer) -> None:
     if not trainer.rows_seen:
         raise ConfigError(
             "no activation came, so nothing was trained: there are no batches (a generator that was used up before?), "
-            "or where= leaves out every position"
+            "or where= leaves out every position (by default the first; where=None takes all)"
         )
     if not trainer.steps:
         raise ConfigError(
