@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from saehooks.show import figures
+
 CURVE = ("topk, k/2", "topk", "topk, 2k")
 """The arms between which TopK's figures at any L0 are read off."""
 
@@ -75,21 +77,17 @@ FIGURES = {
 
 def draw(rows: list[dict], path: Path) -> None:
     """Three figures against L0, and the support sizes of the largest dictionaries."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(17, 12))
-    *against_l0, supports = axes.flatten()
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(dict.fromkeys(row["arm"] for row in rows))}
+    figure, (*against_l0, supports) = figures.blank(2, 2, width=17, height=12)
+    names = dict.fromkeys(row["arm"] for row in rows)
+    colours = {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
     for axis, (key, label) in zip(against_l0, FIGURES.items(), strict=True):
         draw_against_l0(axis, rows, key, colours)
         axis.set_ylabel(label)
     largest = max(row["d_sae"] for row in rows)
     draw_supports(supports, [row for row in rows if row["d_sae"] == largest], colours)
     supports.set_title(f"d_sae {largest}")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
