@@ -89,11 +89,15 @@ def _processor() -> str:
 
 
 def interleaved(
-    jobs: dict[str, Callable[[], Any]], args: argparse.Namespace, budget: float = 60.0
+    jobs: dict[str, Callable[[], Any]],
+    args: argparse.Namespace,
+    budget: float = 60.0,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each job, ``args.repeats`` rounds of all in turn after one that is not counted.
 
-    Slow jobs are run fewer times: at least twice, so that one of them never takes the whole ``budget`` of seconds.
+    ``before`` is run, untimed, before each job, so that all find caches and threads alike. Slow jobs are run fewer
+    times: at least twice, so that one of them never takes the whole ``budget`` of seconds.
     """
     clock = time.thread_time if args.clock == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -102,6 +106,8 @@ def interleaved(
         for name, job in jobs.items():
             if turn > 2 and spent[name] > budget / len(jobs):
                 continue
+            if before is not None:
+                before()
             if args.device == "cuda":
                 torch.cuda.synchronize()
             began, started = time.perf_counter(), clock()

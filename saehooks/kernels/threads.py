@@ -63,8 +63,15 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 def blocks(total: int, grain: int) -> list[tuple[int, int]]:
-    """Consecutive (start, stop) ranges that cover ``range(total)``, each at least ``grain`` long but the last."""
-    step = max(grain, -(-total // (BLOCKS_PER_THREAD * torch.get_num_threads())), 1)
+    """Consecutive (start, stop) ranges that cover ``range(total)``, about equally long, at least ``grain`` but the last.
+
+    As many for each thread; one for less than two grains, which is done sooner than shared out.
+    """
+    threads = torch.get_num_threads()
+    pieces = max(1, min(BLOCKS_PER_THREAD * threads, total // max(1, grain)))
+    if pieces > threads:
+        pieces -= pieces % threads
+    step = max(1, -(-total // pieces))
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
