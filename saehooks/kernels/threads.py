@@ -63,9 +63,9 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 def blocks(total: int, grain: int) -> list[tuple[int, int]]:
-    """Consecutive (start, stop) ranges that cover ``range(total)``, about equally long, at least ``grain`` but the last.
+    """Consecutive (start, stop) ranges that cover ``range(total)``, about equally long, as many for each thread.
 
-    As many for each thread; one for less than two grains, which is done sooner than shared out.
+    None is much shorter than ``grain``: less than two grains are one range, which is done sooner than shared out.
     """
     threads = torch.get_num_threads()
     pieces = max(1, min(BLOCKS_PER_THREAD * threads, total // max(1, grain)))
