@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from saehooks.errors import FormatError, NotFiniteError
+from saehooks.errors import ConfigError, FormatError, NotFiniteError
 from saehooks.storage import read_safetensors, write_file
 from saehooks.trainer import Trainer
 
@@ -47,6 +47,25 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_file(folder / CHECKPOINT, to_bytes(ready, metadata={"cfg": json.dumps(facts)}))
     return folder / CHECKPOINT
+
+
+def refuse_unfinished(folder: str | Path) -> None:
+    """Raise where a new training would write over the checkpoint of one that was interrupted.
+
+    Raises:
+        ConfigError: the folder holds such a checkpoint; says how to go on with it.
+    """
+    path = Path(folder) / CHECKPOINT
+    try:
+        facts = read_safetensors(path)[1] if path.exists() else None
+    except FormatError:  # nothing could go on from it
+        return
+    counters = (facts or {}).get("counters")
+    if counters and (counters["expected_steps"] is None or counters["steps"] < counters["expected_steps"]):
+        raise ConfigError(
+            f"{path} is of a training interrupted after step {counters['steps']}: resume=True (on the command line: "
+            "--resume) goes on with it; to begin anew, give another folder or delete that file"
+        )
 
 
 def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.checkpoint import load_checkpoint, save_checkpoint
+from saehooks.checkpoint import load_checkpoint, refuse_unfinished, save_checkpoint
 from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError
 from saehooks.interruption import Interruptions
 from saehooks.place import find
@@ -86,7 +86,8 @@ def fit(
         model, sae, at, head, where, config, settings: as for `train`.
         batches: token tensors (batch, pos), images, or dicts of arguments. To resume, give the same ones again.
         out: folder for checkpoints while training and the SAE at the end. An interruption (Ctrl-C, SIGTERM) writes one
-            more, between two steps, before it leaves; a second one leaves at once.
+            more, between two steps, before it leaves; a second one leaves at once. A new training does not start in a
+            folder that holds the checkpoint of an interrupted one.
         resume: go on from the checkpoint in ``out``, if there is one: bit for bit as if never interrupted (on CPU).
         eval_batches: held-out batches, evaluated every ``eval_every`` steps and at the end.
         progress: show a progress display; by default in a terminal or notebook.
@@ -103,8 +104,10 @@ def fit(
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise ConfigError("resume=True needs out=, the folder that holds the checkpoint")
-    if resume and folder is not None:
+    if folder is not None and resume:
         load_checkpoint(trainer, folder)
+    elif folder is not None:
+        refuse_unfinished(folder)
     batches = checked_batches(batches)
     held_out = None if eval_batches is None else _held_out(model, eval_batches, site, where)
     rows = _timed_rows(trainer, model, batches, site, where)

@@ -167,6 +167,20 @@ def test_a_second_interruption_leaves_at_once_and_saves_nothing(tiny_bridge, tmp
     assert trainer.steps in (4, 8, 12)
 
 
+def test_a_new_training_does_not_write_over_an_interrupted_one(tiny_bridge, tmp_path):
+    """Who forgot resume=True is told before anything runs; a training that ended may be made again in its folder."""
+    sae = fresh()
+    sae.dictionary.C.register_hook(signalling(signal.SIGINT, 7))
+    with pytest.raises(KeyboardInterrupt):
+        sh.fit(tiny_bridge, sae, batches(), SITE, out=tmp_path, **FAST)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ConfigError, match=r"interrupted after step 7.*resume=True"):
+        sh.fit(tiny_bridge, fresh(), batches(), SITE, out=tmp_path, **FAST)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    sh.fit(tiny_bridge, fresh(), batches(), SITE, out=tmp_path, resume=True, **FAST)
+    assert sh.fit(tiny_bridge, fresh(), batches(), SITE, out=tmp_path, **FAST).steps > 7
+
+
 def test_an_interruption_before_the_first_step_keeps_an_older_checkpoint(tiny_bridge, tmp_path):
     """Who forgot resume=True and presses Ctrl-C at once has lost nothing."""
     sh.fit(tiny_bridge, fresh(), batches(6), SITE, out=tmp_path, **FAST)
