@@ -16,8 +16,7 @@ from torch.func import functional_call
 from saehooks.activations.zipf import fit_zipf, ranks
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
-from saehooks.kernels import TopK, capacity
-from saehooks.kernels.capacity import active
+from saehooks.kernels import TopK, active, capacity
 from saehooks.sae import SAE, Encoded
 
 RECONSTRUCTION = ("relative", "mse", "per_norm")

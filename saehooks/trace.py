@@ -70,12 +70,12 @@ class Forward:
     @property
     def codes(self) -> Codes:
         """Codes of shape (batch, pos): what the SAE reads, before any edit; detached unless ``grads=True``."""
-        return self._record.codes
+        return self._record.codes.trimmed()
 
     @property
     def edited(self) -> Codes:
         """Codes after the edits, made where ``where`` holds; elsewhere the same as ``codes``."""
-        return self._record.edited
+        return self._record.edited.trimmed()
 
     @property
     def grads(self) -> Codes:
@@ -181,7 +181,8 @@ class Trace(Forward):
 
     def __init__(self, site: str, keep_all: bool = False):
         self._site = site
-        self._keep_all = keep_all
+        self.keep_all = keep_all
+        """Whether every forward is kept, not the last alone."""
         self._records: list[Record] = []
         self.calls = 0
         """How many forwards went through the site."""
@@ -189,7 +190,7 @@ class Trace(Forward):
     def add(self, record: Record) -> None:
         """Record one forward."""
         self.calls += 1
-        if not self._keep_all:
+        if not self.keep_all:
             self._records.clear()
         self._records.append(record)
 
@@ -209,7 +210,7 @@ class Trace(Forward):
 
         Raises: ConfigError unless the block has ``keep_all=True``.
         """
-        if not self._keep_all:
+        if not self.keep_all:
             raise ConfigError("only the last forward is kept: attach with keep_all=True to keep them all")
         return [Forward(record) for record in self._records]
 

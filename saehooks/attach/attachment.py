@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saehooks import edits as edit
+from saehooks import kernels
 from saehooks.codes import Codes
 from saehooks.edits import Context, EditFunction
 from saehooks.errors import NeverFiredError, WhereError
@@ -17,6 +19,9 @@ from saehooks.sae import SAE
 from saehooks.sites.base import Host, Site
 from saehooks.trace import Record, Trace
 from saehooks.where import Cursor, View, Where, full_mask
+
+FEW_SCORES = 2**19
+"""Scores (tokens x d_sae) up to which codes may have room for every latent: 8 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,8 @@ class Attachment:
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
         exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
         with torch.set_grad_enabled(graph), exact, self.sae.inference():
-            codes = self.sae.encode(acts)
+            with self._room(acts):
+                codes = self.sae.encode(acts)
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view)
             original, edited = codes, self._edit(codes, view, mask)
@@ -56,6 +62,23 @@ class Attachment:
             if self.error == "drop":
                 return self._reconstructed(acts, edited, mask)
             return None if edited is original else self._moved(acts, original, edited, mask)
+
+    def _room(self, acts: Tensor) -> AbstractContextManager[object]:
+        """How the codes are laid out. Edits and gradients, which users see, and traces that pile up take no padding.
+
+        On a GPU a forward of few tokens gives its codes room for every latent, so that it need not wait for their
+        number: while a model generates, the host stays ahead of the GPU.
+        """
+        if self.edits or self.grads or self.trace.keep_all:
+            return kernels.exactly()
+        scores = acts.numel() // max(1, acts.shape[-1]) * self.sae.d_sae
+        if kernels.active() is not None or not 0 < scores <= FEW_SCORES or not self._on_gpu:
+            return nullcontext()
+        return kernels.capacity(scores)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return kernels.path_name(next(self.sae.parameters())) == "gpu"
 
     def _edit(self, codes: Codes, view: View, mask: Tensor | None) -> Codes:
         """The codes after the edits, where ``mask`` holds."""
@@ -86,6 +109,8 @@ class Attachment:
         """The reconstruction, where ``mask`` holds."""
         if mask is None:
             return self.sae.decode(edited)
+        if self._on_gpu:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
+            return torch.where(mask[..., None].to(acts.device), self.sae.decode(edited).to(acts), acts)
         rows = mask.reshape(-1).nonzero()[:, 0]
         return _put_rows(acts, rows, self.sae.decode(edited.select_rows(rows))) if len(rows) else None
 

@@ -5,7 +5,7 @@ with gradients, `spmm` decodes. Each has a plain-torch reference and faster path
 """
 
 from saehooks.kernels.batch import batch_topk
-from saehooks.kernels.capacity import Capacity, capacity, exactly
+from saehooks.kernels.capacity import Capacity, active, capacity, exactly
 from saehooks.kernels.dispatch import PATHS, force, path, path_name, select_rows
 from saehooks.kernels.products import sddmm, spmm
 from saehooks.kernels.rules import (
@@ -33,6 +33,7 @@ __all__ = [
     "Support",
     "Threshold",
     "TopK",
+    "active",
     "batch_topk",
     "capacity",
     "exactly",
