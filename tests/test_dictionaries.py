@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saehooks as sh
+from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
 from saehooks.kernels import BatchTopK, Entmax, FeatureChoice, Sparsemax, Threshold, TopK, select_rows
 
@@ -222,6 +223,14 @@ def test_kron_batch_rules_match_the_explicit_product(m, n, heads, k):
     silenced = scores.mean(0) > scores.mean()
     quiet = select_rows(scores.masked_fill(silenced, 0.0), TopK(k))
     assert torch.equal(dictionary.select(prepared, TopK(k), silenced=silenced).indices, quiet.indices)
+
+
+def test_kron_gives_equal_scores_to_the_first_rows_and_latents():
+    """Batch top-k over pairs breaks ties as it does over scores: by row, then by latent."""
+    factors = Factors(torch.ones(3, 1, 4), torch.ones(3, 1, 4))
+    found = select_pairs(factors, BatchTopK(7))
+    assert found.offsets.tolist() == [0, 16, 21, 21]
+    assert found.indices.tolist() == [*range(16), *range(5)]
 
 
 def test_kron_forms_few_products(monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor
 from saehooks.codes import offsets_of, rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK, reference, select_rows
+from saehooks.kernels.batch import largest
 
 SLACK = 1e-5
 """Relative room below a bound, so that rounding loses no candidate."""
@@ -151,7 +152,7 @@ def _best_of_batch(pairs: Pairs, total: int, rows: int) -> tuple[Tensor, Tensor]
     keep = torch.ones_like(pairs.rows, dtype=torch.bool)
     if pairs.scores.numel() > total:
         keep = torch.zeros_like(keep)
-        keep[pairs.scores.topk(total, sorted=False).indices] = True
+        keep[largest(pairs.scores, total)] = True  # pairs are in the order of rows and latents
     chosen = pairs.scores[keep]
     lowest = chosen.min() if chosen.numel() else pairs.scores.new_tensor(torch.inf)
     return keep, lowest.expand(rows)

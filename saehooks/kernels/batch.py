@@ -53,7 +53,7 @@ def batch_topk(chunks: Iterable[Tensor], total: int, rows: int, d_sae: int, devi
         if best is not None:
             found, here = torch.cat([best, found]), torch.cat([places, here + start * d_sae])
         if found.numel() > total:
-            kept = _largest(found, total)
+            kept = largest(found, total)
             found, here = found[kept], here[kept]
             lowest = float(found.min()) if total else torch.inf
         best, places, start = found, here, start + scores.shape[0]
@@ -70,7 +70,7 @@ def check_budget(total: int, rows: int, d_sae: int) -> None:
         raise ConfigError(f"a budget of {total} matches is larger than the batch: {rows} rows x {d_sae} latents")
 
 
-def _largest(found: Tensor, total: int) -> Tensor:
+def largest(found: Tensor, total: int) -> Tensor:
     """(total,) ascending places of the largest of (n,) scores; of equal ones the first."""
     if not total:
         return torch.zeros(0, dtype=torch.int64, device=found.device)
