@@ -13,7 +13,7 @@ from saehooks.kernels.capacity import Capacity
 LAG = 2
 """Steps that the host may be ahead of the GPU: sizes of steps before that are read, which the GPU has done long ago."""
 WINDOW = 8
-"""Steps whose largest size is the forecast."""
+"""Steps whose largest size, a row, is the forecast."""
 MARGIN = 1.25
 """Room given, in units of the forecast."""
 WORTHWHILE = 8
@@ -56,19 +56,19 @@ class Forecast:
     """
 
     def __init__(self) -> None:
-        self._sizes: deque[int] = deque(maxlen=WINDOW)
+        self._sizes: deque[float] = deque(maxlen=WINDOW)  # entries a row
         self._steps: deque[Step] = deque()
         self._exact_steps = 1
         self.repeated = 0
         """Steps that had to be made again."""
 
-    def room(self, scores: int) -> int | None:
-        """Entries to give the next step, of so many scores (rows x d_sae); None: select exactly, and wait for it."""
+    def room(self, rows: int, d_sae: int) -> int | None:
+        """Entries to give the codes of the next step, of so many rows; None: select exactly, and wait for it."""
         if self._exact_steps:
             self._exact_steps -= 1
             return None
-        wanted = int(max(self._sizes, default=scores) * MARGIN)
-        if wanted * WORTHWHILE > scores:
+        wanted = int(max(self._sizes, default=d_sae) * rows * MARGIN)
+        if wanted * WORTHWHILE > rows * d_sae:
             return None
         grain = 2 ** max(0, wanted.bit_length() - 4)  # few different sizes, so that memory is used again
         return -(-wanted // grain) * grain
@@ -76,7 +76,7 @@ class Forecast:
     def add(self, entries: int, room: Capacity | None, batch: Tensor) -> None:
         """Note a step: its codes had so many entries, or, if they were given room, as many as the room will say."""
         if room is None or room.wanted is None:
-            self._sizes.append(entries)
+            self._sizes.append(entries / max(1, len(batch)))
         else:
             self._steps.append(Step(LateNumber(room.wanted), room.entries, batch))
 
@@ -86,7 +86,7 @@ class Forecast:
         while len(self._steps) >= (1 if everything else LAG):
             step = self._steps.popleft()
             size = step.size.read()
-            self._sizes.append(size)
+            self._sizes.append(size / max(1, len(step.batch)))
             if size > step.entries:
                 missed.append(step.batch)
                 self._exact_steps = WINDOW

@@ -21,6 +21,7 @@ from saehooks.kernels import forecast
 from saehooks.optim import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
 GRID = [
     ("concepts", "sparsemax", {"key_scale": 6.0}),
     ("concepts", "sparsemax", {"key_scale": 6.0, "values": "weight"}),
@@ -40,7 +41,7 @@ def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Tr
     """A few steps of 4 rows on the gpu path, with or without codes of foretold size."""
     with monkeypatch.context() as patched, kernels.force("gpu"):
         if not foretold:
-            patched.setattr(forecast.Forecast, "room", lambda self, scores: None)
+            patched.setattr(forecast.Forecast, "room", lambda self, rows, d_sae: None)
         torch.manual_seed(7)
         trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0, log_every=100, **settings))
         for _ in range(steps):
@@ -94,7 +95,7 @@ def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
     assert (trainer.repeated, trainer.steps) == (1, 3)
     assert float(trainer.optimizer.state[sae.dictionary.C]["step"]) == updates + 1 == trainer.steps
     assert not any(torch.equal(p, before[name]) for name, p in sae.named_parameters() if name.endswith(("C", "W_v")))
-    assert trainer._forecast.room(10**9) is None, "the next steps are selected exactly"
+    assert trainer._forecast.room(4, 10**9) is None, "the next steps are selected exactly"
 
 
 def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
