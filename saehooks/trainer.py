@@ -177,7 +177,7 @@ class Trainer:
         written = self.sae.dictionary.adjusts_gradients
         entries = self._forecast.room(len(x), self.sae.d_sae) if foretold else None
         with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
-            with nullcontext() if entries is None else kernels.capacity(entries) as room:
+            with kernels.exactly() if entries is None else kernels.capacity(entries) as room:
                 loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
             loss.total.backward()
         self._forecast.add(loss.stages.support.indices.numel(), room, x)

@@ -98,6 +98,18 @@ def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
     assert trainer._forecast.room(4, 10**9) is None, "the next steps are selected exactly"
 
 
+def test_a_capacity_around_a_step_does_not_reach_into_it(monkeypatch):
+    """The trainer sees to the room itself: one of the caller's, too small here, cuts nothing off."""
+    ends = []
+    for entries in (None, 3):
+        torch.manual_seed(0)
+        sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
+        with kernels.force("gpu") if entries is None else kernels.capacity(entries):
+            trained(sae, 2, False, monkeypatch)
+        ends.append(list(sae.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
 def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
     """NaN in a batch is an error at the next look, and the parameters are as before it."""
     sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
