@@ -147,6 +147,8 @@ class Trainer:
 
         On a GPU the host does not wait for it: codes get room foretold from earlier steps, NaN is looked for every
         ``log_every`` steps, and a step whose codes did not fit, which changes nothing, is made again two steps later.
+        Codes of exact length (relu, gated, jumprelu, feature choice, kron), a learned alpha, and losses that look for
+        silent latents (aux_k, aux_zipf) still make it wait in each step.
 
         Raises:
             NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
