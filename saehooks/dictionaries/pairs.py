@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import offsets_of, rows_of
-from saehooks.errors import ConfigError
 from saehooks.kernels import BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK, reference, select_rows
 from saehooks.kernels.batch import largest
 
@@ -59,8 +58,8 @@ def select_pairs(factors: Factors, rule: RowRule | BatchTopK) -> Support:
         ConfigError: more latents asked for than there are.
     """
     rows, d_sae = factors.p.shape[0], factors.d_sae
-    if isinstance(rule, TopK | BatchTopK) and rule.k > d_sae:
-        raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {d_sae}")
+    if isinstance(rule, TopK | BatchTopK):
+        reference.check_k(rule.k, d_sae)
     finite = factors.p.flatten(1).isfinite().all(1) & factors.q.flatten(1).isfinite().all(1)
     usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in factors))
     if isinstance(rule, BatchTopK):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import offsets_of
-from saehooks.errors import ConfigError
 from saehooks.kernels import triton_select as kernels
 from saehooks.kernels.capacity import Capacity, active
 from saehooks.kernels.gpu_launch import on
 from saehooks.kernels.gpu_plan import SelectPlan, select_plan
+from saehooks.kernels.reference import check_k
 from saehooks.kernels.rules import BatchRule, BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK
 
 
@@ -40,8 +40,7 @@ def describe(rule: RowRule | BatchRule, d_sae: int, device: torch.device) -> Rul
         slope = float(rule.alpha) - 1.0
         return Rule(kernels.SIMPLEX.value, 0, slope, 1.0 / slope, None, slope == 1.0)
     if isinstance(rule, TopK | BatchTopK):
-        if rule.k > d_sae:
-            raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {d_sae}")
+        check_k(rule.k, d_sae)
         return Rule(kernels.TOPK.value, rule.k, 1.0, 1.0, None, True)
     if isinstance(rule, Threshold):
         if isinstance(rule.theta, Tensor):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import offsets_of
-from saehooks.errors import ConfigError, WidthError
+from saehooks.errors import WidthError
 from saehooks.kernels.batch import Columns, batch_topk, check_budget, feature_choice
 from saehooks.kernels.dispatch import path, select_rows
 from saehooks.kernels.memory import empty
+from saehooks.kernels.reference import check_k
 from saehooks.kernels.rules import BatchRule, BatchTopK, FeatureChoice, RowRule, Support, TopK
 
 SCORE_BYTES = 256 * 2**20
@@ -35,8 +36,8 @@ def select(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tenso
         WidthError: queries and keys of different width.
         ConfigError: a rule that asks for more latents, or more rows, than there are.
     """
-    if isinstance(rule, TopK) and rule.k > keys.shape[0]:
-        raise ConfigError(f"top-k with k={rule.k} needs at least that many latents, this SAE has {keys.shape[0]}")
+    if isinstance(rule, TopK):
+        check_k(rule.k, keys.shape[0])
     rows, d_sae = queries.shape[0], keys.shape[0]
     if isinstance(rule, BatchTopK):
         check_budget(rule.k * rows, rows, d_sae)
