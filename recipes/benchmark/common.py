@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_clock import device_peak_mb
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,12 +142,7 @@ def summary(times: dict[str, list[float]], base: str) -> dict[str, dict[str, flo
 def peak_memory(job: Callable[[], Any], device: str = "cpu") -> float:
     """Megabytes a job needs at its peak beyond what was there before it."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return device_peak_mb(job)
     _give_back()
     before, most, done = _resident(), 0, threading.Event()
 

@@ -233,14 +233,17 @@ class Clock:
 
     def peak_mb(self, job: Job) -> float | None:
         """Megabytes (2**20 bytes) beyond what was allocated before, at the job's peak."""
-        if self.interpreted:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return None if self.interpreted else device_peak_mb(job)
+
+
+def device_peak_mb(job: Job) -> float:
+    """Megabytes (2**20 bytes) of the GPU beyond what was allocated before, at the job's peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 @contextmanager
