@@ -166,8 +166,6 @@ class Codes:
 
     def counts(self) -> Tensor:
         """(d_sae,) int64, in how many rows each latent was selected."""
-        if self.indices.device.type == "cpu":
-            return torch.bincount(self.trimmed().indices, minlength=self.d_sae)
         # bincount would wait for a GPU. Counts are integers, so their order of addition does not matter.
         listed = torch.arange(self.indices.numel(), device=self.indices.device) < self.offsets[-1]
         return self.offsets.new_zeros(self.d_sae).index_add_(0, self.indices, listed.long())
