@@ -23,8 +23,8 @@ import saehooks as sh
 from saehooks.demo import text as packaged_text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
+from saehooks.hosts import host
 from saehooks.show import figures, html, terminal
-from saehooks.sites import host
 
 KINDS = {
     "sparsemax": {},

@@ -20,8 +20,8 @@ import saehooks as sh
 from saehooks import presets
 from saehooks.demo.open import open_model
 from saehooks.metrics import token_nmse
-from saehooks.stream import harvest
-from saehooks.trainer import TrainConfig, Trainer
+from saehooks.streams import harvest
+from saehooks.training.trainer import TrainConfig, Trainer
 
 
 def settings() -> argparse.Namespace:

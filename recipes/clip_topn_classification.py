@@ -34,10 +34,10 @@ from torch.nn import functional as F
 import saehooks as sh
 from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
-from saehooks.measure.clip import class_embeddings
+from saehooks.evaluation.clip import class_embeddings
+from saehooks.hosts import host
 from saehooks.metrics import ReconstructionMeter
 from saehooks.show import figures
-from saehooks.sites import host
 
 CELLS: dict[str, dict[str, Any]] = {
     "sparsemax": {"dictionary": "concepts", "activation": "sparsemax", "key_scale": 2.0},

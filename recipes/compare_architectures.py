@@ -27,14 +27,14 @@ from torch import Tensor
 
 import saehooks as sh
 from saehooks import presets
-from saehooks.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from saehooks.demo.open import open_model
-from saehooks.losses import LossConfig, default_loss
+from saehooks.hosts import host
 from saehooks.metrics import token_nmse
-from saehooks.sites import host
 from saehooks.storage import read_safetensors
-from saehooks.stream import AFTER_FIRST, TokenBatches, harvest
-from saehooks.trainer import TrainConfig, Trainer
+from saehooks.streams import AFTER_FIRST, TokenBatches, harvest
+from saehooks.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from saehooks.training.losses import LossConfig, default_loss
+from saehooks.training.trainer import TrainConfig, Trainer
 
 # One line an arm: preset, settings of the SAE ("k" stands for --k), terms of the loss that differ from the preset's.
 ARMS = {
@@ -167,7 +167,7 @@ def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, optio
 def peak_mb(arm: Arm, rows: Tensor, options: argparse.Namespace) -> float:
     """MB by which a process grows, at most, to make this SAE and train two steps; not a number where unknown."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saehooks.presets", "saehooks.trainer", "saehooks.kernels.cpu"])
+    context.set_forkserver_preload(["saehooks.presets", "saehooks.training.trainer", "saehooks.kernels.cpu"])
     with context.Pool(1) as pool:
         return pool.apply(probe, (arm.name, arm.d_sae, rows[: options.batch_size].float().numpy(), options))
 

@@ -24,7 +24,7 @@ from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.show import figures, html
 from saehooks.show.values import number, visible
-from saehooks.stream import read_text
+from saehooks.streams import read_text
 
 CONTEXTS, BEFORE, AFTER = 8, 14, 6
 """Contexts shown for a latent, and tokens on either side of the strongest one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import saehooks as sh
-from saehooks.sites import host
+from saehooks.hosts import host
 
 
 def codes_of(model, sae: sh.SAE, batches: sh.TokenBatches) -> sh.Codes:

@@ -4,22 +4,20 @@
 ['ablate', 'attach', 'causal', 'clamp']
 """
 
-# attach, measure, sites and train are also rooms. They are all loaded here, before the verbs are bound, and Python
-# binds a module only when it first loads it: so the verbs stay, whatever is imported later.
 from saehooks import causal, edits
 from saehooks.activations import sparsemax
-from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
+from saehooks.attachments import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.causal import rank_latents
 from saehooks.codes import Codes
+from saehooks.evaluation import measure
 from saehooks.formats import load
-from saehooks.losses import LossConfig
-from saehooks.measure import measure
+from saehooks.hosts import sites
 from saehooks.sae import SAE, SAEConfig, SAEOutput
-from saehooks.sites import sites
-from saehooks.stream import TokenBatches, harvest
+from saehooks.streams import TokenBatches, harvest
 from saehooks.trace import Trace
-from saehooks.train import fit, train
-from saehooks.trainer import TrainConfig, Trainer
+from saehooks.training.fit import fit, train
+from saehooks.training.losses import LossConfig
+from saehooks.training.trainer import TrainConfig, Trainer
 from saehooks.where import last, not_special, positions
 
 __all__ = [

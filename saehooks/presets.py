@@ -1,7 +1,8 @@
 """Every published autoencoder of this line by its name: each a cell of the grid with its settings.
 
 A preset returns an SAE; the loss that goes with its activation is what training uses when none is given
-(`saehooks.losses.default_loss`). All take further settings of their cell, ``dtype``, ``device`` and ``hook_name``.
+(`saehooks.training.losses.default_loss`). All take further settings of their cell, ``dtype``, ``device`` and
+``hook_name``.
 
 >>> sae = topk_sae(d_in=8, d_sae=32, k=4)
 >>> sae.cfg.dictionary, sae.cfg.activation, sae.cfg.settings
@@ -15,8 +16,8 @@ from typing import Any
 
 from saehooks.activations import fit_zipf
 from saehooks.errors import ConfigError
-from saehooks.losses import default_loss
 from saehooks.sae import SAE
+from saehooks.training.losses import default_loss
 
 __all__ = [
     "PRESETS",

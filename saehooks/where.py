@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saehooks.codes import Codes
 from saehooks.errors import WhereError
-from saehooks.sites.base import ForwardCall
+from saehooks.hosts.base import ForwardCall
 
 
 @dataclass(frozen=True, eq=False)

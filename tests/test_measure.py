@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from saehooks.attach import read, splice
+from saehooks.attachments import read, splice
 from saehooks.errors import ConfigError, NeverFiredError, SiteError, WidthError
-from saehooks.measure import Live, measure
-from saehooks.measure.yardstick import LanguageYardstick
+from saehooks.evaluation import Live, measure
+from saehooks.evaluation.language import LanguageModelComparison
 from saehooks.sae import SAE
 from saehooks.where import positions
 
@@ -208,7 +208,7 @@ def test_other_blocks_end_up_with_the_clean_run(tiny_bridge, tokens):
 
 def test_history_holds_one_row_for_each_call_and_stays_bounded(tiny_bridge, tokens, monkeypatch):
     """The last row is the summary; a long run is thinned, not kept whole."""
-    monkeypatch.setattr(sys.modules["saehooks.measure.live"], "HISTORY", 4)  # saehooks.measure is the verb
+    monkeypatch.setattr(sys.modules["saehooks.evaluation.live"], "HISTORY", 4)  # saehooks.evaluation is the verb
     with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:
         for _ in range(4):
             tiny_bridge(tokens)
@@ -302,7 +302,7 @@ def test_clip_text_tower(tiny_clip):
 
 def test_prompts_as_text_and_as_groups(tinyclip):
     """Prompts may be text, and several prompts of a class are averaged."""
-    from saehooks.measure.clip import class_embeddings
+    from saehooks.evaluation.clip import class_embeddings
 
     single = class_embeddings(tinyclip, ["a photo of a cat.", "a photo of a dog."])
     grouped = class_embeddings(tinyclip, [["a photo of a cat.", "a photo of a cat."], ["a photo of a dog."]])
@@ -415,9 +415,9 @@ def test_labels_belong_to_images(tiny_bridge, tokens):
 
 def test_logits_are_found_in_every_kind_of_output(tiny_bridge):
     """A tensor, a tuple with a loss before the logits, an object with logits; not a loss."""
-    yardstick, logits = LanguageYardstick(None), torch.zeros(2, 3, 4)
-    assert yardstick._logits(logits) is logits
-    assert yardstick._logits((torch.tensor(1.0), logits)) is logits
-    assert yardstick._logits(type("Output", (), {"logits": logits})()) is logits
-    assert yardstick._logits(torch.tensor(1.0)) is None
-    assert yardstick._logits(None) is None
+    comparison, logits = LanguageModelComparison(None), torch.zeros(2, 3, 4)
+    assert comparison._logits(logits) is logits
+    assert comparison._logits((torch.tensor(1.0), logits)) is logits
+    assert comparison._logits(type("Output", (), {"logits": logits})()) is logits
+    assert comparison._logits(torch.tensor(1.0)) is None
+    assert comparison._logits(None) is None

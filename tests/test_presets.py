@@ -8,7 +8,7 @@ import torch
 from saehooks import presets
 from saehooks.activations import ACTIVATIONS
 from saehooks.errors import ConfigError
-from saehooks.losses import LossConfig, training_loss
+from saehooks.training.losses import LossConfig, training_loss
 
 CELLS = {
     "relu": ("linear", "relu"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saehooks import edits
-from saehooks.attach import ablate, attach, clamp, read, scale, splice, steer
+from saehooks.attachments import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.errors import LatentError, NeverFiredError, SiteError, WhereError, WidthError
 from saehooks.sae import SAE
 from saehooks.where import last

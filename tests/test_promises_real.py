@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_promises import D_SAE, Host, all_verbs, nothing_edited, state
 
-from saehooks.attach import steer
+from saehooks.attachments import steer
 from saehooks.demo.models import smollm2
 from saehooks.errors import FormatError
+from saehooks.hosts import host as host_of
 from saehooks.sae import SAE
-from saehooks.sites import host as host_of
 from saehooks.where import last
 
 pytestmark = pytest.mark.real

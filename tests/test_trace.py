@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from saehooks.attach import attach, read, steer
+from saehooks.attachments import attach, read, steer
 from saehooks.errors import ConfigError
 from saehooks.sae import SAE
 

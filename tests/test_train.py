@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import saehooks as sh
-from saehooks.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from saehooks.errors import ConfigError, FormatError, NeverFiredError, NotFiniteError, SiteError, WidthError
+from saehooks.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 SITE = "blocks.1.hook_resid_post"
 FAST = {"batch_size": 64, "buffer_rows": 512, "warmup_steps": 5, "progress": False}

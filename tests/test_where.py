@@ -8,7 +8,7 @@ import torch
 from saehooks import where as w
 from saehooks.codes import Codes
 from saehooks.errors import WhereError
-from saehooks.sites.base import ForwardCall
+from saehooks.hosts.base import ForwardCall
 
 TOKENS = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 1]])
 

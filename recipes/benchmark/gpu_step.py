@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saehooks import SAE, TrainConfig, Trainer, kernels
 from saehooks.kernels.copies import shared_copies
-from saehooks.losses import default_loss
-from saehooks.optim import TableAdam
+from saehooks.training.losses import default_loss
+from saehooks.training.optimiser import TableAdam
 
 
 def our_gb(rows: int, d_sae: int, d_in: int) -> float:

@@ -17,7 +17,7 @@ from common import Decoder, arguments, figure, interleaved, machine, save, summa
 from train_step import WIDTH, concepts
 
 import saehooks as sh
-from saehooks.stream import ShuffleBuffer, harvest
+from saehooks.streams import ShuffleBuffer, harvest
 
 
 def harvesting(args: Any, model: Any, site: str, tokens: torch.Tensor) -> dict[str, Any]:

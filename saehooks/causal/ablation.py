@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from saehooks import edits as edit
-from saehooks.attach import attach
+from saehooks.attachments import attach
 from saehooks.causal.metric import Batch, Metric
+from saehooks.causal.partial_forward import Prefix
 from saehooks.causal.progress import Bar
-from saehooks.causal.resume import Prefix
 from saehooks.causal.runs import Data, Inputs, rows_at_once
 from saehooks.codes import Codes
+from saehooks.hosts import Host, Site
 from saehooks.sae import SAE
-from saehooks.sites import Host, Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.attach import attach
+from saehooks.attachments import attach
 from saehooks.causal.metric import Batch, Metric
 from saehooks.causal.progress import Bar
 from saehooks.causal.runs import Data, Inputs, frozen

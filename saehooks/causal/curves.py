@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from saehooks.attach import read
+from saehooks.attachments import read
+from saehooks.attachments.resolve import find
 from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.progress import bar
@@ -19,10 +20,9 @@ from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
 from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
-from saehooks.place import find
+from saehooks.hosts import host as host_of
 from saehooks.sae import SAE
 from saehooks.show.values import number
-from saehooks.sites import host as host_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

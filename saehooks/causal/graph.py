@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saehooks.attach import attach
+from saehooks.attachments import attach
 from saehooks.causal.attribution import gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.progress import Bar, bar
 from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, frozen, runner
 from saehooks.causal.table import SHOWN, Table, named
 from saehooks.errors import ConfigError
+from saehooks.hosts import host as host_of
 from saehooks.sae import SAE
-from saehooks.sites import host as host_of
 from saehooks.trace import Forward
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saehooks.attachments.resolve import find
 from saehooks.causal.ablation import Ablator
 from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
@@ -17,9 +18,8 @@ from saehooks.causal.ranking import ORDERS, Ranking
 from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
-from saehooks.place import find
+from saehooks.hosts import host as host_of
 from saehooks.sae import SAE
-from saehooks.sites import host as host_of
 
 STEPS = 8
 """Points of the integrated gradients where they are needed and none was given."""

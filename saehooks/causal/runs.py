@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from saehooks.errors import ConfigError
-from saehooks.sites import Host, Site
-from saehooks.stream import AFTER_FIRST
+from saehooks.hosts import Host, Site
+from saehooks.streams import AFTER_FIRST
 
 TOKENS_AT_ONCE = 1024
 """Tokens in a forward by default: enough to keep two cores or a GPU busy, and logits within 200 MB."""

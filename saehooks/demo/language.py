@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.attach import ablate, read, steer
+from saehooks.attachments import ablate, read, steer
 from saehooks.codes import Codes
 from saehooks.demo.data import text
 from saehooks.demo.report import Report
 from saehooks.demo.survey import Survey, typical
 from saehooks.errors import ConfigError
-from saehooks.measure import measure
+from saehooks.evaluation import measure
 from saehooks.sae import SAE
 from saehooks.show import figures
 from saehooks.show.values import visible
-from saehooks.stream import TokenBatches
-from saehooks.train import fit
+from saehooks.streams import TokenBatches
+from saehooks.training.fit import fit
 
 PROMPT = "The Eiffel Tower is located in the city of"
 STEERED = "Last week I went to the"

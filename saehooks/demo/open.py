@@ -13,7 +13,7 @@ import torch
 from saehooks.demo.data import TEXTS, ImageBatches, photos, text
 from saehooks.demo.models import quiet, small_clip, smollm2
 from saehooks.errors import ConfigError
-from saehooks.stream import TokenBatches
+from saehooks.streams import TokenBatches
 
 PROMPT = "a photo of a {}."
 

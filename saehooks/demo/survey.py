@@ -11,7 +11,7 @@ from torch import Tensor
 from saehooks.codes import Codes
 from saehooks.sae import SAE
 from saehooks.show.values import visible
-from saehooks.stream import harvest
+from saehooks.streams import harvest
 
 
 class Survey:

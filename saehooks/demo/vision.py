@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saehooks.attach import ablate, read
+from saehooks.attachments import ablate, read
 from saehooks.demo.data import Photos, photos
 from saehooks.demo.language import Budget
 from saehooks.demo.report import Report
-from saehooks.measure import measure
-from saehooks.measure.clip import class_embeddings
+from saehooks.evaluation import measure
+from saehooks.evaluation.clip import class_embeddings
 from saehooks.sae import SAE
 from saehooks.show import figures
 

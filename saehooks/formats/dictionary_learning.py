@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from saehooks.errors import FormatError
-from saehooks.formats.filling import linear_sae, need
+from saehooks.formats._linear import linear_sae, need
 from saehooks.formats.unpickling import read_pickle
 from saehooks.sae import SAE
 from saehooks.storage import read_json

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saehooks.errors import FormatError
-from saehooks.formats.filling import linear_sae, need
+from saehooks.formats._linear import linear_sae, need
 from saehooks.sae import SAE
 
 WEIGHTS = "params.npz"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import FormatError
-from saehooks.formats.filling import linear_sae, need
+from saehooks.formats._linear import linear_sae, need
 from saehooks.sae import SAE
 from saehooks.storage import CONFIG, WEIGHTS, read_json, read_safetensors, write_folder
 

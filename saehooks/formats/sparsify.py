@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from saehooks.errors import FormatError
-from saehooks.formats.filling import linear_sae, need
+from saehooks.formats._linear import linear_sae, need
 from saehooks.sae import SAE
 from saehooks.storage import CONFIG, read_json, read_safetensors
 

@@ -17,7 +17,7 @@ import waiting
 
 import saehooks as sh
 from saehooks import kernels
-from saehooks.attach import attachment
+from saehooks.attachments import attachment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VERBS = {

@@ -26,7 +26,7 @@ from saehooks.activations.sparsemax import simplex_weights
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import reference
-from saehooks.optim import TableAdam
+from saehooks.training.optimiser import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")

@@ -18,7 +18,7 @@ from waiting import Waits
 from saehooks import SAE, LossConfig, TrainConfig, Trainer, kernels
 from saehooks.errors import NotFiniteError
 from saehooks.kernels import forecast
-from saehooks.optim import TableAdam
+from saehooks.training.optimiser import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")

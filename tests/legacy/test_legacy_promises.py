@@ -12,7 +12,7 @@ import test_promises
 import torch
 from test_promises import D_SAE, PROMPT, RULES, TOKENS, Host, state
 
-from saehooks.attach import read, splice, steer
+from saehooks.attachments import read, splice, steer
 from saehooks.sae import SAE
 
 lens = pytest.importorskip("transformer_lens")

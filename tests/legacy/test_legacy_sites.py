@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saehooks.errors import SiteError, WidthError
-from saehooks.sites import host, sites
+from saehooks.hosts import host, sites
 
 lens = pytest.importorskip("transformer_lens")
 try:

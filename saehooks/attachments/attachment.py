@@ -1,0 +1,175 @@
+"""One SAE at one site: what the hook there does."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saehooks import edits as edit
+from saehooks import kernels
+from saehooks.attachments.resolve import check_width
+from saehooks.codes import Codes
+from saehooks.edits import Context, EditFunction
+from saehooks.errors import NeverFiredError, WhereError
+from saehooks.hosts.base import Host, Site
+from saehooks.sae import SAE
+from saehooks.trace import Record, Trace
+from saehooks.where import Cursor, View, Where, full_mask
+
+FEW_SCORES = 2**19
+"""Scores (tokens x d_sae) up to which codes may have room for every latent: 8 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """One SAE at one site: what the hook there does."""
+
+    host: Host
+    site: Site
+    sae: SAE
+    edits: tuple[EditFunction, ...]
+    where: Where | None
+    error: Literal["keep", "drop"]
+    grads: bool
+    trace: Trace
+    cursor: Cursor
+
+    @property
+    def changes(self) -> bool:
+        """Whether the site may carry something else than the model put there."""
+        return bool(self.edits) or self.error == "drop"
+
+    def __call__(self, acts: Tensor) -> Tensor | None:
+        """The hook: (batch, pos, d_in) in, its replacement out, or None to let the very same tensor flow."""
+        check_width(self.sae, self.site, acts.shape[-1])
+        graph = torch.is_grad_enabled() and (self.changes or self.grads)
+        exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
+        with torch.set_grad_enabled(graph), exact, self.sae.inference():
+            with self._room(acts):
+                codes = self.sae.encode(acts)
+            view = self.cursor.look(codes.detach(), self.host.tokenizer)
+            mask = full_mask(self.where, view)
+            original, edited = codes, self._edit(codes, view, mask)
+            if graph and self.grads:
+                # Nothing edited: cut from the inputs, so that their gradient is the model's own to the last bit.
+                original, edited = (codes, edited) if self.changes else (codes.detach(),) * 2
+                edited = _with_kept_grad(edited)
+            self._record(acts, codes, edited, view, mask)
+            if self.error == "drop":
+                return self._reconstructed(acts, edited, mask)
+            return None if edited is original else self._moved(acts, original, edited, mask)
+
+    def _room(self, acts: Tensor) -> AbstractContextManager[object]:
+        """How the codes are laid out. Edits and gradients, which users see, and traces that pile up take no padding.
+
+        On a GPU a forward of few tokens gives its codes room for every latent, so that it need not wait for their
+        number: while a model generates, the host stays ahead of the GPU.
+        """
+        if self.edits or self.grads or self.trace.keep_all:
+            return kernels.exactly()
+        scores = acts.numel() // max(1, acts.shape[-1]) * self.sae.d_sae
+        if kernels.active() is not None or not 0 < scores <= FEW_SCORES or not self._on_gpu:
+            return nullcontext()
+        return kernels.capacity(scores)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return kernels.path_name(next(self.sae.parameters())) == "gpu"
+
+    def _edit(self, codes: Codes, view: View, mask: Tensor | None) -> Codes:
+        """The codes after the edits, where ``mask`` holds."""
+        if not self.edits:
+            return codes
+        edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, view.positions))
+        return edited if mask is None else edit.merge_rows(codes, edited, mask)
+
+    def _record(self, acts: Tensor, codes: Codes, edited: Codes, view: View, mask: Tensor | None) -> None:
+        if not self.grads:
+            codes, edited = codes.detach(), codes.detach() if edited is codes else edited.detach()
+        self.trace.add(
+            Record(
+                site=self.site.name,
+                sae=self.sae,
+                codes=codes,
+                edited=edited,
+                acts=acts.detach(),
+                tokens=view.tokens,
+                start=view.start,
+                mask=mask,
+                tokenizer=view.tokenizer,
+                grads=self.grads,
+            )
+        )
+
+    def _reconstructed(self, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
+        """The reconstruction, where ``mask`` holds."""
+        if mask is None:
+            return self.sae.decode(edited)
+        if self._on_gpu:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
+            return torch.where(mask[..., None].to(acts.device), self.sae.decode(edited).to(acts), acts)
+        rows = mask.reshape(-1).nonzero()[:, 0]
+        return _put_rows(acts, rows, self.sae.decode(edited.select_rows(rows))) if len(rows) else None
+
+    def _moved(self, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None) -> Tensor | None:
+        """``acts + scale * (edited - original) @ W``, computed for the rows that move and exact in the others."""
+        if not edit.same_scale(edited, original):  # an edit of the user's own: then no latent-wise difference exists
+            moving = torch.ones_like(edited.sizes, dtype=torch.bool)
+            parts: tuple[Codes, ...] = (edited, original)
+        else:
+            delta = edit.difference(edited, original)
+            if not delta.values.requires_grad:
+                delta = edit.without_zeros(delta)
+            moving, parts = delta.sizes > 0, (delta,)
+        rows = (moving if mask is None else moving & mask.reshape(-1)).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        steps = [self.sae.decode_delta(part.select_rows(rows)) for part in parts]
+        return _add_rows(acts, rows, steps[0] if len(steps) == 1 else steps[0] - steps[1])
+
+    def check_used(self) -> None:
+        """Complain on leaving about a site that never fired, or a position that never came."""
+        if not self.trace.calls:
+            raise NeverFiredError(f"no forward went through '{self.site.name}' inside the block: {self._why()}")
+        if self.where is not None and self.where.reach > self.cursor.highest:
+            raise WhereError(
+                f"position {self.where.reach} at '{self.site.name}' never came: the forwards of this block "
+                f"had positions 0 to {self.cursor.highest}"
+            )
+
+    def _why(self) -> str:
+        tower = self.host.tower(self.site)
+        if not self.cursor.calls:
+            return "the model was not called"
+        if tower is not None:
+            call = "encode_image" if tower == "visual" else "encode_text"
+            return f"it lies in the {tower} tower, so call model.{call}(...)"
+        return "the model was called, but it stopped before the site or takes a path without it"
+
+
+# ------------------------------------------------------------ tensors of rows
+
+
+def _add_rows(acts: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+    """A copy of acts with ``step`` (n, d_in) added to some rows, in the wider of the two dtypes."""
+    wide = torch.promote_types(acts.dtype, step.dtype)
+    before = acts.reshape(-1, acts.shape[-1])[rows.to(acts.device)]
+    return _put_rows(acts, rows, before.to(wide) + step.to(acts.device, wide))
+
+
+def _put_rows(acts: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """A copy of acts with some rows (int64, of the flattened batch) replaced by ``new`` (n, d_in)."""
+    flat = acts.reshape(-1, acts.shape[-1])
+    return flat.index_copy(0, rows.to(acts.device), new.to(acts)).reshape(acts.shape)
+
+
+def _with_kept_grad(codes: Codes) -> Codes:
+    """The same codes, whose values keep the gradient that reaches them."""
+    values = codes.values.clone()
+    if not values.requires_grad:
+        values.requires_grad_()
+    values.retain_grad()
+    return codes.with_values(values)

@@ -1,0 +1,98 @@
+"""What was asked for, and whether it can be: everything here runs before any hook is registered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from saehooks.attachments.attachment import Attachment
+from saehooks.attachments.resolve import check_width, name_of
+from saehooks.edits import Edit
+from saehooks.errors import ConfigError, SiteError
+from saehooks.hosts.base import Host, Site
+from saehooks.sae import SAE
+
+
+def requested(saes: Any, at: str | None, head: int | None) -> dict[Any, tuple[str, int | None, SAE]]:
+    """The (site name, head, SAE) under each key; one SAE is kept under the key None."""
+    if isinstance(saes, SAE):
+        return {None: (*name_of(saes, at, head), saes)}
+    if at is not None or head is not None:
+        raise ConfigError("at= and head= place one SAE; give several as {site name: sae} or {(site name, head): sae}")
+    if isinstance(saes, Mapping):
+        places = {key: key if isinstance(key, tuple) else (key, None) for key in saes}
+        return {key: (*place, _as_sae(saes[key])) for key, place in places.items()}
+    if not isinstance(saes, (list, tuple)):
+        saes = [_as_sae(saes)]
+    found: dict[Any, tuple[str, int | None, SAE]] = {}
+    for sae in map(_as_sae, saes):
+        name, own_head = name_of(sae)
+        key = name if own_head is None else (name, own_head)
+        if key in found:
+            raise SiteError(f"two SAEs were given for the site {key!r}: a site carries one; nest two blocks instead")
+        found[key] = name, own_head, sae
+    return found
+
+
+def _as_sae(sae: Any) -> SAE:
+    if not isinstance(sae, SAE):
+        raise ConfigError(f"expected an SAE, got {type(sae).__name__}: sh.load(folder) loads one")
+    return sae
+
+
+def spread(what: str, given: Any, keys: Iterable[Any], default: Any) -> dict[Any, Any]:
+    """Give each SAE its own: a mapping goes by key, anything else goes to all."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(keys, given)
+    keys = list(keys)
+    unknown = [key for key in given if key not in keys]
+    if unknown and keys == [None]:
+        raise ConfigError(
+            f"{what}={given!r} is a mapping by site, which goes with several SAEs; "
+            "to set latents to values write edits=sh.edits.clamp({latent: value})"
+        )
+    if unknown:
+        raise ConfigError(f"{what} names {unknown[0]!r}, which is none of the SAEs' keys: {', '.join(map(repr, keys))}")
+    return {key: given.get(key, default) for key in keys}
+
+
+def check(attachments: Iterable[Attachment]) -> None:
+    """Everything that can be wrong before the first forward, and can be told from the parts together."""
+    places: dict[Any, Site] = {}
+    for attachment in attachments:
+        site, sae = attachment.site, attachment.sae
+        if site.key in places:
+            raise SiteError(
+                f"two SAEs were given for one site: '{places[site.key].given}' and '{site.given}' are the same place; "
+                "a site carries one, nest two blocks instead"
+            )
+        places[site.key] = site
+        if site.width is not None:
+            check_width(sae, site, site.width)
+        for one in attachment.edits:
+            if isinstance(one, Edit):
+                one.check(sae.d_sae)
+        _warn_if_foreign(sae, attachment.host)
+
+
+def _warn_if_foreign(sae: SAE, host: Host) -> None:
+    """Warn when the SAE remembers another model, or another processing of its weights, than this one."""
+    here, metadata = host.describe(), sae.cfg.metadata
+    then, now = metadata.get("model_name"), here.get("model_name")
+    if then and now and _bare(then) != _bare(now):
+        warnings.warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}", stacklevel=5)
+    then, now = metadata.get("processing") or {}, here.get("processing") or {}
+    known = [k for k in then if then[k] is not None and now.get(k) is not None]
+    differing = [f"{k}={then[k]!r} there, {now[k]!r} here" for k in known if then[k] != now[k]]
+    if differing:
+        warnings.warn(
+            "this SAE was trained on a model whose weights were processed differently, which changes the activations: "
+            + "; ".join(differing),
+            stacklevel=5,
+        )
+
+
+def _bare(model_name: str) -> str:
+    """A model's name without its organisation."""
+    return str(model_name).rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,42 @@
+"""Where an SAE belongs: the one answer that attaching, measuring and training share."""
+
+from __future__ import annotations
+
+from saehooks.errors import SiteError, WidthError
+from saehooks.hosts import Host, Site
+from saehooks.sae import SAE
+
+
+def name_of(sae: SAE, at: str | None = None, head: int | None = None) -> tuple[str, int | None]:
+    """Site name and head: as asked for, else as the SAE remembers.
+
+    Raises:
+        SiteError: neither says where.
+    """
+    if at is not None:
+        return at, head
+    if sae.hook_name is None:
+        raise SiteError("this SAE does not know its site: pass at=..., one of the names in sh.sites(model)")
+    return sae.hook_name, sae.cfg.metadata.get("head") if head is None else head
+
+
+def find(host: Host, sae: SAE, at: str | None = None, head: int | None = None) -> Site:
+    """The site of an SAE in a model, of a width that fits.
+
+    Raises:
+        SiteError: no such site, or nobody says which.
+        WidthError: the SAE reads another width.
+    """
+    site = host.site(*name_of(sae, at, head))
+    if site.width is not None:
+        check_width(sae, site, site.width)
+    return site
+
+
+def check_width(sae: SAE, site: Site, width: int) -> None:
+    """Raise WidthError unless the SAE reads activations of this width."""
+    if sae.d_in != width:
+        raise WidthError(
+            f"the SAE has d_in={sae.d_in}, but '{site.name}' is {width} wide; "
+            "sh.sites(model) lists all sites with their widths"
+        )

@@ -1,0 +1,60 @@
+"""The places in a model where an SAE can be attached: the only room that knows model families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from saehooks.errors import SiteError
+from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo
+from saehooks.hosts.module import ModuleHost
+from saehooks.hosts.open_clip import OpenClipHost
+from saehooks.hosts.table import SiteTable
+from saehooks.hosts.transformer_lens import TransformerLensHost
+
+__all__ = [
+    "ForwardCall",
+    "Handle",
+    "Host",
+    "ModuleHost",
+    "OpenClipHost",
+    "Site",
+    "SiteInfo",
+    "SiteTable",
+    "TransformerLensHost",
+    "host",
+    "sites",
+]
+
+
+def host(model: Any) -> Host:
+    """See a model as a set of sites.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer, an open_clip model, or any ``nn.Module``. Families are
+            told apart by what the model offers, so nothing is imported for them.
+    Raises:
+        SiteError: the model cannot carry hooks.
+    """
+    if not isinstance(model, nn.Module):
+        raise SiteError(
+            f"a model must be a torch.nn.Module, got {type(model).__name__}: open it first, as with "
+            "TransformerBridge.boot_transformers(name) or open_clip.create_model(name)"
+        )
+    model = getattr(model, "_orig_mod", model)  # from torch.compile, which runs eagerly while hooks are attached
+    if hasattr(model, "hook_dict"):
+        return TransformerLensHost(model)
+    stack = getattr(getattr(model, "transformer", None), "resblocks", None)
+    if stack is not None or (isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image")):
+        return OpenClipHost(model)
+    return ModuleHost(model)
+
+
+def sites(model: Any) -> SiteTable:
+    """List every place in a model where an SAE can be attached, with its width.
+
+    >>> sites(nn.Sequential(nn.Linear(3, 5), nn.ReLU())).names
+    ['0']
+    """
+    return SiteTable(host(model).list())

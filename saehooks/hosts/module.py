@@ -1,0 +1,139 @@
+"""Any ``nn.Module`` by module path, such as a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from saehooks.errors import SiteError
+from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head, is_tokens
+from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.widths import config_width, module_widths
+
+LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|in|out)")
+
+
+class ModuleHost(Host):
+    """A model whose sites are the outputs of its submodules.
+
+    >>> host = ModuleHost(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
+    >>> [(info.name, info.width) for info in host.list()]
+    [('0', 5), ('1', 2)]
+    """
+
+    family = "module"
+
+    def site(self, name: str, head: int | None = None) -> Site:
+        check_name(name)
+        modules = dict(self.model.named_modules())
+        if name not in modules:
+            raise self._unknown(name, modules)
+        refuse_uncalled(name, modules)
+        check_head(name, head, None)
+        return Site(name=name, given=name, module=modules[name], width=self._width(modules[name]))
+
+    def list(self) -> list[SiteInfo]:
+        modules = dict(self.model.named_modules())
+        infos = []
+        for name, module in modules.items():
+            width = self._width(module)
+            if name and width is not None and why_uncalled(name, modules) is None:
+                infos.append(SiteInfo(name, (), width, "batch pos width"))
+        return infos
+
+    def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
+        return watch_module(self.model, fn)
+
+    def describe(self) -> dict[str, Any]:
+        config = getattr(self.model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(self.model).__name__
+        return {"family": self.family, "model_name": name, "processing": {}}
+
+    def entry_points(self) -> Iterator[tuple[nn.Module, str]]:
+        yield self.model, "forward"
+
+    def run(self, batch: Any) -> Any:
+        known = inspect.signature(self.model.forward).parameters
+        cheap = {"use_cache": False, "logits_to_keep": 1}
+        kwargs = {name: value for name, value in cheap.items() if name in known}
+        if isinstance(batch, Mapping):
+            return self.model(**{**kwargs, **batch})
+        return self.model(batch, **kwargs)
+
+    def _width(self, module: nn.Module) -> int | None:
+        """The width of a module's output: a leaf says it; what ends in a layer of the residual width has that width."""
+        own = module_widths(module).out
+        if own is not None:
+            return own
+        layers = [one for one in module.modules() if getattr(getattr(one, "weight", None), "ndim", 0) == 2]
+        residual = config_width(getattr(self.model, "config", None))
+        return residual if layers and module_widths(layers[-1]).out == residual else None
+
+    def _unknown(self, name: str, modules: dict[str, nn.Module]) -> SiteError:
+        meant = LENS_NAME.fullmatch(name)
+        stacks = {path: one for path, one in modules.items() if isinstance(one, nn.ModuleList)}
+        path = max(stacks, key=lambda one: len(stacks[one]), default=None)
+        if meant is None or path is None:
+            return unknown_site(name, [one for one in modules if one and why_uncalled(one, modules) is None])
+        layer = int(meant.group(1)) - (meant.group(2) in ("resid_pre", "in"))
+        instead = f"write '{path}.{layer}'" if 0 <= layer < len(stacks[path]) else f"its blocks are '{path}.N'"
+        return SiteError(f"no site '{name}': sites of a {type(self.model).__name__} are module paths; {instead}")
+
+
+def why_uncalled(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why a module never runs, with the module to take instead; None if it may."""
+    parent = name.rpartition(".")[0]
+    if name.endswith(".out_proj") and isinstance(modules.get(parent), nn.MultiheadAttention):
+        return f"nn.MultiheadAttention uses its weights without calling it; take '{parent}', its output"
+    if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        return f"it is a container; take one of its members, such as '{name}.{next(iter(modules[name]._modules), 0)}'"
+    return None
+
+
+def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+    """Refuse a module that is never called.
+
+    Raises:
+        SiteError: names the module to take instead.
+    """
+    why = why_uncalled(name, modules)
+    if why is not None:
+        raise SiteError(f"site '{name}' never fires: {why}")
+
+
+def watch_module(model: nn.Module, fn: Callable[[ForwardCall], None]) -> Handle:
+    """Call ``fn`` when ``model`` is called in the Hugging Face way: tokens, attention_mask, past_key_values."""
+
+    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fn(forward_call(module, args, kwargs))
+
+    return model.register_forward_pre_hook(announce, with_kwargs=True)
+
+
+def forward_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
+    """Read tokens and their first absolute position from the arguments of a call."""
+    if len(args) > 1:
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
+    return ForwardCall(
+        tokens=tokens if is_tokens(tokens) else None,
+        start=cached_positions(kwargs.get("past_key_values")),
+        attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+    )
+
+
+def cached_positions(cache: Any) -> int:
+    """How many positions a KV cache already holds: Hugging Face's, old or new, or TransformerLens's."""
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    layers = getattr(cache, "entries", cache)
+    if not layers:
+        return 0
+    keys = getattr(layers[0], "past_keys", None)
+    return int(layers[0][0].shape[-2]) if keys is None else int(keys.shape[1])

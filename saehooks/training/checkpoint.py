@@ -1,0 +1,117 @@
+"""Checkpoints of a training: one file, replaced whole, from which training goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from saehooks.errors import ConfigError, FormatError, NotFiniteError
+from saehooks.storage import read_safetensors, write_file
+from saehooks.training.trainer import Trainer
+
+CHECKPOINT = "checkpoint.safetensors"
+FREE = ("log_every", "eval_every", "checkpoint_every", "dead_after")
+"""Settings that may differ between a checkpoint and the training that goes on from it."""
+
+
+def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
+    """Write the whole state of a training; killed at any moment, the file is the old one or the new.
+
+    Raises:
+        NotFiniteError: a parameter is NaN or infinite; the checkpoint that was there stays.
+    """
+    folder = Path(folder)
+    trainer.settle()
+    trainer.check_finite()
+    broken = [name for name, p in trainer.sae.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise NotFiniteError(f"not saved: {', '.join(broken)} hold NaN or infinity")
+    tensors: dict[str, Tensor] = {f"sae.{name}": t for name, t in trainer.sae.state_dict().items()}
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+    tensors |= {f"buffer.{name}": value for name, value in trainer.buffer.state().items()}
+    tensors["idle"] = trainer.idle
+    facts = {
+        "sae": trainer.sae.cfg.to_dict(),
+        "config": _settings(trainer),
+        "counters": {name: getattr(trainer, name) for name in ("steps", "rows_seen", "batches_seen", "expected_steps")},
+        "history": trainer.history,
+        "seconds": trainer.seconds,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(folder / CHECKPOINT, to_bytes(ready, metadata={"cfg": json.dumps(facts)}))
+    return folder / CHECKPOINT
+
+
+def refuse_unfinished(folder: str | Path) -> None:
+    """Raise where a new training would write over the checkpoint of one that was interrupted.
+
+    Raises:
+        ConfigError: the folder holds such a checkpoint; says how to go on with it.
+    """
+    path = Path(folder) / CHECKPOINT
+    try:
+        facts = read_safetensors(path)[1] if path.exists() else None
+    except FormatError:  # nothing could go on from it
+        return
+    counters = (facts or {}).get("counters")
+    if counters and (counters["expected_steps"] is None or counters["steps"] < counters["expected_steps"]):
+        raise ConfigError(
+            f"{path} is of a training interrupted after step {counters['steps']}: resume=True (on the command line: "
+            "--resume) goes on with it; to begin anew, give another folder or delete that file"
+        )
+
+
+def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
+    """Put a trainer into the state of the checkpoint in a folder; False when there is none.
+
+    Raises:
+        FormatError: the file is corrupt, or of another SAE or other settings; the trainer was not changed.
+    """
+    path = Path(folder) / CHECKPOINT
+    if not path.exists():
+        return False
+    tensors, facts = read_safetensors(path)
+    if facts is None or "counters" not in facts:
+        raise FormatError(f"{path} is not a checkpoint of a training")
+    _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(trainer.sae.cfg.to_dict())), ("metadata",))
+    _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
+    trainer.sae.load_state_dict(_part(tensors, "sae."))
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = list(trainer.sae.parameters())
+    for name, value in _part(tensors, "adam.").items():
+        index, key = name.split(".", 1)
+        like = parameters[int(index)]
+        if value.shape == like.shape:  # the fused update reads memory in order: the layout must be the parameter's
+            value = torch.empty_like(like).copy_(value)
+        state.setdefault(int(index), {})[key] = value
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
+    trainer.buffer.restore(_part(tensors, "buffer."))
+    trainer.idle.copy_(tensors["idle"])
+    for name, value in facts["counters"].items():
+        setattr(trainer, name, value)
+    trainer.history, trainer.seconds = facts["history"], facts["seconds"]
+    return True
+
+
+def _settings(trainer: Trainer) -> dict:
+    return asdict(trainer.config) | {"loss": asdict(trainer.loss_config)}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _check_same(what: str, saved: dict, now: dict, free: tuple[str, ...]) -> None:
+    different = [
+        name for name in sorted(set(saved) | set(now)) if name not in free and saved.get(name) != now.get(name)
+    ]
+    if different:
+        shown = "; ".join(f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}" for name in different)
+        raise FormatError(f"{what} has other settings ({shown}); use the same, or another folder")

@@ -1,0 +1,290 @@
+"""The trainer: rows of activations in, optimiser steps out. It knows no model; `train` brings the rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saehooks import kernels
+from saehooks.errors import ConfigError, NotFiniteError
+from saehooks.kernels.forecast import Forecast
+from saehooks.metrics import ReconstructionMeter, nmse
+from saehooks.sae import SAE
+from saehooks.streams import ShuffleBuffer
+from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
+from saehooks.training.optimiser import TableAdam
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained. Defaults suit activations of a language model on a laptop."""
+
+    lr: float = 2e-3
+    """Peak learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's running means."""
+    batch_size: int = 1024
+    """Rows (tokens or patches) in an optimiser step."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    decay: float = 0.3
+    """Last share of the steps, over which the learning rate falls to 0; needs the number of steps to be known."""
+    steps: int | None = None
+    """Stop after this many optimiser steps; None: when the data ends."""
+    passes: int = 1
+    """How often a harvested row is used: the model's forward costs far more than a step."""
+    buffer_rows: int = 32_768
+    """Rows mixed by the shuffle buffer."""
+    loss: LossConfig | None = None
+    """Terms of the loss; None for those that go with the SAE's activation."""
+    dead_after: int = 50_000
+    """A latent counts as dead when it has not fired for this many rows."""
+    log_every: int = 10
+    """Steps between records in the history."""
+    eval_every: int = 500
+    """Steps between evaluations, when there are held-out batches."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints, when there is a folder for them."""
+    seed: int = 0
+    """Order of the rows."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not 0 <= self.decay <= 1 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"need lr > 0, 0 <= decay <= 1 and warmup_steps >= 0, got lr={self.lr}, decay={self.decay}, "
+                f"warmup_steps={self.warmup_steps}"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+
+
+class Trainer:
+    """Trains one SAE on rows of activations, whoever brings them.
+
+    `step` takes a batch as it is; `push` mixes rows through the shuffle buffer and steps whenever a batch is ready.
+
+    Args:
+        sae: trained in place.
+        config: settings.
+    """
+
+    def __init__(self, sae: SAE, config: TrainConfig | None = None) -> None:
+        self.sae, self.config = sae, config or TrainConfig()
+        self.loss_config = self.config.loss or default_loss(sae)
+        self.optimizer = TableAdam(sae, lr=self.config.lr, betas=self.config.betas)
+        self.buffer = ShuffleBuffer(
+            max(self.config.buffer_rows, 2 * self.config.batch_size),
+            sae.d_in,
+            self.config.batch_size,
+            passes=self.config.passes,
+            seed=self.config.seed,
+            dtype=sae.dtype,
+            device=sae.device,
+        )
+        self.expected_steps = self.config.steps
+        """Steps of the whole training where they are known: what the learning rate's decay is measured by."""
+        self.steps = 0
+        """Optimiser steps made."""
+        self.rows_seen = 0
+        """Rows taken in."""
+        self.batches_seen = 0
+        """Forwards of the model taken in."""
+        self.idle = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        """(d_sae,) rows trained on since each latent last fired."""
+        self.history: list[dict[str, float]] = []
+        """Records: step, rows, loss, nmse, l0, dead, lr; and eval_* where there was an evaluation."""
+        self.seconds = {"model": 0.0, "sae": 0.0, "optimizer": 0.0, "buffer": 0.0}
+        """Where the host's time went; on a GPU, which works on while the host goes ahead, not the GPU's."""
+        self._fresh = "training" not in sae.cfg.metadata
+        self._bad = torch.zeros((), device=sae.device)
+        self._forecast = Forecast()
+
+    # ---------------------------------------------------------------- rows in
+
+    @property
+    def finished(self) -> bool:
+        """Whether the configured number of steps has been made."""
+        return self.config.steps is not None and self.steps >= self.config.steps
+
+    def push(self, rows: Tensor) -> None:
+        """Take in rows (n, d_in), of any dtype and device, and train on the batches that become ready.
+
+        Raises:
+            NotFiniteError: an activation, or the loss, is NaN or infinite; the SAE is as after the last good step.
+        """
+        with torch.inference_mode(False):  # a user may call the model under inference_mode
+            self._train(self.buffer.add(rows.to(self.sae.device)))
+        self.rows_seen += len(rows)
+        self.batches_seen += 1
+
+    def drain(self) -> None:
+        """Train on what is left in the buffer."""
+        self._train(self.buffer.drain())
+        self.settle()
+
+    def _train(self, batches: Iterator[Tensor]) -> None:
+        """Step through batches; making them is booked as the buffer's time."""
+        while not self.finished:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds["buffer"] += time.perf_counter() - started
+            if batch is None:
+                return
+            if self.steps == 0 and self._fresh:
+                self.sae.initialise(self.buffer.rows[: self.buffer.filled])
+            self.step(batch)
+        self.settle()
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, x: Tensor) -> TrainingLoss:
+        """One optimiser step on a batch (rows, d_in).
+
+        On a GPU the host does not wait for it: codes get room foretold from earlier steps, NaN is looked for every
+        ``log_every`` steps, and a step whose codes did not fit, which changes nothing, is made again two steps later.
+        Codes of exact length (relu, gated, jumprelu, feature choice, kron), a learned alpha, and losses that look for
+        silent latents (aux_k, aux_zipf) still make it wait in each step.
+
+        Raises:
+            NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
+        """
+        self._repeat(self._forecast.late())
+        loss = self._update(x, foretold=kernels.path_name(x) == "gpu")
+        self._count(loss, x)
+        return loss
+
+    @property
+    def repeated(self) -> int:
+        """Steps made again because their codes outgrew the room foretold for them (GPU only)."""
+        return self._forecast.repeated
+
+    def settle(self) -> None:
+        """Wait for the device and make the steps again whose codes did not fit: afterwards every batch has counted."""
+        self._repeat(self._forecast.late(everything=True))
+
+    def _repeat(self, batches: list[Tensor]) -> None:
+        for batch in batches:
+            self._update(batch, foretold=False)
+
+    def _update(self, x: Tensor, foretold: bool) -> TrainingLoss:
+        """Forward, backward and the optimiser's update; ``foretold``: without waiting for the size of the codes."""
+        started = time.perf_counter()
+        self.sae.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        written = self.sae.dictionary.adjusts_gradients
+        entries = self._forecast.room(len(x), self.sae.d_sae) if foretold else None
+        with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
+            with kernels.exactly() if entries is None else kernels.capacity(entries) as room:
+                loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
+            loss.total.backward()
+        self._forecast.add(loss.stages.support.indices.numel(), room, x)
+        # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
+        broken = (~torch.isfinite(loss.total.detach())).to(self._bad)
+        cut = torch.zeros_like(broken) if room is None or room.wanted is None else room.found_inf.to(broken)
+        self._bad += broken * (1 - cut)  # codes that were cut off say nothing about the loss
+        self.optimizer.found_inf = torch.maximum(broken, cut)  # type: ignore[attr-defined]
+        if not foretold:
+            self.check_finite()
+        between = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * self._lr_factor()
+        self.sae.dictionary.after_backward()
+        self.optimizer.step()
+        self.sae.dictionary.after_step()
+        self.seconds["sae"] += between - started
+        self.seconds["optimizer"] += time.perf_counter() - between
+        return loss
+
+    def check_finite(self) -> None:
+        """Raise NotFiniteError if a loss was NaN or infinite; such a step never changes the parameters."""
+        if self._bad:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._bad.zero_()
+            raise NotFiniteError(
+                f"the loss became NaN or infinite at step {self.steps + 1}; the SAE is as after the last good step. "
+                "A smaller lr, or float32 activations, usually helps"
+            )
+
+    def _lr_factor(self) -> float:
+        step, total = self.steps + 1, self.expected_steps
+        rise = min(1.0, step / max(1, self.config.warmup_steps))
+        if not total or not self.config.decay:
+            return rise
+        return rise * max(0.0, min(1.0, (total + 1 - step) / max(1.0, self.config.decay * total)))
+
+    @torch.no_grad()
+    def _count(self, loss: TrainingLoss, x: Tensor) -> None:
+        codes = loss.stages.codes
+        self.idle += len(x)
+        self.idle[codes.indices] = 0
+        self.steps += 1
+        if self.steps % self.config.log_every and not self.finished and self.steps > 1:
+            return
+        self.check_finite()
+        self.history.append(
+            {
+                "step": self.steps,
+                "rows": self.rows_seen,
+                "loss": float(loss.total),
+                **{f"loss_{name}": float(term) for name, term in loss.terms.items()},
+                "nmse": nmse(x, loss.recons),
+                "l0": float(codes.sizes.double().mean()),
+                "dead": self.dead,
+                "lr": self.optimizer.param_groups[0]["lr"],
+            }
+        )
+
+    @property
+    def dead(self) -> int:
+        """Latents that have not fired for ``config.dead_after`` rows."""
+        return int((self.idle >= self.config.dead_after).sum())
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, chunk: int = 4096) -> dict[str, float]:
+        """NMSE, FVU, L0 with quantiles and dead latents on held-out rows (n, d_in); also put into the history."""
+        meter = ReconstructionMeter(self.sae.d_in, self.sae.d_sae)
+        with self.sae.inference():
+            for part in rows.split(chunk):
+                part = part.to(self.sae.device, self.sae.dtype)
+                meter.update(part, *self.sae(part))
+        found = meter.summary()
+        record = {f"eval_{name}": value for name, value in found.items()}
+        if self.history and self.history[-1]["step"] == self.steps:
+            self.history[-1].update(record)
+        else:
+            self.history.append({"step": self.steps, "rows": self.rows_seen, **record})
+        return found
+
+    def latest(self, name: str) -> float | None:
+        """The last recorded value of a column of the history."""
+        return next((record[name] for record in reversed(self.history) if name in record), None)
+
+    def __repr__(self) -> str:
+        total = f"/{self.expected_steps}" if self.expected_steps else ""
+        shown = [("loss", ".4f"), ("nmse", ".4f"), ("l0", ".1f"), ("dead", ".0f"), ("eval_nmse", ".4f")]
+        values = [(name, self.latest(name), form) for name, form in shown]
+        parts = "".join(f", {name} {value:{form}}" for name, value, form in values if value is not None)
+        return f"Trainer(step {self.steps}{total}, {self.rows_seen} rows{parts})"
+
+    def plot(self):
+        """A figure of the history: loss, NMSE, L0 and dead latents over the steps (needs matplotlib)."""
+        from saehooks.show.figures import training_curves
+
+        names = [name for name in ("loss", "nmse", "l0", "dead", "eval_nmse") if self.latest(name) is not None]
+        return training_curves(
+            self.history, names, log=[name for name in ("loss", "nmse", "eval_nmse") if name in names]
+        )
+
+    def _repr_html_(self) -> str:
+        from saehooks.show.html import table_html
+
+        shown = [*self.history[:: max(1, len(self.history) // 6)], *self.history[-1:]]
+        columns = [
+            name for name in ("step", "rows", "loss", "nmse", "l0", "dead", "lr") if self.latest(name) is not None
+        ]
+        return table_html(shown, columns, caption=repr(self))
