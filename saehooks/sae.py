@@ -18,6 +18,7 @@ from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
 from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
 from saehooks.kernels import Support
+from saehooks.refinement import Refinement
 from saehooks.storage import dtype_of, write_folder
 
 FORMAT = "saehooks"
@@ -93,7 +94,8 @@ class SAE(nn.Module):
         dtype: what the SAE computes in.
         device: where its parameters live.
         hook_name: the site it belongs to, so that the verbs need no ``at=``.
-        **settings: settings of the dictionary and the activation, such as ``k=32`` or ``values="weight"``.
+        **settings: settings of the dictionary, the activation and the refinement, such as ``k=32``,
+            ``values="weight"`` or ``refine=1``.
     Raises:
         ConfigError: an unknown dictionary, activation or setting, or sizes that cannot work.
 
@@ -122,11 +124,14 @@ class SAE(nn.Module):
         metadata = {} if hook_name is None else {"hook_name": hook_name}
         self.cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
         kinds = _known("dictionary", dictionary, DICTIONARIES), _known("activation", activation, ACTIVATIONS)
-        for_dictionary, for_activation, for_density = _route(settings, *kinds, LatentDensity)
+        for_dictionary, for_activation, for_density, for_refinement = _route(
+            settings, *kinds, LatentDensity, Refinement
+        )
         self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
         self.activation = kinds[1](d_sae, **for_activation)
         for_density["track_density"] = for_density.get("track_density", False) or kinds[1].tracks_density
         self.density = LatentDensity(d_sae, **for_density)
+        self.refinement = Refinement(**for_refinement)
         self.to(device=device, dtype=dtype)
 
     # ------------------------------------------------------------------- use
@@ -154,11 +159,11 @@ class SAE(nn.Module):
         scores = self.dictionary.scores(prepared, support)
         if silenced is not None:
             scores = scores.masked_fill(silenced[support.indices], 0.0)
-        values = self.activation.values(scores, support)
+        values, active = self.activation.values(scores, support), self.activation.active(scores, support)
+        values = self.refinement(self.dictionary, flat, prepared, support, values, active)
         codes = candidates = Codes(
             support.indices, values, support.offsets, tuple(x.shape[:-1]), self.cfg.d_sae, prepared.scale
         )
-        active = self.activation.active(scores, support)
         if active is not None:
             codes = candidates.keep(active)
         if self.training:

@@ -62,10 +62,21 @@ class Dictionary(nn.Module):
         """(rows, d_in) from weighted sums of table rows (rows, d)."""
         return sums
 
+    def project_adjoint(self, errors: Tensor) -> Tensor:
+        """(rows, d) from errors (rows, d_in): the transpose of `project`, for gradients with respect to values."""
+        return errors
+
     @property
     def offset(self) -> Tensor | None:
         """(d_in,) added to every reconstruction, or None."""
         return None
+
+    def target(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """(rows, d_in) what ``values @ directions`` should equal: x (rows, d_in) less the offset, in units of scale."""
+        target = x if self.offset is None else x - self.offset
+        if prepared.scale is None:
+            return target
+        return target / prepared.scale.clamp(min=torch.finfo(target.dtype).tiny)[:, None]
 
     def initialise(self, x: Tensor) -> None:
         """Set what is best set from data, before training, from a sample (rows, d_in)."""

@@ -62,6 +62,9 @@ class ConceptDictionary(Dictionary):
     def project(self, sums: Tensor) -> Tensor:
         return sums @ self.W_v
 
+    def project_adjoint(self, errors: Tensor) -> Tensor:
+        return errors @ self.W_v.T
+
     @property
     def offset(self) -> Tensor | None:
         return self.b_dec

@@ -1,0 +1,141 @@
+"""Refinement of values on the chosen support: against the formula written out densely, in every cell of the grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_grid import CELLS, cell, rows
+
+import saehooks as sh
+from saehooks.errors import ConfigError
+from saehooks.training.trainer import TrainConfig, Trainer
+
+
+def plain(sae, x):
+    """The same SAE without refinement: same parameters, codes of one pass."""
+    settings = {name: value for name, value in sae.cfg.settings.items() if "refine" not in name}
+    bare = sh.SAE(sae.d_in, sae.d_sae, sae.cfg.dictionary, sae.cfg.activation, dtype=sae.dtype, **settings)
+    bare.load_state_dict({name: t for name, t in sae.state_dict().items() if "refinement" not in name})
+    return bare.eval().encode(x)
+
+
+def refined_densely(sae, x, codes):
+    """Dense values after the formula's steps on the given codes' support, without any sparse product."""
+    W = sae.directions(torch.arange(sae.d_sae)).detach()
+    scale = torch.ones(len(x), 1) if codes.scale is None else codes.scale.detach()[:, None]
+    offset = sae.dictionary.offset
+    target = (x if offset is None else x - offset.detach()) / scale
+    support = torch.zeros(len(x), sae.d_sae, dtype=torch.bool)
+    for row in range(len(x)):
+        support[row, codes[row].indices] = True
+    values = codes.dense().detach()
+    for rate in sae.refinement.rates.detach():
+        values = values + rate * ((target - values @ W) @ W.T) * support
+    return values
+
+
+@pytest.mark.parametrize(("dictionary", "activation"), CELLS)
+def test_refined_values_follow_the_formula_in_every_cell(dictionary, activation):
+    """Two steps with rates of their own give what the dense formula gives, on the support of one pass."""
+    sae, x = cell(dictionary, activation, refine=2), rows(40)
+    sae.initialise(x)
+    with torch.no_grad():
+        sae.refinement.rates.copy_(torch.tensor([0.4, 0.15]))
+    codes, before = sae.eval().encode(x), plain(sae, x)
+    assert torch.equal(codes.indices, before.indices)
+    torch.testing.assert_close(codes.dense(), refined_densely(sae, x, before), rtol=2e-4, atol=2e-5)
+
+
+def test_no_refinement_leaves_no_trace():
+    """``refine=0`` has no parameter and gives bit for bit what an SAE without the setting gives."""
+    torch.manual_seed(0)
+    bare = sh.SAE(16, 64)
+    torch.manual_seed(0)
+    zero = sh.SAE(16, 64, refine=0)
+    assert list(bare.state_dict()) == list(zero.state_dict())
+    assert torch.equal(bare(rows()).recons, zero(rows()).recons)
+
+
+def test_refinement_lowers_the_error_on_the_same_support():
+    """A small step of the gradient lowers every row's error; a hundred reach least squares on the support."""
+    sae, x = cell("concepts", "sparsemax", refine=1, refine_rate=0.05), rows(64)
+    sae.initialise(x)
+    before = (sae.decode(plain(sae, x)) - x).square().sum(1)
+    assert bool(((sae.eval()(x).recons - x).square().sum(1) <= before + 1e-6).all())
+    many = cell("linear", "topk", refine=400, refine_rate=0.3)
+    many.initialise(x)
+    with torch.no_grad():
+        codes = many.eval().encode(x[:4])
+        recons = many.decode(codes)
+    for row in range(4):
+        basis = many.directions(codes[row].indices).detach()
+        best = torch.linalg.lstsq(basis.T, (x[row] - many.dictionary.offset.detach())[:, None]).solution
+        residual = (basis.T @ best)[:, 0] + many.dictionary.offset.detach() - x[row]
+        assert float((recons[row] - x[row]).norm()) < float(residual.norm()) + 0.02 * float(x[row].norm())
+
+
+@pytest.mark.parametrize("dictionary", ["concepts", "linear"])
+def test_gradients_of_refined_values(dictionary):
+    """Gradients for x, the tables and the rates agree with finite differences in float64."""
+    torch.manual_seed(0)
+    sae = sh.SAE(5, 12, dictionary, refine=2, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+
+    def recons(x, *values):
+        return torch.func.functional_call(sae, dict(zip(names, values, strict=True)), (x,)).recons
+
+    assert torch.autograd.gradcheck(recons, (x, *parameters), eps=1e-7, atol=1e-5)
+
+
+def test_a_refined_sae_trains_saves_and_attaches(tmp_path):
+    """The rates are trained with the rest, come back from disk, and edits act on the refined codes."""
+    sae, x = cell("concepts", "sparsemax", refine=1), rows(1024)
+    trainer = Trainer(sae, TrainConfig(batch_size=256, buffer_rows=512, warmup_steps=1, decay=0.0, lr=3e-3))
+    trainer.push(x)
+    trainer.drain()
+    assert float(sae.refinement.rates.detach()) != 0.5
+    sae.save(tmp_path)
+    again = sh.load(tmp_path)
+    assert again.cfg.settings["refine"] == 1
+    assert torch.equal(again(x).recons, sae.eval()(x).recons)
+
+    model = torch.nn.Sequential(torch.nn.Identity())
+    latent = int(again.encode(x[0]).indices[0])
+    with sh.ablate(model, again, [latent], at="0", where=slice(0, None)):
+        edited = model(x[None, :1])
+    value = again.encode(x[:1]).dense()[0, latent]
+    scale = again.encode(x[:1]).scale[0]
+    torch.testing.assert_close(edited[0, 0], x[0] - scale * value * again.directions(latent)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_rates_are_not_trained():
+    """``learn_refine_rate=False`` keeps the rates, and what an optimiser would move them by is None."""
+    sae = sh.SAE(16, 64, refine=1, refine_rate=0.3, learn_refine_rate=False)
+    sae(rows()).recons.square().mean().backward()
+    assert sae.refinement.rates.grad is None
+    assert not sae.refinement.rates.requires_grad
+
+
+def test_rows_of_zeros_and_nan_stay_their_own():
+    """A row of zeros reconstructs finitely; a row with NaN harms no other."""
+    sae, x = cell("concepts", "sparsemax", refine=1), rows(8)
+    sae.initialise(x)
+    right = sae.eval()(x).recons
+    broken = x.clone()
+    broken[2], broken[5] = 0.0, float("nan")
+    recons = sae(broken).recons
+    others = torch.tensor([0, 1, 3, 4, 6, 7])
+    torch.testing.assert_close(recons[others], right[others])
+    assert bool(recons[2].isfinite().all())
+    on_its_offset = sae(sae.dictionary.offset.detach()[None]).recons
+    torch.testing.assert_close(on_its_offset[0], sae.dictionary.offset.detach())
+
+
+@pytest.mark.parametrize(("settings", "word"), [({"refine": -1}, "refine=-1"), ({"refine": 1.5}, "refine=1.5")])
+def test_a_wrong_number_of_steps_is_refused(settings, word):
+    """Steps are a whole number that is not negative."""
+    with pytest.raises(ConfigError, match=word):
+        sh.SAE(16, 64, **settings)
+    with pytest.raises(ConfigError, match="refine_rate"):
+        sh.SAE(16, 64, refine=1, refine_rate=0.0)
