@@ -123,6 +123,7 @@ def feature_choice_from(trained: SAE, *, budgets: str = "zipf") -> SAE:
     )
     sae.dictionary.load_state_dict(trained.dictionary.state_dict())
     sae.density.load_state_dict(trained.density.state_dict())
+    sae.finished = True
     return sae
 
 

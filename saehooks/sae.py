@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,25 @@ from saehooks.refinement import Refinement
 from saehooks.storage import dtype_of, write_folder
 
 FORMAT = "saehooks"
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the block autocast is off on a device: an SAE computes in its own dtype, wherever it is called."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _in_own_dtype(method: Method) -> Method:
+    """A method of an SAE that runs with `autocast_off`."""
+
+    @wraps(method)
+    def called(self: SAE, *args: Any, **kwargs: Any) -> Any:
+        with autocast_off(self.device):
+            return method(self, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 @dataclass
@@ -127,12 +147,17 @@ class SAE(nn.Module):
         for_dictionary, for_activation, for_density, for_refinement = _route(
             settings, *kinds, LatentDensity, Refinement
         )
-        self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
-        self.activation = kinds[1](d_sae, **for_activation)
         for_density["track_density"] = for_density.get("track_density", False) or kinds[1].tracks_density
-        self.density = LatentDensity(d_sae, **for_density)
-        self.refinement = Refinement(**for_refinement)
-        self.to(device=device, dtype=dtype)
+        # Parameters made under inference_mode could never be trained; a device in use as torch's default is the user's.
+        with torch.inference_mode(False), nullcontext() if device is None else torch.device(device):
+            self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
+            self.activation = kinds[1](d_sae, **for_activation)
+            self.density = LatentDensity(d_sae, **for_density)
+            self.refinement = Refinement(**for_refinement)
+            self.to(device=device, dtype=dtype)
+        self.finished = False
+        """Whether the weights say something already (loaded, trained, or set from data): training then goes on from
+        them and never sets them from data again. Set it where you filled the parameters yourself."""
 
     # ------------------------------------------------------------------- use
 
@@ -144,6 +169,7 @@ class SAE(nn.Module):
         """
         return self.encode_stages(x).codes
 
+    @_in_own_dtype
     def encode_stages(self, x: Tensor) -> Encoded:
         """Encode and keep what losses need on the way."""
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
@@ -180,6 +206,7 @@ class SAE(nn.Module):
         """(*shape, d_in) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
         return self._decode(codes, with_offset=False)
 
+    @_in_own_dtype
     def _decode(self, codes: Codes, with_offset: bool) -> Tensor:
         if codes.d_sae != self.cfg.d_sae:
             raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
@@ -191,13 +218,16 @@ class SAE(nn.Module):
         return SAEOutput(self.decode(stages.candidates), stages.codes)
 
     @torch.no_grad()
+    @_in_own_dtype
     def initialise(self, x: Tensor) -> None:
-        """Set what is best set from data, before training, from a sample (rows, d_in)."""
+        """Set what is best set from data, before training, from a sample (rows, d_in); see `finished`."""
+        self.finished = True
         flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
         self.dictionary.initialise(flat)
         prepared = self.dictionary.prepare(flat)
         self.activation.initialise(prepared.queries, lambda: self.dictionary.score_chunks(prepared))
 
+    @_in_own_dtype
     def directions(self, latents: int | list[int] | Tensor) -> Tensor:
         """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1.
 
@@ -208,6 +238,12 @@ class SAE(nn.Module):
         if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
             raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
         return self.dictionary.directions(wanted)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; the SAE counts as `finished` from then on."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        self.finished = True
+        return found
 
     @contextmanager
     def inference(self) -> Iterator[SAE]:

@@ -457,3 +457,25 @@ def test_old_counts_fade():
     density.update(torch.tensor([0, 200_000]), 200_000)
     assert density.rows.item() == 550_000
     assert density.mean.tolist() == pytest.approx([9 / 11, 2 / 11], rel=1e-3)
+
+
+@pytest.mark.parametrize(("activation", "name"), [("batchtopk", "threshold"), ("feature_choice", "thresholds")])
+def test_running_thresholds_of_a_bfloat16_sae_move(activation, name):
+    """A hundred batches whose smallest score is 2 % above the running mean bring it there, also in bfloat16."""
+    torch.manual_seed(0)
+    sae = sh.SAE(8, 32, "linear", activation, k=4, dtype=torch.bfloat16)
+    running = getattr(sae.activation, name)
+    assert running.dtype == torch.float32
+    assert getattr(sae.float().bfloat16().activation, name).dtype == torch.float32
+    assert getattr(sae.double().activation, name).dtype == torch.float64
+    sae = sae.bfloat16().train()
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    for _ in range(120):
+        sae(x)
+    reached = getattr(sae.activation, name).clone()
+    for _ in range(400):
+        sae(1.02 * x)
+    moved = getattr(sae.activation, name) / reached
+    used = reached > 0
+    assert used.any()
+    assert (moved[used] > 1.01).all() if activation == "batchtopk" else (moved[used] > 1.01).float().mean() > 0.8

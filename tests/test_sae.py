@@ -169,3 +169,55 @@ def test_config_of_another_width_is_refused(sae):
         sh.SAE.from_config(SAEConfig(8, 40, "linear", "topk", {"k": 300}), tensors)
     with pytest.raises(FormatError, match="not one of an SAE"):
         SAEConfig.from_dict({"d_in": 3, "colour": "red"})
+
+
+def test_an_sae_computes_in_its_own_dtype_inside_autocast():
+    """Codes and reconstructions are those outside of autocast, bit for bit."""
+    for dictionary, activation in (("concepts", "sparsemax"), ("linear", "topk")):
+        sae, x = sh.SAE(16, 64, dictionary, activation).eval(), torch.randn(20, 16)
+        right = sae(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = sae(x)
+            direction = sae.directions([3])
+        assert torch.equal(got.recons, right.recons)
+        assert torch.equal(got.codes.dense(), right.codes.dense())
+        assert torch.equal(direction, sae.directions([3]))
+
+
+def test_an_sae_made_under_inference_mode_can_be_trained():
+    """Its parameters are ordinary tensors, whatever mode its user was in."""
+    with torch.inference_mode():
+        sae = sh.SAE(8, 16)
+    sae(torch.randn(4, 8)).recons.sum().backward()
+    assert sae.dictionary.C.grad is not None
+
+
+def test_defaults_of_torch_do_not_reach_into_an_sae():
+    """Under another default dtype or device the SAE is the one that was asked for."""
+    for activation in ("gated", "jumprelu", "batchtopk", "entmax"):
+        torch.manual_seed(0)
+        right = sh.SAE(8, 64, "linear", activation).state_dict()
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            torch.set_default_device("meta")
+            torch.manual_seed(0)
+            got = sh.SAE(8, 64, "linear", activation, device="cpu").state_dict()
+        finally:
+            torch.set_default_dtype(before)
+            torch.set_default_device(None)
+        assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in right.items()}
+        assert all(torch.equal(t, right[n]) for n, t in got.items())
+
+
+def test_only_an_sae_whose_weights_say_nothing_yet_is_unfinished(tmp_path):
+    """Loading, filling and setting from data finish an SAE; making one does not."""
+    sae = sh.SAE(8, 16)
+    assert not sae.finished
+    sae.save(tmp_path)
+    assert sh.load(tmp_path).finished
+    other = sh.SAE(8, 16)
+    other.load_state_dict(sae.state_dict())
+    assert other.finished
+    sae.initialise(torch.randn(32, 8))
+    assert sae.finished

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from saehooks.kernels import BatchRule, RowRule, Support
@@ -22,9 +23,22 @@ class Activation(nn.Module):
     takes_padding: ClassVar[bool] = False
     """Whether its values may be asked of codes with padding past the last row, as `saehooks.kernels.capacity` makes."""
 
+    running: ClassVar[tuple[str, ...]] = ()
+    """Buffers that hold running means: in bfloat16 a small step would be rounded away, so they stay float32 there."""
+
     def __init__(self, d_sae: int) -> None:
         super().__init__()
         self.d_sae = d_sae
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Activation:
+        """What ``.to``, ``.half`` and their kin call: `running` buffers move, and are never narrowed."""
+        before = {name: getattr(self, name) for name in self.running}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            kept = new if old.is_meta or new.is_meta else old
+            setattr(self, name, kept.to(new.device, torch.promote_types(new.dtype, torch.float32)))
+        return self
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> RowRule | BatchRule:
         """How the kernels select.

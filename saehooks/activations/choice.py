@@ -48,6 +48,7 @@ class FeatureChoiceActivation(Activation):
     name: ClassVar[str] = "feature_choice"
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_zipf": 1 / 32})
     tracks_density: ClassVar[bool] = True
+    running: ClassVar[tuple[str, ...]] = ("thresholds",)
     thresholds: Tensor
     taken: Tensor
 
@@ -67,7 +68,7 @@ class FeatureChoiceActivation(Activation):
             raise ConfigError(f"zipf_shift and zipf_exponent must not be negative, got {zipf_shift}, {zipf_exponent}")
         self.k, self.budgets = check_k(k, d_sae), budgets
         self.zipf_shift, self.zipf_exponent = zipf_shift, zipf_exponent
-        self.register_buffer("thresholds", torch.zeros(d_sae))
+        self.register_buffer("thresholds", torch.zeros(d_sae, dtype=torch.float32))
         self.register_buffer("taken", torch.zeros(d_sae, dtype=torch.int64))
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> FeatureChoice | Threshold:

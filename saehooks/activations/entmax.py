@@ -44,7 +44,7 @@ class EntmaxActivation(Activation):
         self.carries, self.fixed_alpha, self.raw_alpha = values, alpha, None
         if learn_alpha:
             share = (min(max(alpha, LOWEST + 0.01), 1.99) - LOWEST) / (2 - LOWEST)
-            self.raw_alpha = nn.Parameter(torch.tensor(share).logit())
+            self.raw_alpha = nn.Parameter(torch.tensor(share, dtype=torch.float32).logit())
 
     @property
     def alpha(self) -> Tensor | float:

@@ -39,9 +39,9 @@ class GatedActivation(Activation):
 
     def __init__(self, d_sae: int) -> None:
         super().__init__(d_sae)
-        self.b_gate = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae))
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_gate = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
+        self.r_mag = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Threshold:
         return Threshold(-self.b_gate.detach())
@@ -82,8 +82,8 @@ class JumpReLUActivation(Activation):
         if start_l0 is not None and not 0 < start_l0 <= d_sae:
             raise ConfigError(f"start_l0 must lie in 0 .. d_sae, got {start_l0} with d_sae={d_sae}")
         self.threshold, self.bandwidth, self.start_l0 = threshold, bandwidth, start_l0
-        self.log_theta = nn.Parameter(torch.full((d_sae,), math.log(threshold)))
-        self.register_buffer("unit", torch.ones(()))
+        self.log_theta = nn.Parameter(torch.full((d_sae,), math.log(threshold), dtype=torch.float32))
+        self.register_buffer("unit", torch.ones((), dtype=torch.float32))
 
     @property
     def theta(self) -> Tensor:

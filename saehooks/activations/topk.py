@@ -53,13 +53,14 @@ class BatchTopKActivation(Activation):
     name: ClassVar[str] = "batchtopk"
     takes_padding: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
+    running: ClassVar[tuple[str, ...]] = ("threshold",)
     threshold: Tensor
     batches: Tensor
 
     def __init__(self, d_sae: int, *, k: int = 32) -> None:
         super().__init__(d_sae)
         self.k = check_k(k, d_sae)
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> BatchTopK | Threshold:

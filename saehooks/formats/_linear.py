@@ -46,6 +46,7 @@ def linear_sae(
             raise FormatError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}")
         state[name].copy_(tensor)
     sae.cfg.metadata = {name: value for name, value in metadata.items() if value is not None}
+    sae.finished = True
     return sae.eval()
 
 

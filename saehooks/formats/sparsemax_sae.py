@@ -57,6 +57,7 @@ def load(path: str | Path, *, hook_name: str | None = None, dtype: torch.dtype =
         }.items()
         if value is not None
     }
+    sae.finished = True
     return sae.eval()
 
 

@@ -100,7 +100,6 @@ class Trainer:
         """Records: step, rows, loss, nmse, l0, dead, lr; and eval_* where there was an evaluation."""
         self.seconds = {"model": 0.0, "sae": 0.0, "optimizer": 0.0, "buffer": 0.0}
         """Where the host's time went; on a GPU, which works on while the host goes ahead, not the GPU's."""
-        self._fresh = "training" not in sae.cfg.metadata
         self._bad = torch.zeros((), device=sae.device)
         self._forecast = Forecast()
 
@@ -135,7 +134,7 @@ class Trainer:
             self.seconds["buffer"] += time.perf_counter() - started
             if batch is None:
                 return
-            if self.steps == 0 and self._fresh:
+            if not self.sae.finished:
                 self.sae.initialise(self.buffer.rows[: self.buffer.filled])
             self.step(batch)
         self.settle()
