@@ -55,13 +55,17 @@ def unsatisfied(lock: dict[str, Requirement]) -> list[str]:
 
 def differing(lock: dict[str, Requirement]) -> list[str]:
     """The lines of the lock that this environment does not hold."""
-    return [str(asked).split(";")[0] for name, asked in lock.items() if installed(name) != release(asked)]
+    return [f"{asked.name}=={release(asked)}" for name, asked in lock.items() if installed(name) != release(asked)]
 
 
 def newer(lock: dict[str, Requirement]) -> list[str]:
     """What this environment has in a later release than the lock."""
     pairs = ((name, installed(name), release(asked)) for name, asked in lock.items())
-    return [f"{name} {mine} (lock: {theirs})" for name, mine, theirs in pairs if mine and mine > theirs]
+    return [
+        f"{name} {mine} (lock: {theirs})"
+        for name, mine, theirs in pairs
+        if mine and mine > theirs and not name.startswith(("nvidia-", "cuda-"))  # they come with torch
+    ]
 
 
 def main() -> int:
