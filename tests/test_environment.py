@@ -1,4 +1,4 @@
-"""The environments are locked: exact releases, for every Python and system supported, that answer what saehooks asks for."""
+"""The environments are locked: exact releases that answer what saehooks asks for, told when they no longer do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOCKS = sorted(path for path in (ROOT / ".ci" / "locks").glob("*.txt") if path.name not in ("known_good.txt", "newest.txt"))
+INPUTS = ("known_good.txt", "newest.txt")
+LOCKS = sorted(path for path in (ROOT / ".ci" / "locks").glob("*.txt") if path.name not in INPUTS)
 
 
 def check(*arguments):
@@ -53,7 +54,8 @@ def test_only_what_differs_is_installed_beside_an_environment(tmp_path):
     from importlib.metadata import version
 
     lock = tmp_path / "lock.txt"
-    lock.write_text(f"pytest=={version('pytest')}\nnumpy==1.26.4\nno-such-package==3\nrich==1 ; sys_platform == 'none'\n")
+    lines = [f"pytest=={version('pytest')}", "numpy==1.26.4", "no-such-package==3", "rich==1 ; sys_platform == 'none'"]
+    lock.write_text("\n".join(lines))
     assert check("differing", lock).stdout.split() == ["numpy==1.26.4", "no-such-package==3"]
     lock.write_text("pytest==1.0\nnumpy==99.0\n")
     newer = check("newer", lock).stdout
