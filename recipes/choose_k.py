@@ -85,8 +85,8 @@ def main() -> None:
     else:
         judge = Trainer(sh.load(options.sae))
     found = judge.evaluate(held_out)
-    with judge.sae.inference(), torch.no_grad():
-        sizes = torch.cat([judge.sae.encode(part).sizes for part in held_out.split(4096)]).double()
+    with torch.no_grad():
+        sizes = torch.cat([judge.sae.frozen().encode(part).sizes for part in held_out.split(4096)]).double()
     suggested = max(1, round(found["l0"]))
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     quantiles = "/".join(f"{q:.0f}" for q in sizes.quantile(at).tolist())

@@ -214,9 +214,10 @@ def evaluate(arm: Arm, rows: Tensor) -> dict:
     """NMSE, FVU, L0 with its distribution and dead latents on held-out rows; cost of a step."""
     found = arm.trainer.evaluate(rows.float())
     sizes, errors = [], []
-    with arm.trainer.sae.inference(), torch.no_grad():
+    sae = arm.trainer.sae.frozen()
+    with torch.no_grad():
         for part in rows.split(4096):
-            recons, codes = arm.trainer.sae(part.float())
+            recons, codes = sae(part.float())
             sizes.append(codes.sizes.double())
             errors.append(token_nmse(part.float(), recons) * len(part))
     quantiles = torch.cat(sizes).quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
@@ -241,10 +242,11 @@ def encode_ms(sae: sh.SAE, rows: Tensor, n: int = 1024) -> float:
     """Milliseconds of one core to encode 1024 rows, the best of five: processor time, so other programs count less."""
     x, times, threads = rows[:n].float(), [], torch.get_num_threads()
     torch.set_num_threads(1)
-    with sae.inference(), torch.no_grad():
+    frozen = sae.frozen()
+    with torch.no_grad():
         for _ in range(5):
             started = time.process_time()
-            sae.encode(x)
+            frozen.encode(x)
             times.append(time.process_time() - started)
     torch.set_num_threads(threads)
     return 1000 * min(times)

@@ -192,7 +192,13 @@ class Codes:
                 raise LatentError(f"latent {latent} is out of range: this SAE has latents 0 to {self.d_sae - 1}")
 
     def select_rows(self, rows: Tensor, shape: tuple[int, ...] | None = None) -> Codes:
-        """Codes of the given rows (int64 indices into the flattened batch), in that order."""
+        """Codes of the given rows, in that order.
+
+        Args:
+            rows: (n,) int64 indices into the flattened batch; negative ones count from its end, as a tensor's do.
+            shape: the batch shape of the result; (n,) when left out.
+        """
+        rows = torch.where(rows < 0, rows + self.sizes.numel(), rows)
         sizes = self.sizes[rows]
         offsets = offsets_of(sizes)
         entry = rows_of(offsets, int(offsets[-1]))

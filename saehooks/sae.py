@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -245,22 +245,13 @@ class SAE(nn.Module):
         self.finished = True
         return found
 
-    @contextmanager
-    def inference(self) -> Iterator[SAE]:
-        """Inside the block nothing of the SAE is trained: eval mode, parameters without gradient; then as before."""
-        modes = [(module, module.training) for module in self.modules()]
-        flags = [(p, p.requires_grad) for p in self.parameters()]
-        try:
-            for module, _ in modes:
-                module.training = False
-            for p, _ in flags:
-                p.requires_grad_(False)
-            yield self
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for p, flag in flags:
-                p.requires_grad_(flag)
+    def frozen(self) -> SAE:
+        """The same SAE for use alone: in eval mode, its parameters without gradient.
+
+        It shares every tensor with this SAE, whose own mode and flags stay as they are: another thread may be training
+        it. Make a new one for each use; it does not see ``sae.to(...)``.
+        """
+        return _frozen(self)
 
     # ----------------------------------------------------------- what it is
 
@@ -330,6 +321,18 @@ class SAE(nn.Module):
         site = f", hook_name={self.hook_name!r}" if self.hook_name else ""
         kind = f"{self.cfg.dictionary!r}, {self.cfg.activation!r}"
         return f"SAE(d_in={self.d_in}, d_sae={self.d_sae}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
+
+
+def _frozen(module: Any) -> Any:
+    """A module that shares its tensors with ``module``: in eval mode, with parameters that ask for no gradient."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(
+        module.__dict__,
+        training=False,
+        _parameters={name: None if p is None else p.detach() for name, p in module._parameters.items()},
+        _modules={name: None if one is None else _frozen(one) for name, one in module._modules.items()},
+    )
+    return twin
 
 
 def _known(what: str, name: str, registry: dict[str, type]) -> Any:

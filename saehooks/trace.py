@@ -39,12 +39,12 @@ class Record:
     grads: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", _version(self.acts))
+        object.__setattr__(self, "_stamp", _stamp(self.acts))
 
     @property
     def untouched_acts(self) -> Tensor:
         """The activations, unless the model has written over them since."""
-        if _version(self.acts) != self._version:  # type: ignore[attr-defined]
+        if not torch.equal(_stamp(self.acts), self._stamp):  # type: ignore[attr-defined]
             raise ConfigError(
                 f"the model wrote over the activations of '{self.site}' after the site, so recons and error are lost; "
                 "attach at the input of the next module, or use trace.codes"
@@ -110,8 +110,8 @@ class Forward:
     @property
     def recons(self) -> Tensor:
         """(batch, pos, d_in), the reconstruction by the unedited codes, in the SAE's dtype."""
-        with torch.no_grad(), self._record.sae.inference() as sae:
-            return sae.decode(self.codes)
+        with torch.no_grad():
+            return self._record.sae.frozen().decode(self.codes)
 
     @property
     def error(self) -> Tensor:
@@ -248,9 +248,16 @@ class Traces(Mapping[str, Trace]):
         return "".join(trace._repr_html_() for trace in self._traces.values())
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written in place; always 0 under inference mode, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _stamp(tensor: Tensor) -> Tensor:
+    """A number that another one replaces when the tensor is written in place."""
+    if not tensor.is_inference():
+        return torch.tensor(tensor._version)
+    # Under inference mode torch counts no writes: the bits of the values are summed, each with a weight of its place.
+    bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).reshape(-1)
+    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _table(forward: Forward) -> str:

@@ -137,3 +137,12 @@ def test_wrong_offsets_and_lengths_are_refused():
 def test_repr_says_what_matters(codes):
     """Shape, width and L0 at a glance."""
     assert repr(codes) == "Codes(shape=(2, 2), d_sae=4, l0=1.5, dtype=float32)"
+
+
+def test_select_rows_counts_negative_rows_from_the_end():
+    """Negative rows are those that a tensor's indexing gives, not the entries of some other row."""
+    dense = torch.tensor([[1.0, 0, 2], [0, 3, 0], [4, 5, 6], [0, 0, 7]])
+    codes, rows = Codes.from_dense(dense, scale=torch.arange(4.0)), torch.tensor([-2, 0, -4, 3, -1])
+    found = codes.select_rows(rows)
+    assert torch.equal(found.dense(), dense[rows])
+    assert torch.equal(found.scale, torch.arange(4.0)[rows])

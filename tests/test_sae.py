@@ -70,19 +70,28 @@ def test_wrong_settings_are_refused(given, said):
         sh.SAE(**{"d_in": 8, "d_sae": 40, **given})
 
 
-def test_inference_restores_modes_and_flags(sae):
-    """Inside, nothing is trained; outside, every flag is as it was, also after an error."""
+def test_frozen_shares_tensors_and_changes_no_flag(sae):
+    """The frozen SAE computes what the SAE does in eval mode, from the same tensors; the SAE itself stays as it is."""
     sae.train()
     sae.dictionary.C.requires_grad_(False)
-    before = [(p.requires_grad) for p in sae.parameters()]
-    with sae.inference():
-        assert not sae.training
-        assert not any(p.requires_grad for p in sae.parameters())
-    with pytest.raises(KeyError), sae.inference():
-        raise KeyError
-    assert sae.training
-    assert sae.activation.training
-    assert [p.requires_grad for p in sae.parameters()] == before
+    before, x = [(p.requires_grad, p._version) for p in sae.parameters()], torch.randn(3, 8)
+    frozen = sae.frozen()
+    assert not any(module.training for module in frozen.modules())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert [p.data_ptr() for p in frozen.parameters()] == [p.data_ptr() for p in sae.parameters()]
+    assert [b.data_ptr() for b in frozen.buffers()] == [b.data_ptr() for b in sae.buffers()]
+    assert all(module.training for module in sae.modules())
+    assert [(p.requires_grad, p._version) for p in sae.parameters()] == before
+    assert torch.equal(frozen(x).recons, sae.eval()(x).recons.detach())
+
+
+def test_frozen_counts_nothing():
+    """Activations that keep running statistics in train mode keep none of what the frozen SAE reads."""
+    sae = sh.SAE(8, 32, "linear", "batchtopk", k=4, track_density=True).train()
+    sae(torch.randn(64, 8))
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae.frozen()(torch.randn(64, 8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
 # ------------------------------------------------------------------ odd input

@@ -48,9 +48,10 @@ class Attachment:
         check_width(self.sae, self.site, acts.shape[-1])
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
         exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
-        with torch.set_grad_enabled(graph), exact, self.sae.inference():
+        sae = self.sae.frozen()
+        with torch.set_grad_enabled(graph), exact:
             with self._room(acts):
-                codes = self.sae.encode(acts)
+                codes = sae.encode(acts)
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view)
             original, edited = codes, self._edit(codes, view, mask)
@@ -60,8 +61,8 @@ class Attachment:
                 edited = _with_kept_grad(edited)
             self._record(acts, codes, edited, view, mask)
             if self.error == "drop":
-                return self._reconstructed(acts, edited, mask)
-            return None if edited is original else self._moved(acts, original, edited, mask)
+                return self._reconstructed(sae, acts, edited, mask)
+            return None if edited is original else self._moved(sae, acts, original, edited, mask)
 
     def _room(self, acts: Tensor) -> AbstractContextManager[object]:
         """How the codes are laid out. Edits and gradients, which users see, and traces that pile up take no padding.
@@ -105,16 +106,16 @@ class Attachment:
             )
         )
 
-    def _reconstructed(self, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
+    def _reconstructed(self, sae: SAE, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
         """The reconstruction, where ``mask`` holds."""
         if mask is None:
-            return self.sae.decode(edited)
+            return sae.decode(edited)
         if self._on_gpu:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
-            return torch.where(mask[..., None].to(acts.device), self.sae.decode(edited).to(acts), acts)
+            return torch.where(mask[..., None].to(acts.device), sae.decode(edited).to(acts), acts)
         rows = mask.reshape(-1).nonzero()[:, 0]
-        return _put_rows(acts, rows, self.sae.decode(edited.select_rows(rows))) if len(rows) else None
+        return _put_rows(acts, rows, sae.decode(edited.select_rows(rows))) if len(rows) else None
 
-    def _moved(self, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None) -> Tensor | None:
+    def _moved(self, sae: SAE, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None) -> Tensor | None:
         """``acts + scale * (edited - original) @ W``, computed for the rows that move and exact in the others."""
         if not edit.same_scale(edited, original):  # an edit of the user's own: then no latent-wise difference exists
             moving = torch.ones_like(edited.sizes, dtype=torch.bool)
@@ -127,7 +128,7 @@ class Attachment:
         rows = (moving if mask is None else moving & mask.reshape(-1)).nonzero()[:, 0]
         if not len(rows):
             return None
-        steps = [self.sae.decode_delta(part.select_rows(rows)) for part in parts]
+        steps = [sae.decode_delta(part.select_rows(rows)) for part in parts]
         return _add_rows(acts, rows, steps[0] if len(steps) == 1 else steps[0] - steps[1])
 
     def check_used(self) -> None:

@@ -185,5 +185,4 @@ class Ablator:
         zeroed = table.to(device)[ablation, codes.indices]
         delta = edit.without_zeros(codes.with_values(torch.where(zeroed, -codes.values, 0.0)))
         moved = (delta.sizes > 0).nonzero()[:, 0]
-        with self.sae.inference():
-            return moved, self.sae.decode_delta(delta.select_rows(moved))
+        return moved, self.sae.frozen().decode_delta(delta.select_rows(moved))

@@ -12,9 +12,10 @@ from torch import Tensor
 from saehooks.attachments import attach
 from saehooks.causal.metric import Batch, Metric
 from saehooks.causal.progress import Bar
-from saehooks.causal.runs import Data, Inputs, frozen
+from saehooks.causal.runs import Data, Inputs
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError
+from saehooks.hosts.frozen import frozen
 from saehooks.sae import SAE
 from saehooks.trace import Forward
 

@@ -13,10 +13,11 @@ from saehooks.attachments import attach
 from saehooks.causal.attribution import gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.progress import Bar, bar
-from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, frozen, runner
+from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, runner
 from saehooks.causal.table import SHOWN, Table, named
 from saehooks.errors import ConfigError
 from saehooks.hosts import host as host_of
+from saehooks.hosts.frozen import frozen
 from saehooks.sae import SAE
 from saehooks.trace import Forward
 

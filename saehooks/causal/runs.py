@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saehooks.errors import ConfigError
 from saehooks.hosts import Host, Site
@@ -138,16 +137,3 @@ def _tensor_of(output: Any) -> Tensor:
             f"the model returned {type(output).__name__} without a tensor; pass run=, a function from inputs to output"
         )
     return tensor
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter of the model asks for a gradient, so that a backward pass costs less."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)

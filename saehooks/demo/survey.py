@@ -29,9 +29,9 @@ class Survey:
         batches = list(batches)
         self.tokens = torch.cat([batch[:, 1:].reshape(-1) for batch in batches])
         """(n,) int64, the tokens, in the order of the codes."""
-        with torch.no_grad(), sae.inference():
-            rows = harvest(model, batches, sae.hook_name or "")
-            self.codes = Codes.cat([sae.encode(part) for part in rows])
+        rows, encoder = harvest(model, batches, sae.hook_name or ""), sae.frozen()
+        with torch.no_grad():
+            self.codes = Codes.cat([encoder.encode(part) for part in rows])
         """Codes of shape (n,)."""
 
     def places(self, latent: int, n: int = 6) -> list[int]:

@@ -164,15 +164,15 @@ class _Probe:
 
     def _splice(self, acts: Tensor) -> Tensor:
         check_width(self.sae, self.site, acts.shape[-1])
-        with self.sae.inference():
-            codes = self.sae.encode(acts)
-            view = self.cursor.look(codes, self.host.tokenizer)
-            mask = full_mask(self.where, view)
-            mask = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device) if mask is None else mask
-            mask = self._without_padding(mask.to(acts.device))
-            rows = mask.reshape(-1).nonzero()[:, 0]
-            kept = codes.select_rows(rows.to(codes.indices.device))
-            recons = self.sae.decode(kept)
+        sae = self.sae.frozen()
+        codes = sae.encode(acts)
+        view = self.cursor.look(codes, self.host.tokenizer)
+        mask = full_mask(self.where, view)
+        mask = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device) if mask is None else mask
+        mask = self._without_padding(mask.to(acts.device))
+        rows = mask.reshape(-1).nonzero()[:, 0]
+        kept = codes.select_rows(rows.to(codes.indices.device))
+        recons = sae.decode(kept)
         flat = acts.reshape(-1, acts.shape[-1])
         self.seen = _Seen(flat[rows].to(recons), mask, kept, recons)
         return flat.index_copy(0, rows, recons.to(flat)).reshape(acts.shape)

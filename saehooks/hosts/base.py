@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from saehooks.errors import SiteError, WidthError
 from saehooks.hosts.early_stop import stopping
+from saehooks.hosts.hooks import Slot, hook_module
 from saehooks.hosts.layout import View, first_tensor, with_first_tensor
 
 HookFn = Callable[[Tensor], "Tensor | None"]
@@ -86,7 +87,7 @@ class Site:
     """The module whose output, or input, is the site."""
     width: int | None
     """Size of the last axis that a hook sees; None where only a forward pass can tell."""
-    slot: str = "out"
+    slot: Slot = "out"
     """``"out"`` for the module's output, ``"in"`` for its input."""
     head: int | None = None
     """The one attention head that is shown, or None for all of them joined."""
@@ -115,12 +116,11 @@ class Site:
             WidthError: at the forward pass, when what passes here is not (batch, pos, width), or what ``fn``
                 returned has another shape.
         """
-        if self.slot == "in":
-            return self.module.register_forward_pre_hook(self._pre_hook(fn), with_kwargs=True)
-        return self.module.register_forward_hook(self._post_hook(fn))
+        hook = self._pre_hook(fn) if self.slot == "in" else self._post_hook(fn)
+        return hook_module(self.module, self.slot, hook)
 
     def _post_hook(self, fn: HookFn) -> Callable[..., Any]:
-        def post_hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def post_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             replaced = self._apply(fn, first_tensor(output, self.name))
             return None if replaced is None else with_first_tensor(output, replaced)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from saehooks.hosts.hooks import Slot, hook_module
 from saehooks.hosts.method_wrapper import replaced_method
 
 
@@ -20,43 +22,47 @@ class _Stop(BaseException):
         self.owner = owner
 
 
+class _Calls(threading.local):
+    """How many entry points are running in this thread, one inside the other."""
+
+    running = 0
+
+
 class _Stopper:
     """One stop: a hook that throws, and entry points that catch."""
 
-    def __init__(self, module: nn.Module, slot: str):
-        self._hooks: Any = module._forward_pre_hooks if slot == "in" else module._forward_hooks
-        self._running = 0
-        register = module.register_forward_pre_hook if slot == "in" else module.register_forward_hook
-        self._handle = register(self._fire)
+    def __init__(self, module: nn.Module, slot: Slot):
+        self._calls = _Calls()
+        self._hook = hook_module(module, slot, self._fire)
 
     def _fire(self, *_: Any) -> None:
         # A submodule may be called by itself, with nobody above to catch: then it runs to its end.
-        if self._running:
+        if self._calls.running:
             raise _Stop(self)
 
     def remove(self) -> None:
-        self._handle.remove()
+        self._hook.remove()
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
         def stopped_forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._running and self._handle.id in self._hooks:
-                self._hooks.move_to_end(self._handle.id)  # hooks that came after the block was entered run too
-            self._running += 1
+            if not self._calls.running:
+                self._hook.move_to_end()  # hooks that came after the block was entered run too
+            self._calls.running += 1
             try:
                 return forward(*args, **kwargs)
             except _Stop as stop:
-                if stop.owner is not self or self._running > 1:
+                if stop.owner is not self or self._calls.running > 1:
                     raise
                 return None
             finally:
-                self._running -= 1
+                self._calls.running -= 1
 
         return stopped_forward
 
 
 @contextmanager
-def stopping(module: nn.Module, slot: str, entry_points: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+def stopping(module: nn.Module, slot: Slot, entry_points: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """End every call of an entry point right after the output (or input) of ``module`` has passed all its hooks.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from saehooks.hosts.base import ForwardCall, Handle, is_tokens
 from saehooks.hosts.early_stop import replaced_method
+from saehooks.hosts.hooks import hook_module
 from saehooks.hosts.module import cached_positions
 
 
@@ -32,7 +33,7 @@ class _HookedWatch:
             stack.enter_context(replaced_method(model, "forward", self._around_forward))
             if hasattr(model, "generate"):
                 stack.enter_context(replaced_method(model, "generate", self._around_generate))
-            stack.callback(model.embed.register_forward_pre_hook(self._embedding).remove)
+            stack.callback(hook_module(model.embed, "in", self._embedding).remove)
             self._stack = stack.pop_all()
 
     def remove(self) -> None:
@@ -67,7 +68,7 @@ class _HookedWatch:
 
         return watched_generate
 
-    def _embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args and is_tokens(args[0]) else None
         if self._call is not None:
             call, self._call = self._call, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -9,7 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from saehooks.hosts.copied import after_copying
+
 Method = Callable[..., Any]
+
+_LOCK = threading.Lock()
+"""Held while a stand-in comes or goes, so that threads that share a model find one stand-in."""
 
 
 class _Layer:
@@ -39,8 +46,16 @@ class _StandIn:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         # A copy of the model, made inside a block, runs itself and not the model that it is a copy of.
-        copied = memo.get(id(self._module), self._module)
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        copied = memo.get(id(self._module))
+        if copied is None:
+            return self._method
+        after_copying(memo, lambda: copied.__dict__.pop(self._name, None))
         return getattr(type(copied), self._name).__get__(copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self._module, self._name)) if self._own is None else (_own, (self._own,))
 
     def add(self, around: Callable[[Method], Method]) -> _Layer:
         layer = _Layer(self._layers[-1].wrapper if self._layers else self._method, around)
@@ -62,6 +77,10 @@ class _StandIn:
                 self._module.__dict__[self._name] = self._own
 
 
+def _own(method: Method) -> Method:
+    return method
+
+
 @contextmanager
 def replaced_method(module: nn.Module, name: str, around: Callable[[Method], Method]) -> Iterator[None]:
     """Put ``around(method)`` in place of one method of one module for the length of the block.
@@ -73,10 +92,12 @@ def replaced_method(module: nn.Module, name: str, around: Callable[[Method], Met
     >>> same(3), "forward" in vars(same)
     (3, False)
     """
-    current = module.__dict__.get(name)
-    stand_in = current if isinstance(current, _StandIn) else _StandIn(module, name)
-    layer = stand_in.add(around)
+    with _LOCK:
+        current = module.__dict__.get(name)
+        stand_in = current if isinstance(current, _StandIn) else _StandIn(module, name)
+        layer = stand_in.add(around)
     try:
         yield
     finally:
-        stand_in.drop(layer)
+        with _LOCK:
+            stand_in.drop(layer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saehooks.errors import SiteError
 from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head, is_tokens
+from saehooks.hosts.hooks import hook_module
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.widths import config_width, module_widths
 
@@ -111,7 +112,7 @@ def watch_module(model: nn.Module, fn: Callable[[ForwardCall], None]) -> Handle:
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fn(forward_call(module, args, kwargs))
 
-    return model.register_forward_pre_hook(announce, with_kwargs=True)
+    return hook_module(model, "in", announce)
 
 
 def forward_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saehooks.errors import SiteError
 from saehooks.hosts.base import ForwardCall, Handle, Handles, Host, Site, SiteInfo, check_head, is_tokens
+from saehooks.hosts.hooks import Slot, hook_module
 from saehooks.hosts.layout import View
 from saehooks.hosts.module import refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
@@ -28,7 +29,7 @@ ATTN_CHAIN, MLP_CHAIN = ("attn", "ln_attn", "ls_1", "ls1"), ("mlp", "ls_2", "ls2
 class _Place(NamedTuple):
     path: str
     module: nn.Module
-    slot: str
+    slot: Slot
 
 
 class OpenClipHost(Host):
@@ -81,12 +82,7 @@ class OpenClipHost(Host):
 
             return announce
 
-        return Handles(
-            [
-                module.register_forward_pre_hook(begins(tower), with_kwargs=True)
-                for tower, module in self._towers.items()
-            ]
-        )
+        return Handles([hook_module(module, "in", begins(tower)) for tower, module in self._towers.items()])
 
     def describe(self) -> dict[str, Any]:
         return {"family": self.family, "model_name": type(self.model).__name__, "processing": {}}

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class _EagerBlocks:
+    """The blocks that are open now: the first one sets the stance of torch.compile, the last one sets it back."""
+
+    def __init__(self) -> None:
+        self._open, self._lock, self._stance = 0, threading.Lock(), None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._stance: Any = torch.compiler.set_stance("force_eager")
+            self._open += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = _EagerBlocks()
+"""The stance belongs to the process, so what counts its users does too."""
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Models that went through ``torch.compile`` run eagerly inside the block, and compiled again after it.
 
-    Compiled code neither sees hooks that were added after it was made, nor forgets those it was made with.
+    Compiled code neither sees hooks that were added after it was made, nor forgets those it was made with. Blocks may
+    be left in any order, and a model may be compiled for the first time inside one.
     """
-    compiler = sys.modules.get("torch._dynamo") and sys.modules.get("torch.compiler")
-    if not compiler or not hasattr(compiler, "set_stance"):  # nothing was compiled, or torch is older than 2.6
+    if not hasattr(torch.compiler, "set_stance"):  # torch before 2.6
         yield
         return
-    with compiler.set_stance("force_eager"):
+    _EAGER.enter()
+    try:
         yield
+    finally:
+        _EAGER.leave()

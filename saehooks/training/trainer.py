@@ -247,10 +247,10 @@ class Trainer:
     def evaluate(self, rows: Tensor, chunk: int = 4096) -> dict[str, float]:
         """NMSE, FVU, L0 with quantiles and dead latents on held-out rows (n, d_in); also put into the history."""
         meter = ReconstructionMeter(self.sae.d_in, self.sae.d_sae)
-        with self.sae.inference():
-            for part in rows.split(chunk):
-                part = part.to(self.sae.device, self.sae.dtype)
-                meter.update(part, *self.sae(part))
+        sae = self.sae.frozen()
+        for part in rows.split(chunk):
+            part = part.to(sae.device, sae.dtype)
+            meter.update(part, *sae(part))
         found = meter.summary()
         record = {f"eval_{name}": value for name, value in found.items()}
         if self.history and self.history[-1]["step"] == self.steps:
