@@ -33,5 +33,9 @@ class FormatError(SaehooksError, ValueError):
     """A folder or file that is not the SAE it claims to be."""
 
 
+class StorageError(SaehooksError, OSError):
+    """A folder that cannot be written to: read-only, full, or a file."""
+
+
 class NotFiniteError(SaehooksError, ArithmeticError):
     """NaN or infinity where a finite number is needed."""

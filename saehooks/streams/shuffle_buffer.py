@@ -45,7 +45,7 @@ class ShuffleBuffer:
         self.rows = torch.empty(capacity, d_in, dtype=dtype, device=device)
         self.filled = 0
         """Rows in use, always the first ones."""
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.before_batch: Callable[[], None] | None = None
         """Called before each batch; when it raises, `state` is one from which everything goes on."""
         self._serving: _Serving | None = None
@@ -67,6 +67,10 @@ class ShuffleBuffer:
         if rows.numel() and not torch.isfinite(rows.sum(dtype=torch.float64)):
             bad = int((~rows.isfinite()).any(1).sum())
             raise NotFiniteError(f"{bad} of {len(rows)} activations hold NaN or infinity")
+        if self._held > len(rows):
+            raise ConfigError(
+                f"the buffer goes on amid {self._held} rows or more, got {len(rows)}: other rows than before"
+            )
         self._taken, self._held = self._held, 0
         yield from self._serve()
         while self._taken < len(rows):
@@ -88,7 +92,7 @@ class ShuffleBuffer:
         Without ``leaving``: go on with the serving that was left half done, if there is one.
         """
         if leaving is not None:
-            order = torch.cat([torch.randperm(self.filled, generator=self.generator) for _ in range(self.passes)])
+            order = torch.cat([self._shuffled(self.filled) for _ in range(self.passes)])
             self._serving = _Serving(order.to(self.rows.device), leaving - leaving % self.batch_size, 0)
         if self._serving is None:
             return
@@ -106,14 +110,22 @@ class ShuffleBuffer:
             self.rows[start : start + len(part)] = self.rows[part]
         self.filled = len(stay)
 
+    def _shuffled(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator, device="cpu")
+
+    @property
+    def under_way(self) -> int:
+        """Rows taken in of those that an unfinished `add` was given; such rows come again after a `restore`."""
+        return self._taken
+
     def state(self) -> dict[str, Tensor]:
         """Tensors from which `restore` continues bit for bit, also between two batches of an `add`."""
-        serving = self._serving or _Serving(torch.zeros(0, dtype=torch.int64), 0, 0)
+        serving = self._serving or _Serving(torch.zeros(0, dtype=torch.int64, device="cpu"), 0, 0)
         return {
             "rows": self.rows[: self.filled].clone(),
             "generator": self.generator.get_state(),
             "order": serving.order,
-            "places": torch.tensor([serving.leaving, serving.served, self._taken]),
+            "places": torch.tensor([serving.leaving, serving.served, self._taken], dtype=torch.int64, device="cpu"),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from saehooks.errors import ConfigError, FormatError, NotFiniteError
+from saehooks.errors import ConfigError, FormatError, NotFiniteError, StorageError
 from saehooks.storage import read_safetensors, write_file
+from saehooks.streams import Fingerprint
 from saehooks.training.trainer import Trainer
 
 CHECKPOINT = "checkpoint.safetensors"
-FREE = ("log_every", "eval_every", "checkpoint_every", "dead_after")
+FREE = ("steps", "log_every", "eval_every", "checkpoint_every", "dead_after")
 """Settings that may differ between a checkpoint and the training that goes on from it."""
 
 
@@ -39,7 +41,8 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
     facts = {
         "sae": trainer.sae.cfg.to_dict(),
         "config": _settings(trainer),
-        "counters": {name: getattr(trainer, name) for name in ("steps", "rows_seen", "batches_seen", "expected_steps")},
+        "counters": {name: getattr(trainer, name) for name in ("steps", "rows_done", "batches_seen", "expected_steps")},
+        "data": trainer.data.value,
         "history": trainer.history,
         "seconds": trainer.seconds,
     }
@@ -47,6 +50,20 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_file(folder / CHECKPOINT, to_bytes(ready, metadata={"cfg": json.dumps(facts)}))
     return folder / CHECKPOINT
+
+
+def check_writable(folder: Path) -> None:
+    """Raise before anything runs where a folder could not be written at the end.
+
+    Raises:
+        StorageError: it, or the nearest folder above it that exists, is a file or takes no files.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {nearest}: {error.strerror}; give another folder") from error
 
 
 def refuse_unfinished(folder: str | Path) -> None:
@@ -78,7 +95,7 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     if not path.exists():
         return False
     tensors, facts = read_safetensors(path)
-    if facts is None or "counters" not in facts:
+    if facts is None or not {"counters", "data"} <= set(facts):
         raise FormatError(f"{path} is not a checkpoint of a training")
     _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(trainer.sae.cfg.to_dict())), ("metadata",))
     _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
@@ -96,6 +113,8 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     trainer.idle.copy_(tensors["idle"])
     for name, value in facts["counters"].items():
         setattr(trainer, name, value)
+    trainer.expected_steps = trainer.config.steps or trainer.expected_steps
+    trainer.data = Fingerprint(facts["data"])
     trainer.history, trainer.seconds = facts["history"], facts["seconds"]
     return True
 

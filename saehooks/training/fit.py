@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saehooks.attachments.resolve import find
-from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError
+from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError, StorageError
 from saehooks.hosts import Host, Site, host
 from saehooks.sae import SAE
 from saehooks.show.training import TrainingProgress
-from saehooks.streams import AFTER_FIRST, Tap, checked_batches, harvest
-from saehooks.training.checkpoint import load_checkpoint, refuse_unfinished, save_checkpoint
+from saehooks.streams import AFTER_FIRST, Fingerprint, Tap, checked_batches, harvest
+from saehooks.training.checkpoint import check_writable, load_checkpoint, refuse_unfinished, save_checkpoint
 from saehooks.training.signals import Interruptions
 from saehooks.training.trainer import TrainConfig, Trainer
 
@@ -96,6 +96,7 @@ def fit(
     Raises:
         SiteError, WidthError, ConfigError: before anything runs; ConfigError also when the batches hold too little.
         NotFiniteError: an activation or the loss is not finite; the last checkpoint stays.
+        StorageError: the folder cannot be written to, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
     source = host(model)
@@ -104,22 +105,28 @@ def fit(
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise ConfigError("resume=True needs out=, the folder that holds the checkpoint")
+    if folder is not None:
+        check_writable(folder)
     if folder is not None and resume:
         load_checkpoint(trainer, folder)
     elif folder is not None:
         refuse_unfinished(folder)
     batches = checked_batches(batches)
     held_out = None if eval_batches is None else _held_out(model, eval_batches, site, where)
-    rows = _timed_rows(trainer, model, batches, site, where)
-    with _saved_when_interrupted(trainer, folder) as interruptions:
-        with TrainingProgress(trainer, progress) as display:
-            _loop(trainer, rows, folder, held_out, display, interruptions)
-        _remember(trainer, source, site, where)
-        if held_out is not None:
-            sae.cfg.metadata["metrics"] = {"held_out": trainer.evaluate(held_out)}
-        if folder is not None:
-            sae.save(folder)
-            save_checkpoint(trainer, folder)
+    parts = _timed_parts(trainer, model, batches, site, where)
+    try:
+        with _saved_when_interrupted(trainer, folder) as interruptions:
+            with TrainingProgress(trainer, progress) as display:
+                _loop(trainer, parts, folder, held_out, display, interruptions)
+            _remember(trainer, source, site, where)
+            if held_out is not None:
+                sae.cfg.metadata["metrics"] = {"held_out": trainer.evaluate(held_out)}
+            if folder is not None:
+                with _named_write(trainer, folder):
+                    sae.save(folder)
+                    save_checkpoint(trainer, folder)
+    finally:
+        sae.eval()
     return trainer
 
 
@@ -135,7 +142,8 @@ def _saved_when_interrupted(trainer: Trainer, folder: Path | None) -> Iterator[I
             # After a second one a step may be half done; without a step there is nothing to save.
             if folder is None or interruptions.count != 1 or trainer.steps == before:
                 raise
-            save_checkpoint(trainer, folder)
+            with _named_write(trainer, folder):
+                save_checkpoint(trainer, folder)
             raise KeyboardInterrupt(
                 f"stopped after step {trainer.steps}, with a checkpoint in {folder}; the same call with resume=True "
                 "(on the command line: --resume) goes on from there, bit for bit"
@@ -146,7 +154,7 @@ def _saved_when_interrupted(trainer: Trainer, folder: Path | None) -> Iterator[I
 
 def _loop(
     trainer: Trainer,
-    rows: Iterator[Tensor],
+    parts: Iterator[Part],
     folder: Path | None,
     held_out: Tensor | None,
     display: TrainingProgress,
@@ -162,23 +170,30 @@ def _loop(
             trainer.evaluate(held_out)
             evaluated = trainer.steps
         if folder is not None and trainer.steps - saved >= trainer.config.checkpoint_every:
-            save_checkpoint(trainer, folder)
+            with _named_write(trainer, folder):
+                save_checkpoint(trainer, folder)
             saved = trainer.steps
         display.update()
 
     try:
-        for part in rows:
+        while not trainer.finished and (part := next(parts, None)) is not None:
             with interruptions.held():
-                trainer.push(part)
+                trainer.push(part.rows, part.batch)
                 after_push()
-            if trainer.finished:
-                return
     except NotFiniteError as error:
         kept = f"; the checkpoint of step {saved} in {folder} is intact" if folder and saved else ""
         raise NotFiniteError(f"{error}{kept}") from error
+    if trainer.finished:
+        return
     with interruptions.held():
         trainer.drain()
     _check_trained(trainer)
+    if not trainer.finished and trainer.config.steps is not None:
+        warnings.warn(
+            f"the batches ended after step {trainer.steps}, before steps={trainer.config.steps}"
+            + ("" if trainer.rate_fell else "; the learning rate had not fallen, since its decay was planned for that"),
+            stacklevel=3,
+        )
     trainer.expected_steps = trainer.steps
     display.update()
 
@@ -205,20 +220,78 @@ def _held_out(model: Any, batches: Iterable[Any], site: Site, where: Any) -> Ten
     return torch.cat(rows)
 
 
-def _timed_rows(trainer: Trainer, model: Any, batches: Iterable[Any], site: Site, where: Any) -> Iterator[Tensor]:
+class Part(NamedTuple):
+    """What one batch gives."""
+
+    rows: Tensor
+    """(n, d_in) activations."""
+    batch: Any
+    """What the model was given."""
+
+
+def _timed_parts(trainer: Trainer, model: Any, batches: Iterable[Any], site: Site, where: Any) -> Iterator[Part]:
     """Rows of the batches not seen yet, the time of the model's forwards booked as such."""
-    rows = harvest(model, islice(batches, trainer.batches_seen, None), site.given, head=site.head, where=where)
+    latest: list[Any] = [None]
+
+    def noted() -> Iterator[Any]:
+        for latest[0] in _unseen(trainer, batches):
+            yield latest[0]
+
+    rows = harvest(model, noted(), site.given, head=site.head, where=where)
+    total = _length(batches)
     while True:
         started = time.perf_counter()
         part = next(rows, None)
         trainer.seconds["model"] += time.perf_counter() - started
         if part is None:
             return
-        if trainer.expected_steps is None and isinstance(batches, Sized):
-            trainer.expected_steps = max(
-                1, len(batches) * len(part) * trainer.config.passes // trainer.config.batch_size
-            )
-        yield part
+        if total is not None:
+            trainer.expect(total, len(part))
+        yield Part(part, latest[0])
+
+
+def _unseen(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches that a resumed training has not seen.
+
+    Raises:
+        ConfigError: those it has seen do not come again.
+    """
+    stream, again = iter(batches), Fingerprint()
+    for count in range(trainer.batches_seen):
+        try:
+            again.add(next(stream))
+        except StopIteration:
+            raise ConfigError(
+                f"there are {count} batches, but the checkpoint has seen {trainer.batches_seen}: "
+                "to resume, give the batches of the first run"
+            ) from None
+    if again.value != trainer.data.value:
+        raise ConfigError(
+            f"the first {trainer.batches_seen} batches are not the same as those of the checkpoint: they are others, or "
+            "came in another order. To resume, give the batches of the first run in their order (a DataLoader that "
+            "shuffles needs generator=torch.Generator().manual_seed(...)), or begin anew in another folder"
+        )
+    return stream
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """How many batches there are, where they can tell."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader over a stream has a length that only raises
+        return None
+
+
+@contextmanager
+def _named_write(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """A write that fails says what was not written and what is left."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"step {trainer.steps} could not be saved in {folder} ({error.strerror or error}); what was there is as "
+            "it was. The SAE goes on existing in this process: sae.save(another_folder)"
+        ) from error
 
 
 def _config(config: TrainConfig | None, settings: dict[str, Any]) -> TrainConfig:

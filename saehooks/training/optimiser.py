@@ -16,6 +16,14 @@ from saehooks.kernels.deferred import Contribution, Deferred, deferring
 from saehooks.sae import SAE
 
 
+def _adam_step(optimizer: torch.optim.Adam) -> None:
+    """Adam's own step, without the step hooks: torch runs those of a subclass around the subclass's step already."""
+    step = torch.optim.Adam.step
+    if getattr(step, "hooked", False):  # once a plain Adam has been made
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)
+
+
 class TableAdam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` that can leave the gradients of an SAE's tables unwritten.
 
@@ -82,7 +90,7 @@ class TableAdam(torch.optim.Adam):
             for p in group["params"]:
                 self._step_table(p, group)
         self._deferred = None
-        super().step()
+        _adam_step(self)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from saehooks import kernels
 from saehooks.errors import ConfigError, NotFiniteError
 from saehooks.kernels.forecast import Forecast
 from saehooks.metrics import ReconstructionMeter, nmse
-from saehooks.sae import SAE
-from saehooks.streams import ShuffleBuffer
+from saehooks.sae import SAE, autocast_off
+from saehooks.streams import Fingerprint, ShuffleBuffer
 from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.training.optimiser import TableAdam
 
@@ -71,9 +72,13 @@ class Trainer:
     Args:
         sae: trained in place.
         config: settings.
+    Raises:
+        ConfigError: an SAE that cannot be trained: in float16, frozen, or made under inference_mode.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, sae: SAE, config: TrainConfig | None = None) -> None:
+        _check_trainable(sae)
         self.sae, self.config = sae, config or TrainConfig()
         self.loss_config = self.config.loss or default_loss(sae)
         self.optimizer = TableAdam(sae, lr=self.config.lr, betas=self.config.betas)
@@ -90,17 +95,19 @@ class Trainer:
         """Steps of the whole training where they are known: what the learning rate's decay is measured by."""
         self.steps = 0
         """Optimiser steps made."""
-        self.rows_seen = 0
-        """Rows taken in."""
+        self.rows_done = 0
+        """Rows of the batches taken in whole."""
         self.batches_seen = 0
-        """Forwards of the model taken in."""
+        """Batches taken in whole."""
+        self.data = Fingerprint()
+        """Of those batches."""
         self.idle = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         """(d_sae,) rows trained on since each latent last fired."""
         self.history: list[dict[str, float]] = []
         """Records: step, rows, loss, nmse, l0, dead, lr; and eval_* where there was an evaluation."""
         self.seconds = {"model": 0.0, "sae": 0.0, "optimizer": 0.0, "buffer": 0.0}
         """Where the host's time went; on a GPU, which works on while the host goes ahead, not the GPU's."""
-        self._bad = torch.zeros((), device=sae.device)
+        self._bad = torch.zeros((), dtype=torch.float32, device=sae.device)
         self._forecast = Forecast()
 
     # ---------------------------------------------------------------- rows in
@@ -110,34 +117,53 @@ class Trainer:
         """Whether the configured number of steps has been made."""
         return self.config.steps is not None and self.steps >= self.config.steps
 
-    def push(self, rows: Tensor) -> None:
+    @property
+    def rows_seen(self) -> int:
+        """Rows taken in."""
+        return self.rows_done + self.buffer.under_way
+
+    def push(self, rows: Tensor, batch: Any = None) -> None:
         """Take in rows (n, d_in), of any dtype and device, and train on the batches that become ready.
 
+        Args:
+            rows: activations.
+            batch: what they came from, for the fingerprint by which a resumed training knows its data again.
         Raises:
             NotFiniteError: an activation, or the loss, is NaN or infinite; the SAE is as after the last good step.
         """
-        with torch.inference_mode(False):  # a user may call the model under inference_mode
-            self._train(self.buffer.add(rows.to(self.sae.device)))
-        self.rows_seen += len(rows)
+        with self._own_modes():
+            if not self._train(self.buffer.add(rows.detach().to(self.sae.device))):
+                return  # the last step was made: the rest of the rows waits for a training that goes on from here
+        self.rows_done += len(rows)
         self.batches_seen += 1
+        self.data.add(batch)
 
     def drain(self) -> None:
         """Train on what is left in the buffer."""
-        self._train(self.buffer.drain())
-        self.settle()
+        with self._own_modes():
+            self._train(self.buffer.drain())
+            self.settle()
 
-    def _train(self, batches: Iterator[Tensor]) -> None:
-        """Step through batches; making them is booked as the buffer's time."""
+    def _train(self, batches: Iterator[Tensor]) -> bool:
+        """Step through batches, making them booked as the buffer's time; False if the last step came before their end.
+        """
         while not self.finished:
             started = time.perf_counter()
             batch = next(batches, None)
             self.seconds["buffer"] += time.perf_counter() - started
             if batch is None:
-                return
+                return True
             if not self.sae.finished:
                 self.sae.initialise(self.buffer.rows[: self.buffer.filled])
             self.step(batch)
         self.settle()
+        return False
+
+    @contextmanager
+    def _own_modes(self) -> Iterator[None]:
+        """A user may call the model, or `fit`, under inference_mode or autocast: neither reaches the training."""
+        with torch.inference_mode(False), autocast_off(self.sae.device):
+            yield
 
     # ------------------------------------------------------------------ steps
 
@@ -152,9 +178,11 @@ class Trainer:
         Raises:
             NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
         """
-        self._repeat(self._forecast.late())
-        loss = self._update(x, foretold=kernels.path_name(x) == "gpu")
-        self._count(loss, x)
+        with self._own_modes():
+            self._repeat(self._forecast.late())
+            x = x.clone() if x.is_inference() else x
+            loss = self._update(x, foretold=kernels.path_name(x) == "gpu")
+            self._count(loss, x)
         return loss
 
     @property
@@ -168,13 +196,15 @@ class Trainer:
 
     def _repeat(self, batches: list[Tensor]) -> None:
         for batch in batches:
-            self._update(batch, foretold=False)
+            loss = self._update(batch, foretold=False)
+            self.idle[loss.stages.codes.indices] = 0
 
     def _update(self, x: Tensor, foretold: bool) -> TrainingLoss:
         """Forward, backward and the optimiser's update; ``foretold``: without waiting for the size of the codes."""
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
         written = self.sae.dictionary.adjusts_gradients
         entries = self._forecast.room(len(x), self.sae.d_sae) if foretold else None
         with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
@@ -186,7 +216,10 @@ class Trainer:
         broken = (~torch.isfinite(loss.total.detach())).to(self._bad)
         cut = torch.zeros_like(broken) if room is None or room.wanted is None else room.found_inf.to(broken)
         self._bad += broken * (1 - cut)  # codes that were cut off say nothing about the loss
-        self.optimizer.found_inf = torch.maximum(broken, cut)  # type: ignore[attr-defined]
+        failed = torch.maximum(broken, cut)
+        self.optimizer.found_inf = failed  # type: ignore[attr-defined]
+        for buffer, before in statistics:  # a step that changes no parameter has not been seen by a running mean either
+            buffer.copy_(torch.where(failed > 0, before, buffer))
         if not foretold:
             self.check_finite()
         between = time.perf_counter()
@@ -209,12 +242,29 @@ class Trainer:
                 "A smaller lr, or float32 activations, usually helps"
             )
 
+    def expect(self, batches: int, rows: int) -> None:
+        """Set `expected_steps` for so many batches in all, of as many rows as those so far; the next one has ``rows``.
+
+        ``steps`` of the config stays the limit. Every batch mends the estimate, so that one short batch at the
+        beginning does not end the training's learning rate.
+        """
+        config, seen = self.config, self.rows_done + rows
+        steps = batches * seen * config.passes // ((self.batches_seen + 1) * config.batch_size)
+        self.expected_steps = max(1, steps if config.steps is None else min(steps, config.steps))
+
+    @property
+    def rate_fell(self) -> bool:
+        """Whether the learning rate of the next step is below its peak by decay, or is not to decay at all."""
+        risen = self.steps + 1 >= self.config.warmup_steps
+        return not self.config.decay or (risen and self._lr_factor() < 1)
+
     def _lr_factor(self) -> float:
         step, total = self.steps + 1, self.expected_steps
         rise = min(1.0, step / max(1, self.config.warmup_steps))
         if not total or not self.config.decay:
             return rise
-        return rise * max(0.0, min(1.0, (total + 1 - step) / max(1.0, self.config.decay * total)))
+        left = max(1, total + 1 - step)  # where the number of steps was estimated too low, the rate never falls to 0
+        return rise * min(1.0, left / max(1.0, self.config.decay * total))
 
     @torch.no_grad()
     def _count(self, loss: TrainingLoss, x: Tensor) -> None:
@@ -287,3 +337,19 @@ class Trainer:
             name for name in ("step", "rows", "loss", "nmse", "l0", "dead", "lr") if self.latest(name) is not None
         ]
         return table_html(shown, columns, caption=repr(self))
+
+
+def _check_trainable(sae: SAE) -> None:
+    """Raise ConfigError for an SAE whose parameters no optimiser can change."""
+    if sae.dtype == torch.float16:
+        raise ConfigError(
+            "an SAE in float16 cannot be trained: squared gradients lie below the smallest float16, so that Adam divides "
+            "by 0. Train in float32 (sae.float()), and save with sae.save(folder, dtype=torch.float16)"
+        )
+    if any(p.is_inference() for p in sae.parameters()):
+        raise ConfigError(
+            "the SAE's parameters were made under torch.inference_mode(), where nothing can be trained: "
+            "move or cast the SAE outside of it"
+        )
+    if not any(p.requires_grad for p in sae.parameters()):
+        raise ConfigError("all parameters of the SAE are frozen: write sae.requires_grad_(True) to train it")
