@@ -48,9 +48,9 @@ def test_harvest_runs_no_layer_after_the_site(tiny_bridge):
 
 
 def test_harvest_of_images_gives_patches(tiny_clip):
-    """For a CLIP, rows are the patches of the images, CLS left out by default."""
+    """For a CLIP, rows are CLS and the patches of each image."""
     rows = next(harvest(tiny_clip, [torch.randn(2, 3, 16, 16)], "visual.blocks.1.hook_resid_post"))
-    assert rows.shape == (2 * 16, 32)
+    assert rows.shape == (2 * 17, 32)
 
 
 def test_batches_are_moved_to_the_model(tiny_hf):

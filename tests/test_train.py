@@ -80,11 +80,11 @@ def test_train_works_on_inference_mode_calls(tiny_bridge):
 
 
 def test_an_image_tower_trains_too(tiny_clip):
-    """The same fit trains on the patches of images."""
+    """The same fit trains on images: 16 patches and CLS."""
     sae = fresh()
     images = [torch.randn(8, 3, 16, 16) for _ in range(8)]
     trainer = sh.fit(tiny_clip, sae, images, "visual.blocks.1.hook_resid_post", **FAST)
-    assert trainer.rows_seen == 8 * 8 * 16
+    assert trainer.rows_seen == 8 * 8 * 17
     assert sae.cfg.metadata["family"] == "open_clip"
 
 

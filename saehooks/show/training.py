@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from rich.console import Console, Group
+from rich.errors import LiveError
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,8 +23,10 @@ class Watched(Protocol):
     """What the display reads of a trainer."""
 
     steps: int
-    rows_seen: int
     expected_steps: int | None
+
+    @property
+    def rows_seen(self) -> int: ...
 
     def latest(self, name: str) -> float | None: ...
 
@@ -30,16 +35,19 @@ class TrainingProgress:
     """Shows step, loss, NMSE, L0, dead latents, tokens per second and time left, as a context manager.
 
     Args:
-        trainer: what is shown.
+        trainers: what is shown, by name: a row each.
         enabled: True: always (plain lines where there is no terminal); False: never; None: in terminals and notebooks.
     """
 
-    def __init__(self, trainer: Watched, enabled: bool | None = None, console: Console | None = None) -> None:
-        self.trainer = trainer
+    def __init__(
+        self, trainers: Mapping[str, Watched], enabled: bool | None = None, console: Console | None = None
+    ) -> None:
+        self.trainers = trainers
         self.console = console or Console(file=sys.stderr) if not _in_notebook() else Console()
         self.live_display = self.console.is_terminal or self.console.is_jupyter
         self.enabled = self.live_display if enabled is None else enabled
-        self._started, self._rows, self._said = time.perf_counter(), trainer.rows_seen, 0.0
+        self._started, self._said = time.perf_counter(), 0.0
+        self._rows = {name: trainer.rows_seen for name, trainer in trainers.items()}
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("training"),
@@ -49,12 +57,14 @@ class TrainingProgress:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        self._task = self._bar.add_task("training", total=trainer.expected_steps)
+        self._task = self._bar.add_task("training", total=None)
 
     def __enter__(self) -> TrainingProgress:
         if self.enabled and self.live_display:
-            self._live = Live(self.render(), console=self.console, refresh_per_second=4, transient=False)
-            self._live.start()
+            live = Live(self.render(), console=self.console, refresh_per_second=4, transient=False)
+            with suppress(LiveError):  # a display of the user's own is running
+                live.start()
+                self._live = live
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,7 +72,7 @@ class TrainingProgress:
             self._live.update(self.render())
             self._live.stop()
         elif self.enabled:
-            self.console.print(self.line(), highlight=False)
+            self._print()
 
     def update(self) -> None:
         """Show the trainer as it is now."""
@@ -72,32 +82,39 @@ class TrainingProgress:
             self._live.update(self.render())
         elif time.perf_counter() - self._said > LINE_EVERY:
             self._said = time.perf_counter()
-            self.console.print(self.line(), highlight=False)
+            self._print()
 
-    @property
-    def rate(self) -> float:
-        """Rows taken in per second since the display began."""
-        return (self.trainer.rows_seen - self._rows) / max(1e-9, time.perf_counter() - self._started)
+    def _print(self) -> None:
+        for name in self.trainers:
+            self.console.print(self.line(name), highlight=False)
 
-    def line(self) -> str:
-        """One line of text."""
-        total = f"/{self.trainer.expected_steps}" if self.trainer.expected_steps else ""
-        found = [(name, self.trainer.latest(name), form) for name, form in COLUMNS.items()]
-        values = "  ".join(f"{name} {value:{form}}" for name, value, form in found if value is not None)
-        return f"step {self.trainer.steps}{total}  {values}  {self.rate:,.0f} tokens/s"
+    def rate(self, name: str) -> float:
+        """Rows that a trainer took in per second since the display began."""
+        return (self.trainers[name].rows_seen - self._rows[name]) / max(1e-9, time.perf_counter() - self._started)
+
+    def line(self, name: str) -> str:
+        """One line of text about one trainer."""
+        trainer = self.trainers[name]
+        total = f"/{trainer.expected_steps}" if trainer.expected_steps else ""
+        found = [(column, trainer.latest(column), form) for column, form in COLUMNS.items()]
+        values = "  ".join(f"{column} {value:{form}}" for column, value, form in found if value is not None)
+        return f"{name}{': ' if name else ''}step {trainer.steps}{total}  {values}  {self.rate(name):,.0f} tokens/s"
 
     def render(self) -> Group:
-        """A bar with a row of figures under it."""
-        self._bar.update(self._task, completed=self.trainer.steps, total=self.trainer.expected_steps)
-        table = Table(box=None, pad_edge=False)
-        cells = []
-        for name, form in COLUMNS.items():
-            value = self.trainer.latest(name)
-            if value is not None:
-                table.add_column(name, justify="right")
-                cells.append(f"{value:{form}}")
-        table.add_column("tokens/s", justify="right")
-        table.add_row(*cells, f"{self.rate:,.0f}")
+        """A bar with a row of figures for each trainer under it."""
+        trainers = self.trainers.values()
+        totals = [trainer.expected_steps for trainer in trainers]
+        total = sum(map(int, totals)) if all(totals) else None  # type: ignore[arg-type]
+        self._bar.update(self._task, completed=sum(trainer.steps for trainer in trainers), total=total)
+        columns = [one for one in COLUMNS if any(trainer.latest(one) is not None for trainer in trainers)]
+        several = len(self.trainers) > 1
+        table = Table(*[""] * several, box=None, pad_edge=False)
+        for column in (*["step"] * several, *columns, "tokens/s"):
+            table.add_column(column, justify="right")
+        for name, trainer in self.trainers.items():
+            values = [(trainer.latest(column), COLUMNS[column]) for column in columns]
+            cells = ["" if value is None else f"{value:{form}}" for value, form in values]
+            table.add_row(*[name, str(trainer.steps)] * several, *cells, f"{self.rate(name):,.0f}")
         return Group(self._bar, table)
 
 

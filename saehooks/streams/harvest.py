@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import Codes
-from saehooks.errors import ConfigError, NeverFiredError
+from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.where import Cursor, Where, as_where, full_mask, positions
@@ -19,15 +19,27 @@ AFTER_FIRST = positions(slice(1, None))
 """All positions but the first: an attention sink, whose norm can be a hundred times that of the others."""
 
 
+DEFAULT: Any = "default"
+"""Where activations are taken when ``where=`` is left out: see `default_where`."""
+ACTIVATIONS = "to train on activations of your own leave the model out: sh.fit(activations, sae)"
+
+
+def default_where(source: Host, site: Site, where: Any = DEFAULT) -> Any:
+    """The rule of ``where=``: left out, all positions of images, and all but the first of texts."""
+    if where is not DEFAULT:
+        return where
+    return None if source.tower(site) == "visual" else AFTER_FIRST
+
+
 class Tap:
     """Passes on what flows through one site: the rows of the wanted positions, detached, never a copy of the model's.
 
     Args:
-        where: which positions; all but the first by default.
+        where: which positions, None for all.
         receive: called with (n, width) rows at each forward.
     """
 
-    def __init__(self, host: Host, site: Site, receive: Callable[[Tensor], None], where: Any = AFTER_FIRST) -> None:
+    def __init__(self, host: Host, site: Site, receive: Callable[[Tensor], None], where: Any) -> None:
         self.host, self.site, self.receive = host, site, receive
         self.where: Where | None = None if where is None else as_where(where)
         self.fired = 0
@@ -57,7 +69,7 @@ class Tap:
 
 
 def harvest(
-    model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = AFTER_FIRST
+    model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = DEFAULT
 ) -> Iterator[Tensor]:
     """Activations of a site, batch by batch, each forward stopped at the site.
 
@@ -66,7 +78,7 @@ def harvest(
         batches: token tensors (batch, pos), images, or dicts of arguments; moved to the model's device.
         at: the site.
         head: one head of a per-head site.
-        where: which positions; all but the first by default, None for all.
+        where: which positions; by default all of images, and all but the first of texts; None for all.
     Yields:
         (n, width) rows, in the dtype and on the device of the model. Between two of them the model carries no hook.
     Raises:
@@ -75,19 +87,73 @@ def harvest(
     """
     source = host(model)
     site = source.site(at, head)
-    rows: list[Tensor] = []
-    tap = Tap(source, site, rows.append, where)
-    for batch in checked_batches(batches):
-        with tap.attached(), source.stop_at(site), torch.no_grad():
-            source.run(source.beside(batch))
-        if not rows:
-            raise NeverFiredError(f"the forward passed without reaching '{site.name}'; does this batch go through it?")
-        yield torch.cat(rows) if len(rows) > 1 else rows[0]
-        rows.clear()
+    for (rows,) in harvest_sites(source, checked_batches(batches), {site: default_where(source, site, where)}):
+        yield rows
+
+
+def harvest_sites(source: Host, batches: Iterable[Any], sites: Mapping[Site, Any]) -> Iterator[list[Tensor]]:
+    """Activations of several sites, batch by batch, each forward stopped at the last of them.
+
+    Args:
+        source: the model.
+        batches: as for `harvest`.
+        sites: with the rule of positions of each.
+    Yields:
+        (n, width) rows of each site, in the order given. Between two of them the model carries no hook.
+    """
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    taps = [Tap(source, site, rows[site].append, where) for site, where in sites.items()]
+    last = next(iter(sites)) if len(sites) == 1 else None
+    for batch in batches:
+        if last is None:
+            last = _last_reached(source, batch, list(sites))
+        with ExitStack() as stack:
+            for tap in taps:
+                stack.enter_context(tap.attached())
+            stack.enter_context(source.stop_at(last))
+            stack.enter_context(torch.no_grad())
+            _run(source, batch)
+        for site, parts in rows.items():
+            if not parts:
+                raise NeverFiredError(
+                    f"the forward passed without reaching '{site.name}'; does this batch go through it?"
+                )
+        yield [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in rows.values()]
+        for parts in rows.values():
+            parts.clear()
+
+
+def _last_reached(source: Host, batch: Any, sites: list[Site]) -> Site:
+    """Of several sites the one that a forward reaches last, found by one forward that runs to its end."""
+    reached: list[Site] = []
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled())
+        for site in sites:
+            stack.callback(site.hook(lambda acts, site=site: reached.append(site)).remove)  # type: ignore[misc]
+        stack.enter_context(torch.no_grad())
+        _run(source, batch)
+    firsts = list(dict.fromkeys(reached))
+    return firsts[-1] if firsts else sites[-1]
+
+
+def _run(source: Host, batch: Any) -> None:
+    try:
+        source.run(source.beside(batch))
+    except SaehooksError:
+        raise
+    except Exception as error:
+        if isinstance(batch, Tensor) and batch.dim() == 2 and batch.is_floating_point():
+            raise ConfigError(
+                f"the model does not take a batch of shape {tuple(batch.shape)} in {batch.dtype} ({error}). If these "
+                f"are activations of your own, {ACTIVATIONS}"
+            ) from error
+        raise
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
-    """The same batches; a text, whose letters would be taken for them, is a ConfigError."""
+    """The same batches; one text, whose letters would be taken for them, or activations, are a ConfigError."""
     if isinstance(batches, (str, bytes)):
         raise ConfigError("batches is one text; write sh.TokenBatches(tokenizer, text), or [text] for a single batch")
+    if isinstance(batches, Tensor) and batches.dim() == 2 and batches.is_floating_point():
+        raise ConfigError(f"batches is {batches.dtype} of shape {tuple(batches.shape)}: activations? {ACTIVATIONS}")
     return batches

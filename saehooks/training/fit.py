@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from saehooks.attachments.resolve import find
-from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError, StorageError
-from saehooks.hosts import Host, Site, host
+from saehooks.errors import ConfigError, NeverFiredError
+from saehooks.hosts import Site, host
 from saehooks.sae import SAE
-from saehooks.show.training import TrainingProgress
-from saehooks.streams import AFTER_FIRST, Fingerprint, Tap, checked_batches, harvest
-from saehooks.training.checkpoint import check_writable, load_checkpoint, refuse_unfinished, save_checkpoint
-from saehooks.training.signals import Interruptions
+from saehooks.streams import AFTER_FIRST, DEFAULT, Tap, checked_batches, default_where, harvest_sites
+from saehooks.training.data import Data, ModelData, OwnData, is_activations
+from saehooks.training.job import Job, check_trained
+from saehooks.training.loop import run_jobs
 from saehooks.training.trainer import TrainConfig, Trainer
 
 
@@ -31,7 +29,7 @@ def train(
     at: str | None = None,
     *,
     head: int | None = None,
-    where: Any = AFTER_FIRST,
+    where: Any = DEFAULT,
     config: TrainConfig | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
@@ -44,7 +42,7 @@ def train(
         sae: trained in place.
         at: the site; the SAE's own if not given.
         head: one head of a per-head site.
-        where: which positions; all but the first by default.
+        where: which positions; by default all of images, and all but the first of texts; None for all.
         config: settings; single ones may be given by name instead, such as ``lr=4e-4``.
     Raises:
         SiteError, WidthError: on entering, when the site does not exist or does not fit.
@@ -54,6 +52,7 @@ def train(
     """
     source = host(model)
     site = find(source, sae, at, head)
+    where = default_where(source, site, where)
     trainer = Trainer(sae, _config(config, settings))
     tap = Tap(source, site, lambda rows: None if trainer.finished else trainer.push(rows), where)
     with tap.attached():
@@ -61,255 +60,147 @@ def train(
     if not tap.fired:
         raise NeverFiredError(f"no forward passed '{site.name}' inside the block, so nothing was trained")
     trainer.drain()
-    _check_trained(trainer)
-    _remember(trainer, source, site, where)
+    check_trained(trainer)
+    _remember(trainer, {**source.describe(), "hook_name": site.name, "head": site.head}, where)
+
+
+@overload
+def fit(model: Any, sae: SAE, batches: Iterable[Any] | None = None, at: str | None = None, **options: Any) -> Trainer:
+    """One SAE."""
+
+
+@overload
+def fit(
+    model: Any, sae: Mapping[str, SAE], batches: Iterable[Any] | None = None, at: str | None = None, **options: Any
+) -> dict[str, Trainer]:
+    """Several."""
 
 
 def fit(
     model: Any,
-    sae: SAE,
-    batches: Iterable[Any],
+    sae: SAE | Mapping[str, SAE],
+    batches: Iterable[Any] | None = None,
     at: str | None = None,
     *,
     head: int | None = None,
-    where: Any = AFTER_FIRST,
+    where: Any = DEFAULT,
     out: str | Path | None = None,
     resume: bool = False,
     eval_batches: Iterable[Any] | None = None,
-    config: TrainConfig | None = None,
+    config: TrainConfig | Mapping[str, TrainConfig] | None = None,
     progress: bool | None = None,
     **settings: Any,
-) -> Trainer:
+) -> Trainer | dict[str, Trainer]:
     """Train an SAE on the activations of a site, stopping each forward there: ``sh.fit(model, new, batches, at=...)``.
 
     Args:
-        model, sae, at, head, where, config, settings: as for `train`.
+        model: any model that saehooks knows; or activations of your own, a tensor (n, d_in) or an iterable of such,
+            and no batches then: ``sh.fit(activations, new)``.
+        sae: trained in place. Several, by name, are trained from the same forwards, each at ``at`` or at the site it
+            knows, and each as it would be alone: ``sh.fit(model, {"small": a, "large": b}, batches)``.
+        at, head, where, config, settings: as for `train`. Several SAEs may have a config each, by name.
         batches: token tensors (batch, pos), images, or dicts of arguments. To resume, give the same ones again.
-        out: folder for checkpoints while training and the SAE at the end. An interruption (Ctrl-C, SIGTERM) writes one
-            more, between two steps, before it leaves; a second one leaves at once. A new training does not start in a
-            folder that holds the checkpoint of an interrupted one.
+        out: folder for checkpoints while training and the SAE at the end; for several, one folder each inside it. An
+            interruption (Ctrl-C, SIGTERM) writes one more, between two steps, before it leaves; a second one leaves at
+            once. A new training does not start in a folder that holds the checkpoint of an interrupted one.
         resume: go on from the checkpoint in ``out``, if there is one: bit for bit as if never interrupted (on CPU).
         eval_batches: held-out batches, evaluated every ``eval_every`` steps and at the end.
         progress: show a progress display; by default in a terminal or notebook.
     Returns:
-        The trainer, with its history; the SAE is trained in place and left in eval mode.
+        The trainer, with its history; of several SAEs a dict of them. SAEs are trained in place and left in eval mode.
     Raises:
-        SiteError, WidthError, ConfigError: before anything runs; ConfigError also when the batches hold too little.
+        SiteError, WidthError, ConfigError: before anything runs; ConfigError also when the batches hold too little,
+            or are others than those that a resumed training has seen.
         NotFiniteError: an activation or the loss is not finite; the last checkpoint stays.
         StorageError: the folder cannot be written to, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
+    saes = {"": sae} if isinstance(sae, SAE) else dict(sae)
+    if not saes:
+        raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
+    targets = {name: _target(model, one, at, head, where) for name, one in saes.items()}
+    jobs = {}
+    for name, one in saes.items():
+        trainer = Trainer(one, _config(config, settings, name))
+        jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume)
+    if is_activations(model):
+        if batches is not None:
+            raise ConfigError("fit(activations, sae) trains on them alone: leave out batches=")
+        data: Data = OwnData(model, min(one.d_in for one in saes.values()))
+    else:
+        if batches is None:
+            raise ConfigError("fit(model, sae, batches) needs batches, the inputs of the model")
+        data = ModelData(host(model), checked_batches(batches), _sites(targets.values()))
+    if eval_batches is not None:
+        held_out = _held_out(model, eval_batches, targets.values())
+        for job in jobs.values():
+            job.held_out = held_out[job.key]
+    run_jobs(jobs, data, progress, {name: targets[name].remember for name in jobs})
+    trainers = {name: job.trainer for name, job in jobs.items()}
+    return trainers[""] if isinstance(sae, SAE) else trainers
+
+
+class Target(NamedTuple):
+    """Where the rows of one SAE come from."""
+
+    key: Hashable
+    """By which a `Part` holds them."""
+    site: Site | None
+    where: Any
+    remember: Callable[[Trainer], None]
+
+
+def _target(model: Any, sae: SAE, at: str | None, head: int | None, where: Any) -> Target:
+    if is_activations(model):
+        described = getattr(model, "described", {})
+        site = {} if at is None and head is None else {"hook_name": at, "head": head}
+        if where is not DEFAULT:
+            raise ConfigError("activations of your own have no positions: leave out where=")
+        return Target(None, None, None, lambda trainer: _remember(trainer, {**described, **site}))
     source = host(model)
-    site = find(source, sae, at, head)
-    trainer = Trainer(sae, _config(config, settings))
-    folder = None if out is None else Path(out)
-    if resume and folder is None:
-        raise ConfigError("resume=True needs out=, the folder that holds the checkpoint")
-    if folder is not None:
-        check_writable(folder)
-    if folder is not None and resume:
-        load_checkpoint(trainer, folder)
-    elif folder is not None:
-        refuse_unfinished(folder)
-    batches = checked_batches(batches)
-    held_out = None if eval_batches is None else _held_out(model, eval_batches, site, where)
-    parts = _timed_parts(trainer, model, batches, site, where)
-    try:
-        with _saved_when_interrupted(trainer, folder) as interruptions:
-            with TrainingProgress(trainer, progress) as display:
-                _loop(trainer, parts, folder, held_out, display, interruptions)
-            _remember(trainer, source, site, where)
-            if held_out is not None:
-                sae.cfg.metadata["metrics"] = {"held_out": trainer.evaluate(held_out)}
-            if folder is not None:
-                with _named_write(trainer, folder):
-                    sae.save(folder)
-                    save_checkpoint(trainer, folder)
-    finally:
-        sae.eval()
-    return trainer
+    found = find(source, sae, at, head)
+    where = default_where(source, found, where)
+    known = {**source.describe(), "hook_name": found.name, "head": found.head}
+    return Target(found.key, found, where, lambda trainer: _remember(trainer, known, where))
 
 
-@contextmanager
-def _saved_when_interrupted(trainer: Trainer, folder: Path | None) -> Iterator[Interruptions]:
-    """An interruption inside waits until no step is half done, and leaves a checkpoint behind."""
-    before = trainer.steps
-    with Interruptions(wanted=folder is not None) as interruptions:
-        trainer.buffer.before_batch = interruptions.check
-        try:
-            yield interruptions
-        except KeyboardInterrupt:
-            # After a second one a step may be half done; without a step there is nothing to save.
-            if folder is None or interruptions.count != 1 or trainer.steps == before:
-                raise
-            with _named_write(trainer, folder):
-                save_checkpoint(trainer, folder)
-            raise KeyboardInterrupt(
-                f"stopped after step {trainer.steps}, with a checkpoint in {folder}; the same call with resume=True "
-                "(on the command line: --resume) goes on from there, bit for bit"
-            ) from None
-        finally:
-            trainer.buffer.before_batch = None
+def _sites(targets: Iterable[Target]) -> dict[Site, Any]:
+    """The sites, each once, with their rules."""
+    return {site: target.where for target in {t.key: t for t in targets}.values() if (site := target.site)}
 
 
-def _loop(
-    trainer: Trainer,
-    parts: Iterator[Part],
-    folder: Path | None,
-    held_out: Tensor | None,
-    display: TrainingProgress,
-    interruptions: Interruptions,
-) -> None:
-    """Push rows until they end; evaluate and write checkpoints on the way."""
-    saved = trainer.steps
-    evaluated = max((record["step"] for record in trainer.history if "eval_nmse" in record), default=0)
-
-    def after_push() -> None:
-        nonlocal evaluated, saved
-        if held_out is not None and trainer.steps - evaluated >= trainer.config.eval_every:
-            trainer.evaluate(held_out)
-            evaluated = trainer.steps
-        if folder is not None and trainer.steps - saved >= trainer.config.checkpoint_every:
-            with _named_write(trainer, folder):
-                save_checkpoint(trainer, folder)
-            saved = trainer.steps
-        display.update()
-
-    try:
-        while not trainer.finished and (part := next(parts, None)) is not None:
-            with interruptions.held():
-                trainer.push(part.rows, part.batch)
-                after_push()
-    except NotFiniteError as error:
-        kept = f"; the checkpoint of step {saved} in {folder} is intact" if folder and saved else ""
-        raise NotFiniteError(f"{error}{kept}") from error
-    if trainer.finished:
-        return
-    with interruptions.held():
-        trainer.drain()
-    _check_trained(trainer)
-    if not trainer.finished and trainer.config.steps is not None:
-        warnings.warn(
-            f"the batches ended after step {trainer.steps}, before steps={trainer.config.steps}"
-            + ("" if trainer.rate_fell else "; the learning rate had not fallen, since its decay was planned for that"),
-            stacklevel=3,
-        )
-    trainer.expected_steps = trainer.steps
-    display.update()
-
-
-def _check_trained(trainer: Trainer) -> None:
-    """Raise ConfigError where there was too little to make a single step."""
-    if not trainer.rows_seen:
-        raise ConfigError(
-            "no activation came, so nothing was trained: there are no batches (a generator that was used up before?), "
-            "or where= leaves out every position (by default the first; where=None takes all)"
-        )
-    if not trainer.steps:
-        raise ConfigError(
-            f"{trainer.rows_seen} activations do not fill a batch of {trainer.config.batch_size}, so nothing was "
-            "trained: give more batches, or a smaller batch_size="
-        )
-
-
-def _held_out(model: Any, batches: Iterable[Any], site: Site, where: Any) -> Tensor:
-    """(n, d_in) activations of the evaluation batches."""
-    rows = list(harvest(model, checked_batches(batches), site.given, head=site.head, where=where))
-    if not sum(map(len, rows)):
+def _held_out(model: Any, batches: Any, targets: Iterable[Target]) -> dict[Hashable, Tensor]:
+    """(n, d_in) activations of the evaluation batches, by the keys of the targets."""
+    sites = _sites(targets)
+    if sites:
+        rows = list(harvest_sites(host(model), checked_batches(batches), sites))
+        parts = {site.key: [one[i] for one in rows] for i, site in enumerate(sites)}
+    else:
+        parts = {None: [batches] if isinstance(batches, Tensor) else list(batches)}
+    if not all(sum(map(len, found)) for found in parts.values()):
         raise ConfigError("eval_batches= gave no activation: it is empty, or a generator that was used up before")
-    return torch.cat(rows)
+    return {key: torch.cat(found) for key, found in parts.items()}
 
 
-class Part(NamedTuple):
-    """What one batch gives."""
-
-    rows: Tensor
-    """(n, d_in) activations."""
-    batch: Any
-    """What the model was given."""
-
-
-def _timed_parts(trainer: Trainer, model: Any, batches: Iterable[Any], site: Site, where: Any) -> Iterator[Part]:
-    """Rows of the batches not seen yet, the time of the model's forwards booked as such."""
-    latest: list[Any] = [None]
-
-    def noted() -> Iterator[Any]:
-        for latest[0] in _unseen(trainer, batches):
-            yield latest[0]
-
-    rows = harvest(model, noted(), site.given, head=site.head, where=where)
-    total = _length(batches)
-    while True:
-        started = time.perf_counter()
-        part = next(rows, None)
-        trainer.seconds["model"] += time.perf_counter() - started
-        if part is None:
-            return
-        if total is not None:
-            trainer.expect(total, len(part))
-        yield Part(part, latest[0])
-
-
-def _unseen(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches that a resumed training has not seen.
-
-    Raises:
-        ConfigError: those it has seen do not come again.
-    """
-    stream, again = iter(batches), Fingerprint()
-    for count in range(trainer.batches_seen):
-        try:
-            again.add(next(stream))
-        except StopIteration:
-            raise ConfigError(
-                f"there are {count} batches, but the checkpoint has seen {trainer.batches_seen}: "
-                "to resume, give the batches of the first run"
-            ) from None
-    if again.value != trainer.data.value:
-        raise ConfigError(
-            f"the first {trainer.batches_seen} batches are not the same as those of the checkpoint: they are others, or "
-            "came in another order. To resume, give the batches of the first run in their order (a DataLoader that "
-            "shuffles needs generator=torch.Generator().manual_seed(...)), or begin anew in another folder"
-        )
-    return stream
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    """How many batches there are, where they can tell."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader over a stream has a length that only raises
-        return None
-
-
-@contextmanager
-def _named_write(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """A write that fails says what was not written and what is left."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"step {trainer.steps} could not be saved in {folder} ({error.strerror or error}); what was there is as "
-            "it was. The SAE goes on existing in this process: sae.save(another_folder)"
-        ) from error
-
-
-def _config(config: TrainConfig | None, settings: dict[str, Any]) -> TrainConfig:
+def _config(
+    config: TrainConfig | Mapping[str, TrainConfig] | None, settings: dict[str, Any], name: str = ""
+) -> TrainConfig:
     known = set(TrainConfig.__dataclass_fields__)
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(unknown)}; training takes {', '.join(sorted(known))}")
+    if isinstance(config, Mapping):
+        if name not in config:
+            raise ConfigError(f"config= has no entry for the SAE {name!r}; it has {', '.join(map(repr, config))}")
+        config = config[name]
     return replace(config or TrainConfig(), **settings)
 
 
-def _remember(trainer: Trainer, source: Host, site: Site, where: Any) -> None:
+def _remember(trainer: Trainer, known: Mapping[str, Any], where: Any = None) -> None:
     """Write into the SAE where it belongs and how it was trained; leave it ready for use."""
     trainer.sae.eval()
     positions = "all but the first" if where is AFTER_FIRST else "all" if where is None else repr(where)
     settings = asdict(replace(trainer.config, loss=trainer.loss_config))
     trainer.sae.cfg.metadata.update(
-        source.describe(),
-        hook_name=site.name,
-        head=site.head,
-        training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions},
+        known, training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions}
     )

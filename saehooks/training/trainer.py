@@ -145,8 +145,7 @@ class Trainer:
             self.settle()
 
     def _train(self, batches: Iterator[Tensor]) -> bool:
-        """Step through batches, making them booked as the buffer's time; False if the last step came before their end.
-        """
+        """Step through batches, making them booked as the buffer's time; False if the steps ended before they did."""
         while not self.finished:
             started = time.perf_counter()
             batch = next(batches, None)
@@ -343,8 +342,8 @@ def _check_trainable(sae: SAE) -> None:
     """Raise ConfigError for an SAE whose parameters no optimiser can change."""
     if sae.dtype == torch.float16:
         raise ConfigError(
-            "an SAE in float16 cannot be trained: squared gradients lie below the smallest float16, so that Adam divides "
-            "by 0. Train in float32 (sae.float()), and save with sae.save(folder, dtype=torch.float16)"
+            "an SAE in float16 cannot be trained: squared gradients lie below the smallest float16, so that Adam "
+            "divides by 0. Train in float32 (sae.float()), and save with sae.save(folder, dtype=torch.float16)"
         )
     if any(p.is_inference() for p in sae.parameters()):
         raise ConfigError(

@@ -1,0 +1,138 @@
+"""What a training reads: rows of activations, batch by batch, from a model's sites or from activations of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from saehooks.errors import ConfigError, WidthError
+from saehooks.hosts import Host, Site
+from saehooks.streams import Fingerprint, harvest_sites
+
+ROWS = 8192
+"""Rows of a tensor of activations that are taken in at once."""
+
+
+class Part(NamedTuple):
+    """What one batch gives."""
+
+    number: int
+    """How many batches came before it."""
+    batch: Any
+    """What was read: it decides the fingerprint of the data."""
+    rows: Mapping[Hashable, Tensor]
+    """(n, d_in) activations of each site, by its key."""
+
+
+class Data(Protocol):
+    """Rows for one training, or for several that read the same batches."""
+
+    def __len__(self) -> int:
+        """How many batches there are.
+
+        Raises:
+            TypeError: nobody knows before they end.
+        """
+
+    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+        """From the first batch that somebody has not seen.
+
+        Args:
+            marks: how many batches were seen, with their fingerprint; several where trainings stopped apart.
+        Raises:
+            ConfigError: the batches seen do not come again.
+        """
+
+
+class ModelData:
+    """Activations of sites, each forward stopped at the last of them.
+
+    Args:
+        source: the model.
+        batches: its inputs.
+        sites: with the rule of positions of each.
+    """
+
+    def __init__(self, source: Host, batches: Iterable[Any], sites: Mapping[Site, Any]) -> None:
+        self._source, self._batches, self._sites = source, batches, sites
+
+    def __len__(self) -> int:
+        return _length(self._batches)
+
+    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+        current: list[tuple[int, Any]] = []
+
+        def noted() -> Iterator[Any]:
+            for count, batch in unseen(self._batches, marks):
+                current[:] = [(count, batch)]
+                yield batch
+
+        keys = [site.key for site in self._sites]
+        for rows in harvest_sites(self._source, noted(), self._sites):
+            yield Part(*current[0], dict(zip(keys, rows, strict=True)))
+
+
+class OwnData:
+    """Activations of one's own: a tensor (n, d_in), or an iterable of such tensors that can be iterated again."""
+
+    def __init__(self, activations: Tensor | Iterable[Tensor], d_in: int) -> None:
+        self._activations, self._d_in = activations, d_in
+        if isinstance(activations, Tensor):
+            self._check(activations)
+            self._activations = activations.split(ROWS)
+
+    def __len__(self) -> int:
+        return _length(self._activations)
+
+    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+        for count, rows in unseen(self._activations, marks):
+            self._check(rows)
+            yield Part(count, rows, {None: rows})
+
+    def _check(self, rows: Any) -> None:
+        shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
+            raise ConfigError(f"activations are float tensors (n, {self._d_in}), got {shape}: acts.flatten(0, -2)")
+        if rows.shape[1] != self._d_in:
+            raise WidthError(f"the SAE reads activations of width {self._d_in}, got rows of width {rows.shape[1]}")
+
+
+def is_activations(given: Any) -> bool:
+    """Whether what was given in a model's place is activations: a tensor, several, or a source that says so."""
+    if isinstance(given, (list, tuple)):
+        return bool(given) and all(isinstance(one, Tensor) for one in given)
+    return isinstance(given, Tensor) or getattr(given, "holds_activations", False)
+
+
+def unseen(batches: Iterable[Any], marks: dict[int, int]) -> Iterator[tuple[int, Any]]:
+    """The batches that somebody has not seen, each with how many came before it; see `Data.parts`."""
+    left, again, first, count = dict(marks), Fingerprint(), min(marks), -1
+    for count, batch in enumerate(batches):
+        _check_mark(left, count, again)
+        if left:
+            again.add(batch)
+        if count >= first:
+            yield count, batch
+    _check_mark(left, count + 1, again)
+    if left:
+        raise ConfigError(
+            f"there are {count + 1} batches, but the checkpoint has seen {max(left)}: "
+            "to resume, give the batches of the first run"
+        )
+
+
+def _check_mark(left: dict[int, int], count: int, again: Fingerprint) -> None:
+    if count in left and left.pop(count) != again.value:
+        raise ConfigError(
+            f"the first {count} batches are not the same as those of the checkpoint: they are others, or came in "
+            "another order. To resume, give the batches of the first run in their order (a DataLoader that shuffles "
+            "needs generator=torch.Generator().manual_seed(...)), or begin anew in another folder"
+        )
+
+
+def _length(batches: Any) -> int:
+    if not isinstance(batches, Sized):
+        raise TypeError("the batches have no length")
+    return len(batches)  # of a DataLoader over a stream, a TypeError
