@@ -107,6 +107,14 @@ class Codes:
         sizes = torch.zeros_like(codes.sizes).index_add_(0, codes.rows, kept.long())
         return replace(codes, indices=codes.indices[kept], values=codes.values[kept], offsets=offsets_of(sizes))
 
+    def where(self, mask: Tensor | None) -> Codes:
+        """The entries of the rows where ``mask`` (bool, batch shape) holds; the other rows are left empty.
+
+        Args:
+            mask: None for all rows.
+        """
+        return self if mask is None else self.keep(mask.reshape(-1).to(self.indices.device)[self.trimmed().rows])
+
     def detach(self) -> Codes:
         """The same codes, cut from the autograd graph."""
         return replace(self, values=self.values.detach(), scale=None if self.scale is None else self.scale.detach())

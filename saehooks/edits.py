@@ -206,8 +206,8 @@ def latent_list(latents: Any) -> tuple[int, ...]:
 
     Raises: LatentError when they are not whole numbers.
     """
-    if isinstance(latents, Tensor):
-        latents = latents.reshape(-1).tolist()
+    if hasattr(latents, "__array__"):
+        latents = torch.as_tensor(latents).reshape(-1).tolist()
     try:
         listed = [latents] if hasattr(latents, "__index__") else list(latents)
         return tuple(dict.fromkeys(latent.__index__() for latent in listed))

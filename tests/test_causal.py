@@ -121,14 +121,14 @@ def test_images(tiny_clip):
 
 
 def test_earlier_layers_run_once_for_each_batch(tiny_bridge, tokens):
-    """Exact ablation enters the first block for the clean run alone, and the last block for every edited batch."""
+    """Exact ablation enters the first block for the clean run and one trial, and the last block for every batch."""
     entered = {0: 0, 2: 0}
     for layer in entered:
         mlp = tiny_bridge.blocks[layer].mlp.original_component
         mlp.register_forward_pre_hook(lambda *_, layer=layer: entered.update({layer: entered[layer] + 1}))
     sets = {str(i): [i] for i in range(12)}
     causal.ablate_sets(tiny_bridge, small_sae(32), tokens, last_logit, ablate=sets, batch_size=6)
-    assert entered[0] == 1
+    assert entered[0] == 2
     assert entered[2] > 4
 
 
@@ -136,44 +136,62 @@ def test_skipping_layers_changes_nothing(tiny_bridge, tokens):
     """With and without running the earlier layers again, effects are the same."""
     from saehooks.causal.ablation import Ablator
     from saehooks.causal.metric import as_metric
-    from saehooks.causal.progress import Bar
-    from saehooks.causal.runs import as_data, runner
-    from saehooks.hosts import host as host_of
+    from saehooks.causal.runs import Place, as_data, runner
+    from saehooks.show.progress import Bar
 
-    host, sae = host_of(tiny_bridge), small_sae(32)
-    place = {"at": SITE, "where": slice(1, None)}
+    place = Place(tiny_bridge, small_sae(32), SITE, None, slice(1, None))
     table = torch.eye(24, dtype=torch.bool)
-    data = as_data(host, tokens, 4)
+    data = as_data(place.host, tokens, 4)
     both = []
     for resume in (True, False):
-        measure = Ablator(host, host.site(SITE), sae, as_metric("ce"), runner(host), place, resume=resume)
+        measure = Ablator(place, as_metric("ce"), runner(place.host), resume=resume)
         both.append(measure(data, table, Bar()).values)
         assert measure.resume is resume
     assert torch.allclose(*both, atol=1e-5)
 
 
-def test_a_model_bound_to_its_batch_runs_whole():
-    """Where handing out remembered outputs does not work, the whole model runs, and the effects are right."""
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
 
-    class Transpose(nn.Module):
-        def forward(self, x):
-            return x.transpose(0, 1)
 
-    class PositionFirst(TwoLayers):
-        def __init__(self):
-            super().__init__()
-            self.flip = Transpose()
+class PositionFirst(TwoLayers):
+    """What one module before the site returns has the position as its first axis."""
 
-        def forward(self, tokens):
-            inner = self.embed(tokens)
-            side = self.flip(inner)  # remembered with the position as its first axis
-            return self.second(self.first(inner) + side.transpose(0, 1))
+    def __init__(self):
+        super().__init__()
+        self.flip = Transpose()
 
-    model, metric = PositionFirst().eval(), lambda logits: logits[:, -1, 0]
+    def forward(self, tokens):
+        inner = self.embed(tokens)
+        side = self.flip(inner)
+        return self.second(self.first(inner) + side.transpose(0, 1))
+
+
+class Sorted(TwoLayers):
+    """One module beside the site sees the tokens of the whole batch in one list, sorted by token."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        order = tokens.flatten().argsort(stable=True)
+        inner = self.embed(tokens)
+        mixed = self.mix(inner.flatten(0, 1)[order])
+        mixed = torch.empty_like(mixed).index_copy(0, order, mixed)
+        return self.second(self.first(inner) + mixed.unflatten(0, tokens.shape))
+
+
+@pytest.mark.parametrize(("kind", "resumed"), [(PositionFirst, 1), (Sorted, 0)])
+def test_a_model_bound_to_its_batch_runs_whole(kind, resumed):
+    """Where the rows of remembered outputs cannot be told apart, the whole model runs; the effects are right."""
+    torch.manual_seed(0)
+    model, metric = kind().eval(), lambda logits: logits[:, -1, 0]
     sae = small_sae(4, 8, dictionary="linear", activation="topk", k=2)
     tokens = torch.randint(0, 6, (5, 3), generator=torch.Generator().manual_seed(0))
     found = causal.rank_latents(model, sae, tokens, metric, at="first", exact=2)
-    assert found.cost["resumed_at_site"] == 0
+    assert found.cost["resumed_at_site"] == resumed
     latent = found.top(1)[0]
     expected = by_hand(model, sae, tokens, latent, metric, at="first").mean()
     assert found.of(latent)["exact"] == pytest.approx(float(expected), abs=1e-5)

@@ -37,6 +37,8 @@ class Attachment:
     grads: bool
     trace: Trace
     cursor: Cursor
+    known: tuple[Codes, Tensor | None] | None = None
+    """What the SAE gives the first time it fires and where it acts then, for a caller who knows both."""
 
     @property
     def changes(self) -> bool:
@@ -50,10 +52,11 @@ class Attachment:
         exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
         sae = self.sae.frozen()
         with torch.set_grad_enabled(graph), exact:
+            known = self.known if not self.trace.calls else None
             with self._room(acts):
-                codes = sae.encode(acts)
+                codes = sae.encode(acts) if known is None else known[0]
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
-            mask = full_mask(self.where, view)
+            mask = full_mask(self.where, view) if known is None else known[1]
             original, edited = codes, self._edit(codes, view, mask)
             if graph and self.grads:
                 # Nothing edited: cut from the inputs, so that their gradient is the model's own to the last bit.

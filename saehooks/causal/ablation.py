@@ -6,22 +6,17 @@ a forward are pairs of an ablation and a sequence that it touches, and earlier l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from saehooks import edits as edit
-from saehooks.attachments import attach
 from saehooks.causal.metric import Batch, Metric
-from saehooks.causal.partial_forward import Prefix
-from saehooks.causal.progress import Bar
-from saehooks.causal.runs import Data, Inputs, rows_at_once
+from saehooks.causal.runs import Data, Inputs, Place, Run, rows_at_once
 from saehooks.codes import Codes
-from saehooks.hosts import Host, Site
-from saehooks.sae import SAE
+from saehooks.hosts.partial_forward import CachedPrefix
+from saehooks.show.progress import Bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +46,20 @@ class Clean:
 
     part: Inputs
     output: Tensor
-    codes: Codes
-    """Codes of shape (batch, pos), with the entries where nothing may be edited holding 0."""
-    instead: Tensor | None
-    """(batch, pos, d_in) what the site carries before latents are taken from it; None for what the model puts there."""
-    prefix: Prefix | None
+    first: Codes
+    """Codes of shape (batch, pos), of the first time the site fired."""
+    mask: Tensor | None
+    """(batch, pos) bool, where they may be edited; None for everywhere."""
+    passes: tuple[Codes, ...]
+    """What may be edited, each time the site fired: nothing outside ``where``."""
+    prefix: CachedPrefix | None
+    """None where every forward runs whole."""
 
 
 class Ablator:
-    """Runs ablations on one model, SAE, site and metric.
+    """Runs ablations on one model, SAE, site and metric: what the block ``sh.ablate`` does, many in one forward.
 
     Args:
-        place: ``at``, ``head`` and ``where`` of the attachment.
         error: ``"keep"``: taken from the activation; ``"drop"``: taken from the reconstruction.
         batch_size: edited sequences in a forward.
         resume: skip the layers before the site where that gives the same output.
@@ -70,20 +67,16 @@ class Ablator:
 
     def __init__(
         self,
-        host: Host,
-        site: Site,
-        sae: SAE,
+        place: Place,
         metric: Metric,
-        run: Callable[[Tensor], Tensor],
-        place: dict[str, Any],
+        run: Run,
         *,
-        error: str = "keep",
+        error: Literal["keep", "drop"] = "keep",
         batch_size: int | None = None,
         resume: bool = True,
     ) -> None:
-        self.host, self.site, self.sae, self.metric, self.run = host, site, sae, metric, run
-        self.place, self.error, self.batch_size, self.resume = place, error, batch_size, resume
-        self._checked = False
+        self.place, self.metric, self.run = place, metric, run
+        self.error, self.batch_size, self.resume = error, batch_size, resume
         self.rows_run = 0
 
     def __call__(self, data: Data, table: Tensor, bar: Bar) -> Ablations:
@@ -103,7 +96,9 @@ class Ablator:
         except KeyboardInterrupt:
             if bool(clean.isnan().all()):
                 raise
-        return Ablations(clean, values, ~clean.isnan(), self.rows_run, self.resume and self._checked)
+        else:
+            self.place.check_used()
+        return Ablations(clean, values, ~clean.isnan(), self.rows_run, self.resume)
 
     @torch.no_grad()
     def _batch(self, data: Data, part: Inputs, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,72 +112,54 @@ class Ablator:
         for start in range(0, len(ablations), size):
             which, rows = ablations[start : start + size], sequences[start : start + size]
             edited = Batch(part.inputs[rows], part.rows[rows], data.total, run.output, rows.to(run.output.device))
-            changed[which, rows] = self.metric(self._rest(run, table, which, rows), edited).double().cpu()
+            changed[which, rows] = self.metric(self._edited(run, table, which, rows), edited).double().cpu()
             self.rows_run += len(rows)
         return clean, changed
 
     def _clean(self, part: Inputs) -> Clean:
-        prefix = Prefix()
-        with attach(self.host.model, self.sae, **self.place) as trace:
+        prefix = CachedPrefix(self.place.host, self.place.site)
+        with self.place.attached() as trace:
             if self.resume:
-                with prefix.recording(self.host, self.site, len(part.rows)):
+                with prefix.recording():
                     output = self.run(part.inputs)
             else:
                 output = self.run(part.inputs)
-        if self.resume and not self._checked:
-            self.resume, self._checked = prefix.is_exact(self.run, part.inputs, output), True
-        codes, instead = trace.codes, None
-        if trace.mask is not None:
-            inside = trace.mask.reshape(-1).to(codes.indices.device)[codes.rows]
-            codes = codes.with_values(torch.where(inside, codes.values, 0.0))
-        if self.error == "drop":
-            instead = trace.recons.to(trace.acts)
-            if trace.mask is not None:
-                instead = torch.where(trace.mask.to(instead.device)[..., None], instead, trace.acts)
-        return Clean(part, output, codes, instead, prefix if self.resume else None)
+        if self.resume:  # tried on every batch: what a tensor's axes mean can change with their sizes
+            self.resume = prefix.separates_rows(self.run, part.inputs)
+        passes = tuple(one.codes.where(one.mask) for one in trace.forwards)
+        first = trace.forwards[0]
+        return Clean(part, output, first.codes, first.mask, passes, prefix if self.resume else None)
 
     def _touched(self, run: Clean, table: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs of an ablation and a sequence that it changes, (pairs,) each, by ablation."""
-        if run.instead is not None:
-            touched = torch.ones(len(table), len(run.part.rows), dtype=torch.bool)
+        n = len(run.part.rows)
+        if self.error == "drop":
+            touched = torch.ones(len(table), n, dtype=torch.bool)
         else:
-            codes = run.codes
-            held = codes.values != 0
-            sequence = torch.div(codes.rows[held], codes.shape[1], rounding_mode="floor")
-            there = torch.zeros(codes.shape[0], codes.d_sae, device=codes.indices.device)
-            there[sequence, codes.indices[held]] = 1.0
+            there = torch.zeros(n, table.shape[1], device=run.first.indices.device)
+            for codes in run.passes:
+                held = codes.values != 0
+                sequence = torch.div(codes.rows[held], codes.shape[1], rounding_mode="floor")
+                there[sequence, codes.indices[held]] = 1.0
             touched = (table.to(there).float() @ there.T > 0).cpu()
         ablations, sequences = touched.nonzero(as_tuple=True)
         return ablations, sequences
 
-    def _rest(self, run: Clean, table: Tensor, which: Tensor, rows: Tensor) -> Tensor:
+    def _edited(self, run: Clean, table: Tensor, which: Tensor, rows: Tensor) -> Tensor:
         """Output of a forward of the given sequences, each with the latents of its ablation set to zero."""
-        moved, step = self._step(run, table, which, rows)
+        zeroed = table.to(run.first.indices.device)
 
-        def hook(acts: Tensor) -> Tensor:
-            flat = (acts if run.instead is None else run.instead[rows.to(acts.device)]).reshape(-1, acts.shape[-1])
-            places = moved.to(acts.device)
-            wide = torch.promote_types(flat.dtype, step.dtype)
-            new = (flat[places].to(wide) + step.to(acts.device, wide)).to(flat)
-            return flat.index_copy(0, places, new).reshape(acts.shape)
+        def zero(codes: Codes) -> Codes:
+            ablation = which.to(zeroed.device).repeat_interleave(codes.shape[1])[codes.rows]
+            return codes.with_values(torch.where(zeroed[ablation, codes.indices], 0.0, codes.values))
 
-        handle = self.site.hook(hook)
-        try:
+        # Nothing is edited before the site first fires, so its codes are then those of the clean run.
+        pos = run.first.shape[1]
+        places = rows[:, None] * pos + torch.arange(pos)
+        codes = run.first.select_rows(places.reshape(-1).to(zeroed.device), (len(rows), pos))
+        known = codes, None if run.mask is None else run.mask[rows.to(run.mask.device)]
+        with self.place.attached(edits=(zero,), error=self.error, known=known):
             if run.prefix is None:
                 return self.run(run.part.inputs[rows])
             with run.prefix.resuming(rows):
                 return self.run(run.part.inputs[rows])
-        finally:
-            handle.remove()
-
-    def _step(self, run: Clean, table: Tensor, which: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) rows of the flattened batch that move, and (n, d_in) by how much."""
-        batch, pos = len(rows), run.codes.shape[1]
-        device = run.codes.indices.device
-        flat = (rows.to(device)[:, None] * pos + torch.arange(pos, device=device)).reshape(-1)
-        codes = run.codes.select_rows(flat, (batch, pos))
-        ablation = which.to(device).repeat_interleave(pos)[codes.rows]
-        zeroed = table.to(device)[ablation, codes.indices]
-        delta = edit.without_zeros(codes.with_values(torch.where(zeroed, -codes.values, 0.0)))
-        moved = (delta.sizes > 0).nonzero()[:, 0]
-        return moved, self.sae.frozen().decode_delta(delta.select_rows(moved))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from saehooks.attachments import attach
 from saehooks.causal.metric import Batch, Metric
-from saehooks.causal.progress import Bar
-from saehooks.causal.runs import Data, Inputs
+from saehooks.causal.runs import Data, Inputs, Place, Run
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts.frozen import frozen
-from saehooks.sae import SAE
+from saehooks.show.progress import Bar
 from saehooks.trace import Forward
 
 
@@ -49,50 +46,36 @@ class Attribution:
 
 
 def attribute(
-    model: Any,
-    sae: SAE,
-    data: Data,
-    metric: Metric,
-    run: Callable[[Tensor], Tensor],
-    place: dict[str, Any],
-    steps: int | None,
-    bar: Bar,
+    place: Place, data: Data, metric: Metric, run: Run, steps: int | None, bar: Bar
 ) -> tuple[Attribution, bool]:
     """Sum the attribution of every latent over the data.
 
     Args:
-        place: ``at``, ``head`` and ``where`` of the attachment.
         steps: points of the integrated gradients, between all latents ablated and none; None for the gradient at the
             clean run alone.
     Returns:
         (the sums, whether all of the data went in): an interrupt keeps what was summed, if anything was.
     """
-    counts, zeros = torch.zeros(sae.d_sae, dtype=torch.int64), torch.zeros(sae.d_sae, dtype=torch.float64)
+    d_sae = place.sae.d_sae
+    counts, zeros = torch.zeros(d_sae, dtype=torch.int64), torch.zeros(d_sae, dtype=torch.float64)
     sums = Attribution(zeros, counts, counts.clone(), zeros.clone())
     bar.start("attribution", len(data.batches))
     try:
         for part in data.batches:
-            _add_batch(sums, model, sae, data, part, metric, run, place, steps)
+            _add_batch(sums, place, data, part, metric, run, steps)
             bar.step()
     except KeyboardInterrupt:
         if not sums.seen:
             raise
         return sums, False
+    place.check_used()
     if not int(sums.tokens.sum()):
         raise NeverFiredError("no latent is selected anywhere in this data: nothing to rank")
     return sums, True
 
 
 def _add_batch(
-    sums: Attribution,
-    model: Any,
-    sae: SAE,
-    data: Data,
-    part: Inputs,
-    metric: Metric,
-    run: Callable[[Tensor], Tensor],
-    place: dict[str, Any],
-    steps: int | None,
+    sums: Attribution, place: Place, data: Data, part: Inputs, metric: Metric, run: Run, steps: int | None
 ) -> None:
     effect = torch.zeros_like(sums.effect)
     clean: Tensor | None = None
@@ -100,32 +83,49 @@ def _add_batch(
     points = [1.0] if steps is None else [1.0, *((k + 0.5) / steps for k in range(steps))]
     for point in points:
         edits = () if point == 1.0 else (_scaled(point),)
-        with frozen(model), attach(model, sae, edits=edits, grads=True, **place) as trace, torch.enable_grad():
+        with frozen(place.host.model), place.attached(edits=edits, grads=True) as trace, torch.enable_grad():
             output = run(part.inputs)
             batch = Batch(part.inputs, part.rows, data.total, output.detach() if clean is None else clean)
             values = metric(output, batch)
+            passes = trace.forwards  # one for each time the site fired in this forward
             if clean is None:
                 clean = batch.clean_output
-                codes = _inside(trace, trace.codes.detach())
+                held = [one.codes.detach().where(one.mask) for one in passes]
                 value = float(values.detach().sum())
-                if steps is not None or not len(codes.indices):
+                if steps is not None or not any(len(codes.indices) for codes in held):
                     continue
-            grads = gradient(metric.name, values.sum(), trace)
+            grads = gradient(metric.name, values.sum(), passes)
         # The path runs over multiples of the clean codes, so its length is always theirs.
-        grads = _inside(trace, grads)
-        terms = -(codes.values * grads.values).double().cpu()
-        effect.index_add_(0, grads.indices.cpu(), terms / (len(points) - 1 or 1))
+        for codes, grad, one in zip(held, grads, passes, strict=True):
+            add_products(effect, codes, grad.where(one.mask), 1 / (len(points) - 1 or 1))
     sums.effect += effect
     sums.clean += value
-    _count(sums, codes, len(part.rows))
+    _count(sums, held, len(part.rows))
+
+
+def add_products(effect: Tensor, codes: Codes, grad: Codes, weight: float) -> None:
+    """Take ``weight * value * gradient`` off the effect of each latent.
+
+    Where the site fires several times in a forward, scaling its first codes can move the support of the later ones:
+    only what is in both counts there.
+    """
+    if not torch.equal(codes.offsets, grad.offsets) or not torch.equal(codes.indices, grad.indices):
+        codes, grad = in_both(codes, grad)
+    effect.index_add_(0, grad.indices.cpu(), -(codes.values * grad.values).double().cpu() * weight)
+
+
+def in_both(one: Codes, other: Codes) -> tuple[Codes, Codes]:
+    """The entries of each whose row and latent the other has too."""
+    keys = [codes.rows * codes.d_sae + codes.indices for codes in (one, other)]
+    return one.keep(torch.isin(keys[0], keys[1])), other.keep(torch.isin(keys[1], keys[0]))
 
 
 def _scaled(point: float) -> Callable[[Codes], Codes]:
     return lambda codes: codes.with_values(codes.values * point)
 
 
-def gradient(name: str, total: Tensor, trace: Forward, keep_graph: bool = False) -> Codes:
-    """Gradient of a number at the latents of a trace.
+def gradient(name: str, total: Tensor, passes: Sequence[Forward], keep_graph: bool = False) -> list[Codes]:
+    """Gradient of a number at the latents of each time the site fired.
 
     Raises:
         ConfigError: it does not depend on them.
@@ -135,29 +135,22 @@ def gradient(name: str, total: Tensor, trace: Forward, keep_graph: bool = False)
             f"metric {name} has no gradient: compute it from the model's output with torch, without .detach(), .item() "
             "or numpy, and not under torch.inference_mode"
         )
-    values = trace.edited.values
-    (grad,) = torch.autograd.grad(total, values, retain_graph=keep_graph, allow_unused=True)
-    if grad is None:
-        raise ConfigError(f"metric {name} does not depend on '{trace.site}': nothing flows from there to what it reads")
-    return trace.edited.with_values(grad).detach()
+    values = [one.edited.values for one in passes]
+    grads = torch.autograd.grad(total, values, retain_graph=keep_graph, allow_unused=True)
+    if all(grad is None for grad in grads):
+        site = passes[0].site
+        raise ConfigError(f"metric {name} does not depend on '{site}': nothing flows from there to what it reads")
+    filled = [torch.zeros_like(value) if grad is None else grad for value, grad in zip(values, grads, strict=True)]
+    return [one.edited.with_values(grad).detach() for one, grad in zip(passes, filled, strict=True)]
 
 
-def _inside(trace: Forward, codes: Codes) -> Codes:
-    """The entries where the attachment acts; the others hold 0 and are left out."""
-    if trace.mask is None:
-        return codes
-    inside = trace.mask.reshape(-1).to(codes.indices.device)[codes.rows]
-    sizes = torch.bincount(codes.rows[inside], minlength=codes.sizes.numel())
-    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return Codes(codes.indices[inside], codes.values[inside], offsets, codes.shape, codes.d_sae, codes.scale)
-
-
-def _count(sums: Attribution, codes: Codes, n: int) -> None:
-    """Add how often, where and how strongly latents were selected."""
-    codes = codes.cpu()
-    sums.tokens += codes.counts()
-    in_sequence = torch.div(codes.rows, codes.shape[1], rounding_mode="floor")
-    pairs = torch.unique(in_sequence * codes.d_sae + codes.indices)
-    sums.sequences += torch.bincount(pairs % codes.d_sae, minlength=codes.d_sae)
-    sums.value.index_add_(0, codes.indices, codes.values.double())
+def _count(sums: Attribution, held: Sequence[Codes], n: int) -> None:
+    """Add how often and how strongly latents were selected in a batch of n sequences."""
+    there = torch.zeros(n, sums.tokens.numel(), dtype=torch.bool)
+    for codes in held:
+        indices, values = codes.indices.cpu(), codes.values.double().cpu()
+        sums.tokens.index_add_(0, indices, torch.ones_like(indices))
+        sums.value.index_add_(0, indices, values)
+        there[torch.div(codes.rows, codes.shape[1], rounding_mode="floor").cpu(), indices] = True
+    sums.sequences += there.sum(0)
     sums.seen += n

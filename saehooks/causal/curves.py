@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from saehooks.attachments import read
-from saehooks.attachments.resolve import find
 from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
-from saehooks.causal.progress import bar
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
-from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
+from saehooks.causal.runs import DEFAULT, Place, as_data, runner
 from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
-from saehooks.hosts import host as host_of
+from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.sae import SAE
+from saehooks.show.progress import bar
 from saehooks.show.values import number
 
 if TYPE_CHECKING:
@@ -86,16 +84,17 @@ def ablate_sets(
     Raises:
         ConfigError: no set, one name twice, or empty data. LatentError: a latent out of range.
     """
-    host, measured = host_of(model), as_metric(metric)
-    site = find(host, sae, at, head)
+    if error not in ("keep", "drop"):
+        raise ConfigError(f"error={error!r}; expected 'keep' or 'drop'")
+    place, measured = Place(model, sae, at, head, where), as_metric(metric)
     table, names = _table(sae, ablate or {}, keep or {})
-    place = {"at": site.given, "head": site.head, "where": default_where(host, site, where)}
-    data = as_data(host, tokens, batch_size)
-    measure = Ablator(host, site, sae, measured, runner(host, run), place, error=error, batch_size=batch_size)
+    warn_in_train_mode(place.host.model, "ablating sets of latents")
+    data = as_data(place.host, tokens, batch_size)
+    measure = Ablator(place, measured, runner(place.host, run), error=error, batch_size=batch_size)
     with bar(progress) as shown:
         found: Ablations = measure(data, table, shown)
     sizes = tuple(table.sum(1).tolist())
-    return SetEffects(site.name, measured.name, names, sizes, found.clean, found.values)
+    return SetEffects(place.site.name, measured.name, names, sizes, found.clean, found.values)
 
 
 def _table(sae: SAE, ablate: Mapping[str, Any], keep: Mapping[str, Any]) -> tuple[Tensor, tuple[str, ...]]:
@@ -189,12 +188,19 @@ def curve(
         seed: of the draws.
         options: ``at``, ``head``, ``where``, ``error``, ``batch_size``, ``run``, ``progress``, as in `ablate_sets`.
     Raises:
-        ConfigError: an n is larger than the number of latents given.
+        ConfigError: an n is larger than the number of latents given, or of those active in the data.
     """
     best = latents.latents.tolist() if isinstance(latents, Ranking) else list(latent_list(latents))
     if not counts or min(counts) < 1 or max(counts) > len(best):
         raise ConfigError(f"counts must lie in 1 .. {len(best)}, the latents given; got {tuple(counts)}")
+    if draws < 1:
+        raise ConfigError(f"draws must be at least 1, got {draws}")
     pool = active_latents(model, sae, tokens, **options)
+    if max(counts) > len(pool):
+        raise ConfigError(
+            f"only {len(pool)} latents are active in this data, so {max(counts)} random ones cannot be drawn: "
+            f"give more data, or counts= of at most {len(pool)}"
+        )
     generator = torch.Generator().manual_seed(seed)
     ablate: dict[str, list[int]] = {"all": list(range(sae.d_sae))}
     keep: dict[str, list[int]] = {}
@@ -206,7 +212,7 @@ def curve(
     found = ablate_sets(model, sae, tokens, metric, ablate=ablate, keep=keep, **options)
 
     def mean(name: str) -> tuple[float, ...]:
-        return tuple(sum(found.of(f"{name} {n}/{i}") for i in range(draws)) / max(1, draws) for n in counts)
+        return tuple(sum(found.of(f"{name} {n}/{i}") for i in range(draws)) / draws for n in counts)
 
     return Curve(
         site=found.site,
@@ -229,15 +235,13 @@ def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
     Args:
         options: ``at``, ``head``, ``where``, ``batch_size``, ``run``, as in `rank_latents`; others are ignored.
     """
-    host = host_of(model)
-    site = find(host, sae, options.get("at"), options.get("head"))
-    data: Data = as_data(host, tokens, options.get("batch_size"))
-    where, call = default_where(host, site, options.get("where", DEFAULT)), options.get("run") or host.run
+    place = Place(model, sae, options.get("at"), options.get("head"), options.get("where", DEFAULT))
+    run = runner(place.host, options.get("run"))
     counts = torch.zeros(sae.d_sae, dtype=torch.int64)
-    for part in data.batches:
-        inputs = host.beside(part.inputs)
-        with torch.no_grad(), read(model, sae, at=site.given, head=site.head, where=where) as trace, host.stop_at(site):
-            call(inputs)
-        inside = trace.codes if trace.mask is None else trace.codes[trace.mask]
-        counts += inside.cpu().counts()
+    for part in as_data(place.host, tokens, options.get("batch_size")).batches:
+        with torch.no_grad(), place.attached() as trace:
+            run(part.inputs)
+        for one in trace.forwards:
+            counts += one.codes.where(one.mask).counts().cpu()
+    place.check_used()
     return counts.nonzero()[:, 0]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from saehooks.attachments import attach
-from saehooks.causal.attribution import gradient
+from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
-from saehooks.causal.progress import Bar, bar
-from saehooks.causal.runs import DEFAULT, Data, Inputs, as_data, default_where, runner
+from saehooks.causal.runs import DEFAULT, Data, Inputs, Place, Run, as_data, runner
 from saehooks.causal.table import SHOWN, Table, named
+from saehooks.codes import Codes
 from saehooks.errors import ConfigError
-from saehooks.hosts import host as host_of
 from saehooks.hosts.frozen import frozen
+from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.sae import SAE
+from saehooks.show.progress import Bar, bar
 from saehooks.trace import Forward
 
 if TYPE_CHECKING:
@@ -102,13 +103,17 @@ def latent_graph(
     """
     if len(saes) != 2:
         raise ConfigError(f"a graph goes from one site to another: give two SAEs by site name, got {len(saes)}")
-    measured, host = as_metric(metric), host_of(model)
+    measured = as_metric(metric)
     if measured.flat:
         raise ConfigError(f"the gradient of {measured.name} vanishes at the clean run: take another metric for a graph")
     early, late = saes
+    places = {name: Place(model, sae, name, None, where) for name, sae in saes.items()}
+    host = places[early].host
+    if places[early].site.key == places[late].site.key:
+        raise ConfigError(f"a graph goes from one site to another: '{early}' and '{late}' are the same place")
+    warn_in_train_mode(host.model, "drawing a graph of latents")
     data, call = as_data(host, tokens, batch_size), runner(host, run)
-    rule = {name: default_where(host, host.site(name), where) for name in saes}
-    walk = _Walk(model, saes, measured, call, rule, data)
+    walk = _Walk(places, measured, call, data)
     with bar(progress) as shown:
         targets = walk.targets(n_targets, shown)
         edges, seen = walk.edges(targets, shown)
@@ -129,18 +134,10 @@ def latent_graph(
 class _Walk:
     """Forwards with both SAEs attached, and backward passes between them."""
 
-    def __init__(
-        self,
-        model: Any,
-        saes: Mapping[str, SAE],
-        metric: Metric,
-        call: Callable[[Tensor], Tensor],
-        rule: dict[str, Any],
-        data: Data,
-    ) -> None:
-        self.model, self.saes, self.metric, self.call, self.rule, self.data = model, saes, metric, call, rule, data
-        self.early, self.late = saes
-        self.effects = {name: torch.zeros(sae.d_sae, dtype=torch.float64) for name, sae in saes.items()}
+    def __init__(self, places: dict[str, Place], metric: Metric, call: Run, data: Data) -> None:
+        self.places, self.metric, self.call, self.data = places, metric, call, data
+        self.early, self.late = places
+        self.effects = {name: torch.zeros(one.sae.d_sae, dtype=torch.float64) for name, one in places.items()}
         """Sum over sequences of each latent's effect, at the two sites."""
 
     def targets(self, n: int, shown: Bar) -> Tensor:
@@ -149,6 +146,8 @@ class _Walk:
         for part in self.data.batches:
             self._add_effects(part)
             shown.step()
+        for place in self.places.values():
+            place.check_used()
         effect = self.effects[self.late].abs()
         found = effect.topk(min(n, int((effect > 0).sum()))).indices
         if not len(found):
@@ -157,7 +156,7 @@ class _Walk:
 
     def edges(self, targets: Tensor, shown: Bar) -> tuple[Tensor, int]:
         """(d_sae of the earlier site, targets) float64, and the sequences it sums over: fewer after an interrupt."""
-        edges = torch.zeros(self.saes[self.early].d_sae, len(targets), dtype=torch.float64)
+        edges = torch.zeros(self.places[self.early].sae.d_sae, len(targets), dtype=torch.float64)
         seen = 0
         shown.start("edges", len(self.data.batches))
         try:
@@ -170,48 +169,45 @@ class _Walk:
                 raise
         return edges, seen
 
-    def _forward(self, part: Inputs) -> tuple[Tensor, dict[str, Forward]]:
-        with attach(self.model, dict(self.saes), where=self.rule, grads=True) as traces, torch.enable_grad():
+    def _forward(self, part: Inputs) -> tuple[Tensor, dict[str, list[Forward]]]:
+        """The metric's sum, and for each site what was recorded each time it fired."""
+        with ExitStack() as stack:
+            traces = {name: stack.enter_context(place.attached(grads=True)) for name, place in self.places.items()}
+            stack.enter_context(torch.enable_grad())
             output = self.call(part.inputs)
             values = self.metric(output, Batch(part.inputs, part.rows, self.data.total, output.detach()))
-        return values.sum(), {name: traces[name] for name in self.saes}
+        return values.sum(), {name: trace.forwards for name, trace in traces.items()}
 
     def _add_effects(self, part: Inputs) -> None:
         """Add the effects of a batch at both sites."""
-        with frozen(self.model):
-            total, traces = self._forward(part)
-            for name, trace in traces.items():
-                grads = gradient(self.metric.name, total, trace, keep_graph=name == self.early)
-                self.effects[name] += _summed(trace, -(grads.values * trace.edited.values.detach()))
+        with frozen(self.places[self.early].host.model):
+            total, passes = self._forward(part)
+            for name, forwards in passes.items():
+                grads = gradient(self.metric.name, total, forwards, keep_graph=name == self.early)
+                self.effects[name] += _effects(forwards, grads)
 
     def _edges_of(self, part: Inputs, targets: Tensor) -> Tensor:
         """(d_sae of the earlier site, targets) float64, summed over the sequences of a batch."""
-        with frozen(self.model):
-            total, traces = self._forward(part)
-            early, late = traces[self.early], traces[self.late]
-            grads = gradient(self.metric.name, total, late, keep_graph=True)
+        with frozen(self.places[self.early].host.model):
+            total, passes = self._forward(part)
+            early, late = passes[self.early], passes[self.late]
+            weighted = [
+                (one.codes.with_values(one.codes.values * grad.values).where(one.mask))
+                for one, grad in zip(late, gradient(self.metric.name, total, late, keep_graph=True), strict=True)
+            ]
             columns = []
-            inside = _inside(late)
             for target in targets.tolist():
-                chosen = inside & (late.codes.indices == target)
-                through = (late.codes.values[chosen] * grads.values[chosen]).sum()
+                through = torch.stack([codes.values[codes.indices == target].sum() for codes in weighted]).sum()
                 if not through.requires_grad:
                     raise ConfigError(f"'{self.late}' does not depend on '{self.early}': give the earlier site first")
                 flow = gradient(self.metric.name, through, early, keep_graph=True)
-                columns.append(_summed(early, -(flow.values * early.edited.values.detach())))
+                columns.append(_effects(early, flow))
         return torch.stack(columns, 1)
 
 
-def _inside(trace: Forward) -> Tensor:
-    """(nnz,) bool, the entries at positions where the attachment acts."""
-    codes = trace.codes
-    if trace.mask is None:
-        return torch.ones_like(codes.indices, dtype=torch.bool)
-    return trace.mask.reshape(-1).to(codes.indices.device)[codes.rows]
-
-
-def _summed(trace: Forward, terms: Tensor) -> Tensor:
-    """(d_sae,) float64, the sum of entries over the positions where the attachment acts."""
-    inside, codes = _inside(trace), trace.codes
-    out = torch.zeros(codes.d_sae, dtype=torch.float64)
-    return out.index_add_(0, codes.indices[inside].cpu(), terms[inside].double().cpu())
+def _effects(passes: Sequence[Forward], grads: Sequence[Codes]) -> Tensor:
+    """(d_sae,) float64, minus value times gradient, summed over the positions where the attachment acts."""
+    effect = torch.zeros(grads[0].d_sae, dtype=torch.float64)
+    for one, grad in zip(passes, grads, strict=True):
+        add_products(effect, one.edited.detach().where(one.mask), grad.where(one.mask), 1.0)
+    return effect

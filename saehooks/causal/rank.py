@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.attachments.resolve import find
 from saehooks.causal.ablation import Ablator
 from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
-from saehooks.causal.progress import bar
 from saehooks.causal.ranking import ORDERS, Ranking
-from saehooks.causal.runs import DEFAULT, Data, as_data, default_where, runner
+from saehooks.causal.runs import DEFAULT, Data, Place, as_data, runner
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
-from saehooks.hosts import host as host_of
+from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.sae import SAE
+from saehooks.show.progress import bar
 
 STEPS = 8
 """Points of the integrated gradients where they are needed and none was given."""
@@ -51,7 +50,8 @@ def rank_latents(
     Args:
         model: a TransformerLens model, an open_clip model, or any ``nn.Module``.
         sae: the SAE.
-        tokens: (n, pos) tokens; images (n, 3, height, width); texts; or batches of them.
+        tokens: (n, pos) tokens; images (n, 3, height, width); texts; what a tokenizer returns, whose padding is left
+            out; or batches of them.
         metric: ``"ce"``, ``"kl"``, ``"cosine"``, one of ``saehooks.causal``, or a function ``(output) -> (batch,)`` or
             ``(output, batch) -> (batch,)``.
         at, head: the site; the SAE's own by default.
@@ -79,20 +79,22 @@ def rank_latents(
         raise ConfigError(f"order={order!r}; expected one of {', '.join(map(repr, ORDERS))}")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
-    host, measured = host_of(model), as_metric(metric)
-    site = find(host, sae, at, head)
-    data, call = as_data(host, tokens, batch_size), runner(host, run)
-    place = {"at": site.given, "head": site.head, "where": default_where(host, site, where)}
+    count, listed = _exact_as_asked(exact, sae)
+    wanted = None if latents is None else _listed(latents, sae)
+    place, measured = Place(model, sae, at, head, where), as_metric(metric)
+    warn_in_train_mode(place.host.model, "ranking latents")
+    data, call = as_data(place.host, tokens, batch_size), runner(place.host, run)
     steps = STEPS if steps is None and measured.flat else steps
     with bar(progress) as shown:
-        sums, complete = attribute(model, sae, data, measured, call, place, steps, shown)
-        candidates = _candidates(sae, sums, latents)
-        measure = Ablator(host, site, sae, measured, call, place, batch_size=batch_size)
-        chosen = _chosen(exact, candidates, sums.mean_effect[candidates], order, sae) if complete else candidates[:0]
+        sums, complete = attribute(place, data, measured, call, steps, shown)
+        candidates = _candidates(sums, wanted)
+        measure = Ablator(place, measured, call, batch_size=batch_size)
+        chosen = _chosen(count, listed, candidates, sums.mean_effect[candidates], order)
+        chosen = chosen if complete else chosen[:0]
         exactly, finished = _exact(measure, data, chosen, sae.d_sae, shown)
     best = _best_first(candidates, sums.mean_effect[candidates], exactly[candidates], order)
     return Ranking(
-        site=site.name,
+        site=place.site.name,
         metric=measured.name,
         order=order,
         method="gradient x activation" if steps is None else f"integrated gradients, {steps} points",
@@ -109,17 +111,22 @@ def rank_latents(
     )
 
 
-def _candidates(sae: SAE, sums: Attribution, latents: Iterable[int] | None) -> Tensor:
-    """(n,) int64, the latents to rank."""
-    if latents is None:
+def _candidates(sums: Attribution, asked: Tensor | None) -> Tensor:
+    """(n,) int64, the latents to rank, ascending."""
+    if asked is None:
         return sums.tokens.nonzero()[:, 0]
-    asked = torch.tensor(sorted(latent_list(latents)), dtype=torch.int64)
-    check_latents(sae, asked.tolist())
     silent = asked[sums.tokens[asked] == 0].tolist()
     if silent:
         names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
         warnings.warn(f"{len(silent)} latents never fire in this data, so their effect is 0: {names}", stacklevel=3)
     return asked
+
+
+def _listed(latents: Any, sae: SAE) -> Tensor:
+    """(n,) int64, latents as they were asked for, ascending."""
+    asked = sorted(latent_list(latents))
+    check_latents(sae, asked)
+    return torch.tensor(asked, dtype=torch.int64)
 
 
 def check_latents(sae: SAE, latents: Iterable[int]) -> None:
@@ -129,15 +136,21 @@ def check_latents(sae: SAE, latents: Iterable[int]) -> None:
             raise LatentError(f"latent {latent} is out of range: this SAE has latents 0 to {sae.d_sae - 1}")
 
 
-def _chosen(exact: Any, candidates: Tensor, estimate: Tensor, order: str, sae: SAE) -> Tensor:
-    """(n,) int64, the latents to ablate exactly."""
-    if not isinstance(exact, int):
-        asked = torch.tensor(latent_list(exact), dtype=torch.int64)
-        check_latents(sae, asked.tolist())
-        return asked[torch.isin(asked, candidates)]
-    if exact < 0:
+def _exact_as_asked(exact: Any, sae: SAE) -> tuple[int, Tensor | None]:
+    """What ``exact=`` means: how many of the best, or which latents."""
+    if not hasattr(exact, "__index__") or getattr(exact, "ndim", 0):
+        return 0, _listed(exact, sae)
+    count = exact.__index__()  # of Python, numpy or torch
+    if count < 0:
         raise ConfigError(f"exact must be a number of latents or a list of them, got {exact}")
-    return candidates[torch.argsort(_key(estimate, order), descending=True, stable=True)[:exact]]
+    return count, None
+
+
+def _chosen(count: int, listed: Tensor | None, candidates: Tensor, estimate: Tensor, order: str) -> Tensor:
+    """(n,) int64, the latents to ablate exactly."""
+    if listed is not None:
+        return listed[torch.isin(listed, candidates)]
+    return candidates[torch.argsort(_key(estimate, order), descending=True, stable=True)[:count]]
 
 
 def _exact(measure: Ablator, data: Data, chosen: Tensor, d_sae: int, shown: Any) -> tuple[Tensor, bool]:

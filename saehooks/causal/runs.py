@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from saehooks.attachments.attachment import Attachment
+from saehooks.attachments.request import check
+from saehooks.attachments.resolve import find
+from saehooks.codes import Codes
+from saehooks.edits import EditFunction
 from saehooks.errors import ConfigError
 from saehooks.hosts import Host, Site
+from saehooks.hosts import host as host_of
+from saehooks.hosts.torch_compile import uncompiled
+from saehooks.sae import SAE
 from saehooks.streams import AFTER_FIRST
+from saehooks.trace import Trace
+from saehooks.where import Cursor, as_where
 
 TOKENS_AT_ONCE = 1024
 """Tokens in a forward by default: enough to keep two cores or a GPU busy, and logits within 200 MB."""
@@ -44,11 +55,14 @@ def as_data(host: Host, given: Any, batch_size: int | None = None) -> Data:
 
     Args:
         given: (n, pos) tokens; (n, 3, height, width) images; a list of texts, which the model's own tokenizer reads
-            and a BOS opens; a list of token lists; or batches of any of the tensors, as a loader gives them.
+            and a BOS opens; a list of token lists; what a tokenizer returns, whose padding is left out; or batches of
+            any of these, as a loader gives them.
         batch_size: sequences in a forward; by default as many as make about 1,024 tokens, or 64 images.
     Raises:
         ConfigError: there is nothing in it, or something else.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     pieces = list(_pieces(host, given))
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, piece in enumerate(pieces):
@@ -71,27 +85,99 @@ def rows_at_once(shape: tuple[int, ...]) -> int:
 
 def _pieces(host: Host, given: Any) -> Iterator[Tensor]:
     """One tensor for each sequence (pos,) or image (3, height, width)."""
-    if isinstance(given, Tensor):
-        if given.dim() not in (2, 4):
-            raise ConfigError(f"data must be tokens (n, pos) or images (n, 3, height, width), got {tuple(given.shape)}")
-        yield from given
-        return
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, Iterable):
+    if isinstance(given, Mapping):
+        yield from _pieces_of_mapping(host, given)
+    elif hasattr(given, "__array__"):
+        yield from _rows_of_tensor(torch.as_tensor(given))
+    elif isinstance(given, str):
+        yield prompt_tokens(host.tokenizer, given)
+    elif isinstance(given, Iterable):
+        for one in given:
+            yield from _pieces_of_item(host, one)
+    else:
         raise ConfigError(f"data must be tokens, images, texts or batches of them, got {type(given).__name__}")
-    for one in given:
-        if isinstance(one, str):
-            yield prompt_tokens(host.tokenizer, one)
-        elif isinstance(one, Tensor) and one.dim() == 1:
-            yield one
-        elif isinstance(one, (list, tuple)) and one and isinstance(one[0], int):
-            yield torch.tensor(one)
-        else:  # a batch, or a loader's (images, labels)
-            batch = one[0] if isinstance(one, (list, tuple)) and one else one
-            if not isinstance(batch, Tensor):
-                raise ConfigError(f"data must be tokens, images, texts or batches of them, got {type(one).__name__}")
-            yield from _pieces(host, batch)
+
+
+def _rows_of_tensor(given: Tensor) -> Iterator[Tensor]:
+    if given.dim() not in (2, 4) or (given.dim() == 2) != _whole_numbers(given):
+        raise ConfigError(
+            f"data must be tokens (n, pos) or images (n, 3, height, width), got {given.dtype} of shape "
+            f"{tuple(given.shape)}"
+        )
+    yield from given
+
+
+def _pieces_of_item(host: Host, one: Any) -> Iterator[Tensor]:
+    """The sequences of one item of an iterable: a text, a list of tokens, a batch, or a loader's (images, labels)."""
+    if isinstance(one, (str, Mapping)):
+        yield from _pieces(host, one)
+    elif isinstance(one, (list, tuple)) and one and not isinstance(one[0], Tensor) and hasattr(one[0], "__index__"):
+        yield torch.tensor([token.__index__() for token in one])
+    elif isinstance(one, (list, tuple)) and one and isinstance(one[0], (Tensor, Mapping)):
+        yield from _pieces_of_item(host, one[0])
+    elif hasattr(one, "__array__"):
+        tensor = torch.as_tensor(one)
+        yield from [tensor] if tensor.dim() == 1 and _whole_numbers(tensor) else _rows_of_tensor(tensor)
+    else:
+        raise ConfigError(f"data must be tokens, images, texts or batches of them, got {type(one).__name__}")
+
+
+NOT_GIVEN = ("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length", "num_truncated_tokens")
+"""What a tokenizer may return and no model is given."""
+
+
+def _pieces_of_mapping(host: Host, given: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The sequences in what a tokenizer or an image processor returns, each without its padding."""
+    found = {name: value for name, value in given.items() if name not in NOT_GIVEN and value is not None}
+    if "pixel_values" in found and len(found) == 1:
+        yield from _pieces(host, found["pixel_values"])
+        return
+    if "input_ids" not in found:
+        raise ConfigError(f"data must hold input_ids or pixel_values, got a mapping of {', '.join(found) or 'nothing'}")
+    rows = list(_token_rows(found.pop("input_ids")))
+    masks = [row.bool() for row in _token_rows(found.pop("attention_mask", [torch.ones_like(row) for row in rows]))]
+    if [len(row) for row in rows] != [len(mask) for mask in masks]:
+        raise ConfigError("input_ids and attention_mask must have one shape")
+    for name, value in found.items():
+        _refuse_unless_implied(name, list(_token_rows(value)), rows, masks)
+    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        real = mask.nonzero()[:, 0]
+        if len(real) and int(real[-1] - real[0]) + 1 != len(real):
+            raise ConfigError(f"the attention_mask of text {i} has a gap: padding must be on one side")
+        yield row[mask]
+
+
+def _token_rows(given: Any) -> Iterator[Tensor]:
+    """(pos,) for each text, of a tensor or nested lists; one text alone may come without its batch axis."""
+    rows = [torch.as_tensor(one) for one in given]
+    if rows and all(row.dim() == 0 for row in rows):
+        rows = [torch.stack(rows)]
+    if any(row.dim() != 1 for row in rows):
+        raise ConfigError(f"what a tokenizer returns must be (n, pos), got {tuple(rows[0].shape)} for one text")
+    yield from rows
+
+
+def _refuse_unless_implied(name: str, values: list[Tensor], rows: list[Tensor], masks: list[Tensor]) -> None:
+    """Leave out what the model assumes without it; refuse what would change what it does."""
+    implied = {
+        "token_type_ids": lambda row, mask: torch.zeros_like(row),
+        "position_ids": lambda row, mask: (mask.cumsum(0) - 1).clamp(min=0),
+        "labels": lambda row, mask: row,
+    }.get(name)
+    same = implied is not None and [len(v) for v in values] == [len(row) for row in rows]
+    if same and all(
+        bool((value[mask] == implied(row, mask)[mask]).all())  # type: ignore[misc]
+        for value, row, mask in zip(values, rows, masks, strict=True)
+    ):
+        return
+    raise ConfigError(
+        f"{name} in the data would be lost: each text is run by its tokens alone. Leave it out, or give tokens and "
+        f"run=lambda tokens: model(tokens, {name}=...)"
+    )
+
+
+def _whole_numbers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> Tensor:
@@ -103,7 +189,53 @@ def prompt_tokens(tokenizer: Any, text: str) -> Tensor:
     if tokenizer is None:
         raise ConfigError("this model carries no tokenizer: give tokens instead of texts")
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return torch.tensor([bos, *tokenizer(text, add_special_tokens=False).input_ids])
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor(ids if bos is None else [bos, *ids])
+
+
+class Place:
+    """Where latents are ablated: a site of a model, an SAE and a rule for positions, over many forwards.
+
+    Args:
+        where: as in `saehooks.attachments.attach`.
+    """
+
+    def __init__(self, model: Any, sae: SAE, at: str | None, head: int | None, where: Any) -> None:
+        self.host = host_of(model)
+        self.sae, self.site = sae, find(self.host, sae, at, head)
+        where = default_where(self.host, self.site, where)
+        self.where = None if where is None else as_where(where)
+        self._last: Attachment | None = None
+        self._highest = -1
+
+    @contextmanager
+    def attached(
+        self,
+        edits: tuple[EditFunction, ...] = (),
+        error: Literal["keep", "drop"] = "keep",
+        grads: bool = False,
+        known: tuple[Codes, Tensor | None] | None = None,
+    ) -> Iterator[Trace]:
+        """The SAE attached to every forward in the block, each time it fires recorded.
+
+        Args:
+            known: codes and mask of the first time it fires, where they are known.
+        """
+        cursor, trace = Cursor(), Trace(self.site.name, keep_all=True)
+        attachment = Attachment(self.host, self.site, self.sae, edits, self.where, error, grads, trace, cursor, known)
+        check([attachment])
+        with ExitStack() as hooks:
+            hooks.enter_context(uncompiled())
+            hooks.callback(self.host.watch(cursor.begin).remove)
+            hooks.callback(self.site.hook(attachment).remove)
+            yield trace
+        self._last, self._highest = attachment, max(self._highest, cursor.highest)
+
+    def check_used(self) -> None:
+        """Complain about a site that never fired, or a position that no forward of the data had."""
+        if self._last is not None:
+            self._last.cursor.highest = self._highest
+            self._last.check_used()
 
 
 def default_where(host: Host, site: Site, where: Any) -> Any:
@@ -113,7 +245,11 @@ def default_where(host: Host, site: Site, where: Any) -> Any:
     return None if host.tower(site) == "visual" else AFTER_FIRST
 
 
-def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Callable[[Tensor], Tensor]:
+Run = Callable[[Tensor], Tensor]
+"""From inputs to the output that metrics see."""
+
+
+def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Run:
     """A function from inputs to the output that metrics see: logits, or embeddings of a CLIP."""
     model: Any = host.model
     if run is not None:
