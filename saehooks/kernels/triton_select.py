@@ -216,9 +216,7 @@ def finish(
                 size += tl.sum(((z - best) * slope_of > tau).to(tl.int32), 0)
     if finite(best) & (KIND == TOPK):
         tau = 0.0
-        size = n
         if n >= k:
-            size = k
             if (n <= CAP) | (not STREAM):
                 slot = tl.arange(0, CAP)
                 z = tl.load(VALUES + row * CAP + slot, mask=slot < n, other=float("-inf"))
@@ -228,6 +226,7 @@ def finish(
             else:
                 tau = kth_streamed(z_row, BIAS, best, k, d_sae, TILE, BIASED)
                 quota = k - reaching(z_row, BIAS, tau, True, d_sae, TILE, BIASED)
+        size = tl.minimum(tl.load(COUNTS + row, volatile=True), k)  # read again: held in a register, it would spill
     if finite(best) & (KIND == THRESHOLD):
         size = n
     tl.store(TAU + row, tau)
