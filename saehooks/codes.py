@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError, LatentError, WidthError
+
+if TYPE_CHECKING:
+    from saehooks.kernels.rules import Support
 
 
 class Top(NamedTuple):
@@ -49,8 +52,14 @@ class Codes:
     """Number of latents of the SAE."""
     scale: Tensor | None = None
     """(rows,) multiplier of each row's reconstruction, or None for 1."""
+    support: Support | None = None
+    """Where selection made these codes, its support, which keeps the index of the entries by latent; for the kernels.
+    None for codes from elsewhere: it is dropped with the indices or offsets it was about."""
 
     def __post_init__(self) -> None:
+        known = self.support
+        if known is not None and (known.indices is not self.indices or known.offsets is not self.offsets):
+            object.__setattr__(self, "support", None)
         rows = math.prod(self.shape)
         if self.offsets.shape != (rows + 1,):
             raise WidthError(
@@ -132,7 +141,7 @@ class Codes:
         )
 
     def trimmed(self) -> Codes:
-        """The same codes without the padding past the last row that a `saehooks.kernels.capacity` leaves."""
+        """The same codes without the padding past the last row that a `saehooks.kernels.Capacity` leaves."""
         used = int(self.offsets[-1])
         if used == self.indices.numel():
             return self

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from saehooks import kernels
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
-from saehooks.kernels import Support
+from saehooks.kernels import DEFAULT, Step, Support
 
 
 class Refinement(nn.Module):
@@ -45,6 +45,8 @@ class Refinement(nn.Module):
         support: Support,
         values: Tensor,
         active: Tensor | None = None,
+        *,
+        step: Step = DEFAULT,
     ) -> Tensor:
         """Refined values (nnz,), differentiable in everything.
 
@@ -55,16 +57,17 @@ class Refinement(nn.Module):
             support: the selected latents.
             values: (nnz,) their values.
             active: (nnz,) bool, the latents whose values may move; None for all.
+            step: what the kernels know beside these.
         """
         if not self.steps:
             return values
-        indices, offsets, table = support.indices, support.offsets, dictionary.table
+        table = dictionary.table
         target = dictionary.target(x, prepared)
         for rate in self.rates:
-            missed = target - dictionary.project(kernels.spmm(values, indices, offsets, table))
-            step = kernels.sddmm(dictionary.project_adjoint(missed), table, indices, offsets)
-            step = step if active is None else step.masked_fill(~active, 0.0)
-            values = values + rate * step
+            missed = target - dictionary.project(kernels.spmm(values, support, table, step=step))
+            change = kernels.sddmm(dictionary.project_adjoint(missed), table, support, step=step)
+            change = change if active is None else change.masked_fill(~active, 0.0)
+            values = values + rate * change
         return values
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from saehooks.activations import ACTIVATIONS, LatentDensity
 from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
 from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
-from saehooks.kernels import Support
+from saehooks.kernels import Step, Support
 from saehooks.refinement import Refinement
 from saehooks.storage import dtype_of, write_folder
 
@@ -161,16 +161,19 @@ class SAE(nn.Module):
 
     # ------------------------------------------------------------------- use
 
-    def encode(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor, *, step: Step | None = None) -> Codes:
         """Codes of activations (*shape, d_in); differentiable in x and in the parameters.
 
+        Args:
+            x: (*shape, d_in), floating; computed in the dtype of the SAE.
+            step: what the kernels know beside the tensors, such as a `Capacity`; None: exact sizes, by device.
         Raises:
             WidthError: the last axis is not d_in.
         """
-        return self.encode_stages(x).codes
+        return self.encode_stages(x, step=step).codes
 
     @_in_own_dtype
-    def encode_stages(self, x: Tensor) -> Encoded:
+    def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
         """Encode and keep what losses need on the way."""
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
             raise WidthError(
@@ -178,17 +181,25 @@ class SAE(nn.Module):
             )
         flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
         prepared = self.dictionary.prepare(flat)
-        with torch.no_grad(), nullcontext() if self.activation.takes_padding else kernels.exactly():
+        step = step or kernels.DEFAULT
+        with torch.no_grad():
             rule = self.activation.rule(flat.shape[0], self.density.mean)
             silenced = self.density.silenced
-            support = self.dictionary.select(prepared, rule, silenced=silenced)
-        scores = self.dictionary.scores(prepared, support)
+            selecting = step if self.activation.takes_padding else step.exact()
+            support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)
+        scores = self.dictionary.scores(prepared, support, step=step)
         if silenced is not None:
             scores = scores.masked_fill(silenced[support.indices], 0.0)
         values, active = self.activation.values(scores, support), self.activation.active(scores, support)
-        values = self.refinement(self.dictionary, flat, prepared, support, values, active)
+        values = self.refinement(self.dictionary, flat, prepared, support, values, active, step=step)
         codes = candidates = Codes(
-            support.indices, values, support.offsets, tuple(x.shape[:-1]), self.cfg.d_sae, prepared.scale
+            support.indices,
+            values,
+            support.offsets,
+            tuple(x.shape[:-1]),
+            self.cfg.d_sae,
+            prepared.scale,
+            support.pattern(),
         )
         if active is not None:
             codes = candidates.keep(active)
@@ -198,24 +209,30 @@ class SAE(nn.Module):
                 self.density.update(codes.counts(), flat.shape[0])
         return Encoded(prepared, support, scores, candidates, codes)
 
-    def decode(self, codes: Codes) -> Tensor:
-        """(*shape, d_in) reconstruction of codes."""
-        return self._decode(codes, with_offset=True)
+    def decode(self, codes: Codes, *, step: Step | None = None) -> Tensor:
+        """(*shape, d_in) reconstruction of codes.
+
+        Raises:
+            WidthError: codes over another number of latents.
+            LatentError: codes with a latent out of range.
+        """
+        return self._decode(codes, with_offset=True, step=step)
 
     def decode_delta(self, codes: Codes) -> Tensor:
         """(*shape, d_in) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
         return self._decode(codes, with_offset=False)
 
     @_in_own_dtype
-    def _decode(self, codes: Codes, with_offset: bool) -> Tensor:
+    def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
         if codes.d_sae != self.cfg.d_sae:
             raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
-        return self.dictionary.decode(codes, with_offset).reshape(*codes.shape, self.cfg.d_in)
+        decoded = self.dictionary.decode(codes, with_offset, step=step or kernels.DEFAULT)
+        return decoded.reshape(*codes.shape, self.cfg.d_in)
 
-    def forward(self, x: Tensor) -> SAEOutput:
+    def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
         """Encode and decode activations (*shape, d_in)."""
-        stages = self.encode_stages(x)
-        return SAEOutput(self.decode(stages.candidates), stages.codes)
+        stages = self.encode_stages(x, step=step)
+        return SAEOutput(self.decode(stages.candidates, step=step), stages.codes)
 
     @torch.no_grad()
     @_in_own_dtype

@@ -42,7 +42,7 @@ def test_every_preset_is_its_cell():
 def test_settings_reach_their_part():
     """Settings of dictionary and activation pass through; unknown ones are refused."""
     assert presets.kron_sae(8, 64, k=5, m=2, n=8).dictionary.heads == 4
-    assert presets.sparsemax_sae(8, 64, values="weight").activation.carries == "weight"
+    assert presets.sparsemax_sae(8, 64, values="weight").activation.value_kind == "weight"
     with pytest.raises(ConfigError, match="colour"):
         presets.topk_sae(8, 64, colour="red")
 

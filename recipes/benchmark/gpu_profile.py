@@ -15,15 +15,15 @@ from gpu_clock import Clock, Job, half_products
 from gpu_measure import Found, Row, case, half, room_for
 from gpu_report import ratio
 from gpu_step import our_sae, our_step
+from saehooks.kernels.capacity import active
+from saehooks.kernels.copies import shared_copies, shared_copy
+from saehooks.kernels.deferred import Contribution
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from saehooks import kernels
 from saehooks.kernels import Sparsemax, Support, gpu_adam, gpu_plan, gpu_products, gpu_scores, gpu_select
-from saehooks.kernels.capacity import active
-from saehooks.kernels.copies import shared_copies, shared_copy
-from saehooks.kernels.deferred import Contribution
 
 
 class Part(NamedTuple):

@@ -13,10 +13,10 @@ from gpu_clock import Clock, Job, half_products
 from gpu_measure import TOPK, Found, Row, case, product_ms
 from gpu_others import others, packages
 from gpu_report import ratio
+from saehooks.kernels.copies import shared_copies
 from torch import Tensor
 
 from saehooks import SAE, TrainConfig, Trainer, kernels
-from saehooks.kernels.copies import shared_copies
 from saehooks.training.losses import default_loss
 from saehooks.training.optimiser import TableAdam
 

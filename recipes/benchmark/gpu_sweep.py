@@ -11,11 +11,11 @@ from gpu_clock import Clock
 from gpu_exact import agreement
 from gpu_measure import Found, Row, case, gemm_plan, half, room_for, written
 from gpu_report import ratio
+from saehooks.kernels.capacity import active
+from saehooks.kernels.gpu_plan import GemmPlan, SelectPlan
 from torch import Tensor
 
 from saehooks.kernels import Sparsemax, Support, gpu_plan, gpu_scores, gpu_select
-from saehooks.kernels.capacity import active
-from saehooks.kernels.gpu_plan import GemmPlan, SelectPlan
 
 SECONDS = 12.0
 """For the selections of one size, and for the products of one size; variants not begun by then are left out."""

@@ -21,7 +21,7 @@ class Activation(nn.Module):
     tracks_density: ClassVar[bool] = False
     """Whether the SAE must count how often each latent fires."""
     takes_padding: ClassVar[bool] = False
-    """Whether its values may be asked of codes with padding past the last row, as `saehooks.kernels.capacity` makes."""
+    """Whether its values may be asked of codes with padding past the last row: see `saehooks.kernels.Capacity`."""
 
     running: ClassVar[tuple[str, ...]] = ()
     """Buffers that hold running means: in bfloat16 a small step would be rounded away, so they stay float32 there."""

@@ -6,13 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from saehooks.activations.base import Activation
 from saehooks.activations.sparsemax import VALUES
-from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels import Entmax, Support, path
+from saehooks.kernels import Entmax, Support, entmax_weights
 
 LOWEST = 1.01
 """Below this a learned alpha does not go: at 1 entmax is softmax, which selects everything."""
@@ -41,7 +39,7 @@ class EntmaxActivation(Activation):
             raise ConfigError(f"values={values!r}: entmax carries one of {', '.join(map(repr, VALUES))}")
         if learn_alpha and values != "weight":
             raise ConfigError("a learned alpha needs values='weight': scores do not depend on alpha")
-        self.carries, self.fixed_alpha, self.raw_alpha = values, alpha, None
+        self.value_kind, self.fixed_alpha, self.raw_alpha = values, alpha, None
         if learn_alpha:
             share = (min(max(alpha, LOWEST + 0.01), 1.99) - LOWEST) / (2 - LOWEST)
             self.raw_alpha = nn.Parameter(torch.tensor(share, dtype=torch.float32).logit())
@@ -61,7 +59,7 @@ class EntmaxActivation(Activation):
         return Entmax(self._number())
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
-        if self.carries == "score":
+        if self.value_kind == "score":
             return scores
         alpha = self.alpha
         if not isinstance(alpha, Tensor):
@@ -69,76 +67,4 @@ class EntmaxActivation(Activation):
         return entmax_weights(scores, support.offsets, alpha)
 
     def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, alpha={self._number():.3g}, values={self.carries!r}"
-
-
-def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:
-    """(nnz,) entmax probabilities over the given supports, differentiable in scores and in alpha (a scalar).
-
-    A row's probabilities are those of its scores alone: of the whole row, if its support is the entmax support. Sums
-    are float64; on the GPU path each has one order, so that results repeat, and the host waits for none.
-    """
-    if scores.dtype != torch.float64 and hasattr(path(scores), "entmax_weights"):
-        return _WeightsByKernel.apply(scores, offsets, alpha)
-    return _Weights.apply(scores, offsets, alpha)
-
-
-class _Weights(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, offsets, alpha):
-        rows = rows_of(offsets, scores.numel())
-        n_rows, power = offsets.numel() - 1, 1 / (float(alpha) - 1)
-        wide = scores.double()
-        best = wide.new_full((n_rows,), -torch.inf).scatter_reduce(0, rows, wide, "amax")
-        scaled = (wide - best[rows]) / power
-        tau = wide.new_full((n_rows,), -1.0)
-        for _ in range(100):
-            above = (scaled - tau[rows]).clamp(min=0)
-            slope = torch.where(above > 0, above.pow(power - 1), 0.0)  # 0 ** 0 is 1
-            mass = torch.zeros_like(tau).index_add_(0, rows, slope * above)
-            step = ((mass - 1) / (power * torch.zeros_like(tau).index_add_(0, rows, slope))).clamp(min=0)
-            tau = tau + step
-            if not (step > 1e-15).any():
-                break
-        weights = (scaled - tau[rows]).clamp(min=0).pow(power)
-        ctx.save_for_backward(weights, rows, alpha)
-        ctx.n_rows, ctx.dtype = n_rows, scores.dtype
-        return weights.to(scores.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        weights, rows, alpha = ctx.saved_tensors
-        wide, grad = float(alpha), grad.double()
-
-        def row_sum(entries: Tensor) -> Tensor:
-            return entries.new_zeros(ctx.n_rows).index_add_(0, rows, entries)[rows]
-
-        positive = weights > 0
-        slope = torch.where(positive, weights.clamp(min=1e-300).pow(2 - wide), 0.0)
-        skewed = slope / row_sum(slope)
-        d_scores = slope * grad - skewed * row_sum(slope * grad)
-        d_alpha = None
-        if ctx.needs_input_grad[2]:
-            surprise = torch.where(positive, weights * weights.clamp(min=1e-300).log(), 0.0)
-            change = (weights - skewed) / (wide - 1) ** 2 - (surprise - skewed * row_sum(surprise)) / (wide - 1)
-            d_alpha = (grad * change).sum().to(alpha.dtype)
-        return d_scores.to(ctx.dtype), None, d_alpha
-
-
-class _WeightsByKernel(torch.autograd.Function):
-    """`_Weights` on a path with kernels for it."""
-
-    @staticmethod
-    def forward(ctx, scores, offsets, alpha):
-        weights = path(scores).entmax_weights(scores, offsets, alpha)
-        ctx.save_for_backward(weights, offsets, alpha)
-        return weights.to(scores.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        weights, offsets, alpha = ctx.saved_tensors
-        learned = ctx.needs_input_grad[2]
-        d_scores, d_alpha = path(grad).entmax_gradient(weights, grad, offsets, alpha, learned)
-        return d_scores, None, d_alpha.to(alpha.dtype) if learned else None
+        return f"d_sae={self.d_sae}, alpha={self._number():.3g}, values={self.value_kind!r}"

@@ -6,12 +6,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from saehooks.activations.base import Activation
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels import Sparsemax, Support, exactly, path
+from saehooks.kernels import Sparsemax, Support, select_rows, simplex_weights
 
 VALUES = ("score", "weight")
 
@@ -31,49 +30,18 @@ class SparsemaxActivation(Activation):
         super().__init__(d_sae)
         if values not in VALUES:
             raise ConfigError(f"values={values!r}: sparsemax carries one of {', '.join(map(repr, VALUES))}")
-        self.carries = values
+        self.value_kind = values
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Sparsemax:
         return Sparsemax()
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
-        if self.carries == "score":
+        if self.value_kind == "score":
             return scores
         return simplex_weights(scores, support.offsets)
 
     def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, values={self.carries!r}"
-
-
-def simplex_weights(scores: Tensor, offsets: Tensor) -> Tensor:
-    """(nnz,) sparsemax weights ``score - tau`` of given supports; the gradient is the sparsemax Jacobian.
-
-    With g the gradient of the weights, a score receives ``g - mean of g over its row's support``. Sums are float64:
-    over a support of thousands of large scores float32 would miss the threshold by more than the weights.
-    """
-    if scores.dtype != torch.float64 and hasattr(path(scores), "center"):
-        return _Centred.apply(scores, offsets)
-    rows = rows_of(offsets, scores.numel())
-    sizes, wide = offsets.diff().clamp(min=1).double(), scores.double()
-    shift = wide.new_zeros(sizes.numel()).index_add(0, rows, wide.detach()) / sizes
-    centred = wide - shift[rows]
-    tau = (wide.new_zeros(sizes.numel()).index_add(0, rows, centred) - 1) / sizes
-    return (centred - tau[rows]).to(scores.dtype)
-
-
-class _Centred(torch.autograd.Function):
-    """`simplex_weights` on a path with a kernel for it."""
-
-    @staticmethod
-    def forward(ctx, scores, offsets):
-        ctx.save_for_backward(offsets)
-        return path(scores).center(scores, offsets, 1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (offsets,) = ctx.saved_tensors
-        return path(grad).center(grad, offsets, 0.0), None
+        return f"d_sae={self.d_sae}, values={self.value_kind!r}"
 
 
 class SparsemaxResult(NamedTuple):
@@ -109,8 +77,7 @@ def sparsemax(scores: Tensor, dim: int = -1) -> SparsemaxResult:
         raise ConfigError("sparsemax over an empty axis: there is nothing to choose from")
     flat = moved.reshape(-1, moved.shape[-1])
     wide = flat if flat.dtype == torch.float64 else flat.float()
-    with exactly():
-        support = path(wide).select(wide.detach().contiguous(), Sparsemax())
+    support = select_rows(wide.detach().contiguous(), Sparsemax())
     rows = rows_of(support.offsets, support.indices.numel())
     picked = wide[rows, support.indices]
     weights = simplex_weights(picked, support.offsets)

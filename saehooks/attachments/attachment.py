@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,8 +52,7 @@ class Attachment:
         sae = self.sae.frozen()
         with torch.set_grad_enabled(graph), exact:
             known = self.known if not self.trace.calls else None
-            with self._room(acts):
-                codes = sae.encode(acts) if known is None else known[0]
+            codes = sae.encode(acts, step=self._step(acts)) if known is None else known[0]
             view = self.cursor.look(codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view) if known is None else known[1]
             original, edited = codes, self._edit(codes, view, mask)
@@ -67,22 +65,21 @@ class Attachment:
                 return self._reconstructed(sae, acts, edited, mask)
             return None if edited is original else self._moved(sae, acts, original, edited, mask)
 
-    def _room(self, acts: Tensor) -> AbstractContextManager[object]:
+    def _step(self, acts: Tensor) -> kernels.Step:
         """How the codes are laid out. Edits and gradients, which users see, and traces that pile up take no padding.
 
         On a GPU a forward of few tokens gives its codes room for every latent, so that it need not wait for their
         number: while a model generates, the host stays ahead of the GPU.
         """
         if self.edits or self.grads or self.trace.keep_all:
-            return kernels.exactly()
+            return kernels.DEFAULT
         scores = acts.numel() // max(1, acts.shape[-1]) * self.sae.d_sae
-        if kernels.active() is not None or not 0 < scores <= FEW_SCORES or not self._on_gpu:
-            return nullcontext()
-        return kernels.capacity(scores)
+        few = 0 < scores <= FEW_SCORES and self._asynchronous
+        return kernels.Step(capacity=kernels.Capacity(scores)) if few else kernels.DEFAULT
 
     @property
-    def _on_gpu(self) -> bool:
-        return kernels.path_name(next(self.sae.parameters())) == "gpu"
+    def _asynchronous(self) -> bool:
+        return kernels.backend_for(next(self.sae.parameters())).ASYNCHRONOUS
 
     def _edit(self, codes: Codes, view: View, mask: Tensor | None) -> Codes:
         """The codes after the edits, where ``mask`` holds."""
@@ -113,7 +110,7 @@ class Attachment:
         """The reconstruction, where ``mask`` holds."""
         if mask is None:
             return sae.decode(edited)
-        if self._on_gpu:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
+        if self._asynchronous:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
             return torch.where(mask[..., None].to(acts.device), sae.decode(edited).to(acts), acts)
         rows = mask.reshape(-1).nonzero()[:, 0]
         return _put_rows(acts, rows, sae.decode(edited.select_rows(rows))) if len(rows) else None

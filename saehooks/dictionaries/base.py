@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saehooks import kernels
 from saehooks.codes import Codes
-from saehooks.kernels import BatchRule, RowRule, Support
+from saehooks.kernels import DEFAULT, BatchRule, RowRule, Step, Support
 
 
 class Prepared(NamedTuple):
@@ -101,6 +101,7 @@ class Dictionary(nn.Module):
         *,
         among: Tensor | None = None,
         silenced: Tensor | None = None,
+        step: Step = DEFAULT,
     ) -> Support:
         """Which latents each row selects, without gradient and without keeping the score matrix.
 
@@ -109,31 +110,32 @@ class Dictionary(nn.Module):
             rule: how.
             among: (n,) int64 ascending, the only latents to choose from; None for all.
             silenced: (d_sae,) bool, latents whose score is taken to be 0; None for none.
+            step: what the kernels know beside these.
         """
         keys, bias = self.keys, self.bias
         if silenced is not None:
             keys = keys.masked_fill(silenced[:, None], 0.0)
             bias = None if bias is None else bias.masked_fill(silenced, 0.0)
         if among is None:
-            support = kernels.select(prepared.queries, keys, rule, bias)
+            support = kernels.select(prepared.queries, keys, rule, bias, step=step)
         else:
-            support = kernels.select(prepared.queries, keys[among], rule, None if bias is None else bias[among])
-            support = support._replace(indices=among[support.indices])
-        return support if silenced is None else support._replace(scores=None)
+            few = None if bias is None else bias[among]
+            support = kernels.select(prepared.queries, keys[among], rule, few, step=step)
+            support = support.renamed(among, self.d_sae)
+        return support if silenced is None else support.with_scores(None)
 
     def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
         """Dense scores (chunk, d_sae) of consecutive rows, without gradient; the next chunk overwrites the last."""
         return kernels.score_chunks(prepared.queries, self.keys, self.bias)
 
-    def scores(self, prepared: Prepared, support: Support) -> Tensor:
+    def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         """(nnz,) scores of the selected latents, differentiable."""
-        return kernels.sddmm(
-            prepared.queries, self.keys, support.indices, support.offsets, bias=self.bias, known=support.scores
-        )
+        return kernels.sddmm(prepared.queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
 
-    def decode(self, codes: Codes, with_offset: bool = True) -> Tensor:
+    def decode(self, codes: Codes, with_offset: bool = True, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d_in) reconstruction of codes, flattened; without the offset it is linear in the values."""
-        recons = self.project(kernels.spmm(codes.values, codes.indices, codes.offsets, self.table))
+        support = codes.support or Support(codes.indices, codes.offsets)
+        recons = self.project(kernels.spmm(codes.values, support, self.table, step=step))
         if codes.scale is not None:
             recons = recons * codes.scale[:, None]
         return recons + self.offset if with_offset and self.offset is not None else recons

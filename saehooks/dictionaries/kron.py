@@ -14,9 +14,9 @@ from saehooks.codes import rows_of
 from saehooks.dictionaries.base import Prepared, RowDecoder, unit_rows
 from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
-from saehooks.kernels import BatchRule, FeatureChoice, RowRule, Support
-from saehooks.kernels.batch import feature_choice
-from saehooks.kernels.scores import SCORE_BYTES, join
+from saehooks.kernels import DEFAULT, BatchRule, FeatureChoice, RowRule, Step, Support
+from saehooks.kernels.reference.across_rows import feature_choice
+from saehooks.kernels.reference.select import SCORE_BYTES, join
 
 SMALLEST = 1e-6
 """Scores below this have the gradient of this score, so that the square root's stays finite."""
@@ -73,7 +73,6 @@ class KronDictionary(RowDecoder):
 
     # ------------------------------------------------------------- selection
 
-    @kernels.exactly()
     def select(
         self,
         prepared: Prepared,
@@ -81,11 +80,13 @@ class KronDictionary(RowDecoder):
         *,
         among: Tensor | None = None,
         silenced: Tensor | None = None,
+        step: Step = DEFAULT,
     ) -> Support:
+        step = step.exact()  # pairs are counted
         queries = prepared.queries.detach()
         rows = queries.shape[0]
         if among is not None or silenced is not None:
-            return self._select_dense(queries, rule, among, silenced)
+            return self._select_dense(queries, rule, among, silenced, step)
         if isinstance(rule, FeatureChoice):
             block = max(1, SCORE_BYTES // max(1, 3 * rows * queries.element_size()))
             return feature_choice(
@@ -94,7 +95,7 @@ class KronDictionary(RowDecoder):
                 rows,
                 block,
             )
-        return select_pairs(self._factors(queries), rule)
+        return select_pairs(self._factors(queries), rule, step).trusted(self.d_sae)
 
     def _factors(self, queries: Tensor) -> Factors:
         split = self.heads * self.m
@@ -102,7 +103,12 @@ class KronDictionary(RowDecoder):
         return Factors(p.reshape(-1, self.heads, self.m), q.reshape(-1, self.heads, self.n))
 
     def _select_dense(
-        self, queries: Tensor, rule: RowRule | BatchRule, among: Tensor | None, silenced: Tensor | None
+        self,
+        queries: Tensor,
+        rule: RowRule | BatchRule,
+        among: Tensor | None,
+        silenced: Tensor | None,
+        step: Step,
     ) -> Support:
         """Selection from few latents, or with some silenced: block by block of rows."""
         latents = torch.arange(self.d_sae, device=queries.device) if among is None else among
@@ -120,8 +126,8 @@ class KronDictionary(RowDecoder):
             whole = torch.cat(list(chunks()))
             support = feature_choice(lambda a, b: whole[:, a:b], rule.budgets, queries.shape[0], self.d_sae)
         else:
-            support = join([kernels.select_rows(scores, rule) for scores in chunks()], queries)
-        return support._replace(indices=latents[support.indices])
+            support = join([kernels.select_rows(scores, rule, step=step) for scores in chunks()], queries)
+        return support.renamed(latents, self.d_sae)
 
     def _block(self, queries: Tensor, latents: Tensor) -> Tensor:
         """(rows, n) scores of some latents."""
@@ -140,7 +146,7 @@ class KronDictionary(RowDecoder):
         for part in queries.split(step):
             yield self._block(part, latents)
 
-    def scores(self, prepared: Prepared, support: Support) -> Tensor:
+    def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         width = prepared.queries.shape[1]
         start = rows_of(support.offsets, support.indices.numel()) * width
         p, q = self._places(support.indices)

@@ -13,8 +13,21 @@ import torch
 from torch import Tensor
 
 from saehooks.codes import offsets_of, rows_of
-from saehooks.kernels import BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK, reference, select_rows
-from saehooks.kernels.batch import largest
+from saehooks.kernels import (
+    DEFAULT,
+    BatchTopK,
+    Entmax,
+    RowRule,
+    Sparsemax,
+    Step,
+    Support,
+    Threshold,
+    TopK,
+    reference,
+    select_rows,
+)
+from saehooks.kernels.reference.across_rows import largest
+from saehooks.kernels.reference.select import entmax_threshold, padded
 
 SLACK = 1e-5
 """Relative room below a bound, so that rounding loses no candidate."""
@@ -51,15 +64,14 @@ class Pairs(NamedTuple):
     """(rows + 1,) int64."""
 
 
-def select_pairs(factors: Factors, rule: RowRule | BatchTopK) -> Support:
+def select_pairs(factors: Factors, rule: RowRule | BatchTopK, step: Step = DEFAULT) -> Support:
     """Support of each row by a row rule, or of the batch by `BatchTopK`; what the explicit products would give.
 
     Raises:
         ConfigError: more latents asked for than there are.
     """
     rows, d_sae = factors.p.shape[0], factors.d_sae
-    if isinstance(rule, TopK | BatchTopK):
-        reference.check_k(rule.k, d_sae)
+    rule.check(rows, d_sae)
     finite = factors.p.flatten(1).isfinite().all(1) & factors.q.flatten(1).isfinite().all(1)
     usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in factors))
     if isinstance(rule, BatchTopK):
@@ -70,10 +82,10 @@ def select_pairs(factors: Factors, rule: RowRule | BatchTopK) -> Support:
         pairs = pairs_above(usable, _row_bound(usable, rule))
         keep, threshold, full = _by_row(pairs, rule, rows, d_sae)
     places = (pairs.rows * d_sae + pairs.latents)[keep & ~full[pairs.rows]]
-    extra = [_odd_places(factors, ~finite)]
+    extra = [_nonfinite_places(factors, ~finite)]
     if bool((full & finite).any()):
         everywhere = (full & finite).nonzero()[:, 0]
-        whole = select_rows(explicit(factors, everywhere), rule)  # type: ignore[arg-type]
+        whole = select_rows(explicit(factors, everywhere), rule, step=step)  # type: ignore[arg-type]
         extra.append(everywhere[rows_of(whole.offsets, whole.indices.numel())] * d_sae + whole.indices)
         threshold = threshold.index_put((everywhere,), whole.threshold)
     places = torch.cat([places, *extra]).sort().values
@@ -134,7 +146,7 @@ def _row_bound(factors: Factors, rule: RowRule) -> Tensor:
         real = tops.shape[1] if tops.shape[1] == heads else tops.shape[1] - heads
         return factors.p.new_zeros(rows) if rule.k > real else tops.topk(rule.k, dim=1).values[:, -1]
     best = tops.max(1).values
-    tau = reference.entmax_threshold(tops - best[:, None], rule.alpha if isinstance(rule, Entmax) else 2.0)
+    tau = entmax_threshold(tops - best[:, None], rule.alpha if isinstance(rule, Entmax) else 2.0)
     return (tau.to(best) + best - 2 * torch.finfo(best.dtype).eps * (best + tau.abs().to(best))).clamp(min=0)
 
 
@@ -169,14 +181,14 @@ def _by_row(pairs: Pairs, rule: RowRule, rows: int, d_sae: int) -> tuple[Tensor,
         below = -1.0 if isinstance(rule, Sparsemax | Entmax) else 0.0
         threshold = pairs.scores.new_full((rows,), below)
         return torch.zeros_like(pairs.rows, dtype=torch.bool), threshold, threshold < 0
-    table = reference.padded(pairs.scores, pairs.rows, pairs.offsets)
+    table = padded(pairs.scores, pairs.rows, pairs.offsets)
     if isinstance(rule, TopK):
         table = table.clamp(min=0.0)
         table = torch.nn.functional.pad(table, (0, max(0, rule.k - table.shape[1])))
     else:
         # A row without any positive pair is one of all zeros: give it one, and its tau comes out negative.
         table[pairs.offsets.diff() == 0, 0] = 0.0
-    found = reference.select(table, rule)
+    found = reference.select_rows(table, rule)
     chosen = torch.zeros_like(table, dtype=torch.bool)
     chosen[rows_of(found.offsets, found.indices.numel()), found.indices] = True
     place = torch.arange(pairs.rows.numel(), device=pairs.rows.device) - pairs.offsets[pairs.rows]
@@ -184,9 +196,9 @@ def _by_row(pairs: Pairs, rule: RowRule, rows: int, d_sae: int) -> tuple[Tensor,
     return chosen[pairs.rows, place], found.threshold, full
 
 
-def _odd_places(factors: Factors, odd: Tensor) -> Tensor:
+def _nonfinite_places(factors: Factors, nonfinite: Tensor) -> Tensor:
     """Flat places of one pair in each row that is not finite, where it is not."""
-    rows = odd.nonzero()[:, 0]
+    rows = nonfinite.nonzero()[:, 0]
     if not rows.numel():
         return rows
     heads, m, n = factors.p.shape[1], factors.p.shape[2], factors.q.shape[2]

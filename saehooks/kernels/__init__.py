@@ -1,13 +1,14 @@
 """Selection and sparse products: the kernels under every SAE.
 
 `select` finds which latents each row uses without keeping the score matrix, `sddmm` recomputes the selected scores
-with gradients, `spmm` decodes. Each has a plain-torch reference and faster paths; `dispatch` chooses.
+with gradients, `spmm` decodes. `backend` says what each backend owes and which one serves; `Step` carries what a step
+knows beside its tensors.
 """
 
-from saehooks.kernels.batch import batch_topk
-from saehooks.kernels.capacity import Capacity, active, capacity, exactly
-from saehooks.kernels.dispatch import PATHS, force, path, path_name, select_rows
-from saehooks.kernels.products import sddmm, spmm
+from saehooks.kernels.backend import BACKENDS, Backend, backend_for
+from saehooks.kernels.ops import entmax_weights, sddmm, select, select_rows, simplex_weights, spmm
+from saehooks.kernels.reference.across_rows import batch_topk
+from saehooks.kernels.reference.select import score_chunks
 from saehooks.kernels.rules import (
     BatchRule,
     BatchTopK,
@@ -19,30 +20,32 @@ from saehooks.kernels.rules import (
     Threshold,
     TopK,
 )
-from saehooks.kernels.scores import score_chunks, select
+from saehooks.kernels.step import DEFAULT, Capacity, Forecast, SparseGradients, Step
 
 __all__ = [
-    "PATHS",
+    "BACKENDS",
+    "DEFAULT",
+    "Backend",
     "BatchRule",
     "BatchTopK",
     "Capacity",
     "Entmax",
     "FeatureChoice",
+    "Forecast",
     "RowRule",
+    "SparseGradients",
     "Sparsemax",
+    "Step",
     "Support",
     "Threshold",
     "TopK",
-    "active",
+    "backend_for",
     "batch_topk",
-    "capacity",
-    "exactly",
-    "force",
-    "path",
-    "path_name",
+    "entmax_weights",
     "score_chunks",
     "sddmm",
     "select",
     "select_rows",
+    "simplex_weights",
     "spmm",
 ]

@@ -23,14 +23,14 @@ _pool: list[np.ndarray] = []
 _lock = threading.Lock()
 
 
-def empty(*shape: int) -> Tensor:
+def reusable_empty(*shape: int) -> Tensor:
     """An uninitialised float32 CPU tensor; a large one takes over the memory of one that nobody refers to any more.
 
     It is no view of another tensor, so that autograd can add to it in place.
     """
     count = math.prod(shape)
     if 4 * count < LARGE:
-        return torch.empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     wanted = count + ALIGNMENT // 4
     with _lock:
         held = _take(wanted)
@@ -59,7 +59,7 @@ def _references(i: int) -> int:
     return sys.getrefcount(_pool[i]) - 2
 
 
-def forget() -> None:
+def release() -> None:
     """Give back all memory that is kept and not in use."""
     with _lock:
         _pool[:] = [_pool[i] for i in range(len(_pool)) if _references(i) > 0]

@@ -5,7 +5,6 @@ All terms are relative to the size of the activations, so a coefficient means th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch.func import functional_call
 from saehooks.activations.zipf import fit_zipf, ranks
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
-from saehooks.kernels import TopK, active, capacity
+from saehooks.kernels import DEFAULT, Step, TopK
 from saehooks.sae import SAE, Encoded
 
 RECONSTRUCTION = ("relative", "mse", "per_norm")
@@ -79,7 +78,13 @@ class TrainingLoss(NamedTuple):
 
 
 def training_loss(
-    sae: SAE, x: Tensor, config: LossConfig, *, idle: Tensor | None = None, step: int | None = None
+    sae: SAE,
+    x: Tensor,
+    config: LossConfig,
+    *,
+    idle: Tensor | None = None,
+    step: int | None = None,
+    kernel_step: Step = DEFAULT,
 ) -> TrainingLoss:
     """Encode, decode and score one batch.
 
@@ -89,11 +94,12 @@ def training_loss(
         config: which terms.
         idle: (d_sae,) int64, rows seen since each latent last fired, for terms about dead latents.
         step: steps made before, for coefficients that rise; None for full coefficients.
+        kernel_step: what the kernels know beside the tensors.
     Raises:
         ConfigError: a term that this SAE cannot have.
     """
-    stages = sae.encode_stages(x)
-    recons = sae.decode(stages.candidates)
+    stages = sae.encode_stages(x, step=kernel_step)
+    recons = sae.decode(stages.candidates, step=kernel_step)
     center = sae.dictionary.offset
     terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center)}
     risen = 1.0 if step is None or not config.penalty_warmup else min(1.0, (step + 1) / config.penalty_warmup)
@@ -109,7 +115,7 @@ def training_loss(
         helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
         if helpers is not None and helpers.numel():
             error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
-            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights)
+            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights, kernel_step)
     total = torch.stack(list(terms.values())).sum()
     return TrainingLoss(total, {name: term.detach() for name, term in terms.items()}, recons.detach(), stages)
 
@@ -209,7 +215,13 @@ def under_used(sae: SAE, config: LossConfig) -> Tensor:
 
 
 def auxiliary(
-    sae: SAE, stages: Encoded, error: Tensor, latents: Tensor, k: int | None = None, weights: Tensor | None = None
+    sae: SAE,
+    stages: Encoded,
+    error: Tensor,
+    latents: Tensor,
+    k: int | None = None,
+    weights: Tensor | None = None,
+    kernel_step: Step = DEFAULT,
 ) -> Tensor:
     """Scalar: how badly each row's k best of some latents reconstruct the error, 1 if not at all.
 
@@ -223,17 +235,18 @@ def auxiliary(
         latents: (n,) int64 ascending.
         k: latents of a row; None for half of d_in.
         weights: (rows,) of the rows' squared errors; None for equal ones.
+        kernel_step: what the kernels know beside the tensors.
     """
     k = min(k or max(1, sae.d_in // 2), latents.numel())
     prepared = stages.prepared
     # How many there can be is known: a step that does not wait for its codes need not wait for these.
-    room = nullcontext() if active() is None else capacity(max(1, error.shape[0] * k))
-    with torch.no_grad(), room:
-        support = sae.dictionary.select(prepared, TopK(k), among=latents)
-    values = sae.dictionary.scores(prepared, support).relu()
+    step = kernel_step.with_room(max(1, error.shape[0] * k))
+    with torch.no_grad():
+        support = sae.dictionary.select(prepared, TopK(k), among=latents, step=step)
+    values = sae.dictionary.scores(prepared, support, step=step).relu()
     shape = (error.shape[0],)
-    codes = Codes(support.indices, values, support.offsets, shape, sae.d_sae, prepared.scale)
-    missed = (sae.dictionary.decode(codes, with_offset=False) - error).square().sum(1)
+    codes = Codes(support.indices, values, support.offsets, shape, sae.d_sae, prepared.scale, support.pattern())
+    missed = (sae.dictionary.decode(codes, with_offset=False, step=step) - error).square().sum(1)
     missing = error.square().sum(1)
     if weights is not None:
         missed, missing = missed * weights, missing * weights

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
-from saehooks.kernels import path, path_name
-from saehooks.kernels.copies import shared_copies
-from saehooks.kernels.deferred import Contribution, Deferred, deferring
+from saehooks.kernels import Capacity, SparseGradients, Step, backend_for
+from saehooks.kernels.reference.adam import AdamNumbers
+from saehooks.kernels.step import Bfloat16Tables, Contribution
 from saehooks.sae import SAE
 
 
@@ -27,12 +25,12 @@ def _adam_step(optimizer: torch.optim.Adam) -> None:
 class TableAdam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)`` that can leave the gradients of an SAE's tables unwritten.
 
-    Backward passes run inside `deferring` keep the tables' gradients as sparse sums; `step` reads them there. What
+    Backward passes of a forward given `kernel_step` keep the tables' gradients as sparse sums; `step` reads them. What
     the update computes is Adam, with both running means in float32; a checkpoint of one loads into the other. A table
     that also got a gradient in the usual way, or from more than two sums, is updated from the written gradient; so are
     half-precision tables, by torch, which keeps their running means in half precision too.
     Anything that changes gradients between backward and step (clipping, the unit-norm decoder) needs them written:
-    leave `deferring` out, or call `write_gradients`.
+    leave `kernel_step` out, or call `write_gradients`.
 
     Args:
         sae: whose parameters are trained.
@@ -43,8 +41,7 @@ class TableAdam(torch.optim.Adam):
     >>> sae = SAE(d_in=8, d_sae=32)
     >>> optimizer = TableAdam(sae, lr=1e-3)
     >>> x = torch.randn(16, 8)
-    >>> with optimizer.deferring():
-    ...     (sae(x).recons - x).square().sum().backward()
+    >>> (sae(x, step=optimizer.kernel_step()).recons - x).square().sum().backward()
     >>> optimizer.step()
     """
 
@@ -53,7 +50,7 @@ class TableAdam(torch.optim.Adam):
         if unknown:
             raise ConfigError(f"TableAdam takes lr, betas, eps and weight_decay, got also {', '.join(unknown)}")
         self._sae = sae
-        self._deferred: Deferred | None = None
+        self._kept: SparseGradients | None = None
         super().__init__(sae.parameters(), fused=True, capturable=sae.device.type == "cuda", **settings)
 
     @property
@@ -62,21 +59,21 @@ class TableAdam(torch.optim.Adam):
         wanted = (self._sae.d_sae, self._sae.d_in)
         return [p for p in self._sae.parameters() if p.requires_grad and tuple(_rows_of_latents(p).shape) == wanted]
 
-    @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Backward passes inside leave the tables' gradients unwritten, where the path has a kernel for that.
+    def kernel_step(self, capacity: Capacity | None = None) -> Step:
+        """What a forward is given, so that its backward leaves the tables' gradients unwritten where a kernel can.
 
         Under ``torch.set_float32_matmul_precision("medium")`` forward and backward read one bfloat16 copy of each table
-        on a GPU: do not change parameters inside.
+        on a GPU: do not change parameters between them.
+
+        Args:
+            capacity: room for the codes; None for exact sizes.
         """
-        tables = [p for p in self.tables if _fused(p)]
-        if self._deferred is None:
-            self._deferred = Deferred(tables)
-        with deferring(self._deferred), shared_copies():
-            yield
+        if self._kept is None:
+            self._kept = SparseGradients(_rows_of_latents(p) for p in self.tables if _fused(p))
+        return Step(capacity=capacity, sparse_gradients=self._kept, bfloat16_tables=Bfloat16Tables())
 
     def write_gradients(self) -> None:
-        """Write what was deferred into ``.grad``, as a plain backward pass does."""
+        """Write what was kept as sparse sums into ``.grad``, as a plain backward pass does."""
         for p in self.tables:
             self._write(p, self._taken(p))
 
@@ -89,13 +86,13 @@ class TableAdam(torch.optim.Adam):
         for group in self.param_groups:
             for p in group["params"]:
                 self._step_table(p, group)
-        self._deferred = None
+        self._kept = None
         _adam_step(self)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, the deferred ones too."""
-        self._deferred = None
+        """Forget gradients, the sparse ones too."""
+        self._kept = None
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -106,8 +103,6 @@ class TableAdam(torch.optim.Adam):
         if p.grad is not None or len(found) > 2:
             self._write(p, found)
             return
-        from saehooks.kernels import gpu_adam  # needs Triton
-
         state, skip = self.state[p], getattr(self, "found_inf", None)
         if not state:
             state["step"] = torch.zeros((), device=p.device)
@@ -115,16 +110,17 @@ class TableAdam(torch.optim.Adam):
         state["step"] += 1 if skip is None else 1 - skip
         rows = (_rows_of_latents(tensor) for tensor in (p, state["exp_avg"], state["exp_avg_sq"]))
         table, mean, square = rows
-        gpu_adam.update(table, mean, square, found, gpu_adam.numbers(group, state["step"], skip))
+        numbers = AdamNumbers.of(group, state["step"], skip)
+        backend_for(p).adam_step(table, mean, square, found, numbers)
 
     def _taken(self, p: Tensor) -> list[Contribution]:
-        return [] if self._deferred is None else self._deferred.pop(p)
+        return [] if self._kept is None else self._kept.pop(_rows_of_latents(p))
 
     @torch.no_grad()
     def _write(self, p: Tensor, found: list[Contribution]) -> None:
         for one in found:
-            values, indices, offsets, left = one
-            grad = path(left).spmm_transposed(values, indices, offsets, left, self._sae.d_sae).to(p.dtype)
+            kernels = backend_for(one.left)
+            grad = kernels.spmm_transposed(one.values, one.support, one.left, self._sae.d_sae).to(p.dtype)
             grad = grad if grad.shape == p.shape and p.stride(-1) == 1 else grad.T
             p.grad = grad if p.grad is None else p.grad + grad
 
@@ -135,4 +131,4 @@ def _rows_of_latents(p: Tensor) -> Tensor:
 
 
 def _fused(p: Tensor) -> bool:
-    return p.dtype == torch.float32 and path_name(p) == "gpu"
+    return p.dtype == torch.float32 and backend_for(p).ASYNCHRONOUS

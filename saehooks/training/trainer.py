@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saehooks import kernels
 from saehooks.errors import ConfigError, NotFiniteError
-from saehooks.kernels.forecast import Forecast
+from saehooks.kernels import Forecast, Step, backend_for
 from saehooks.metrics import ReconstructionMeter, nmse
 from saehooks.sae import SAE, autocast_off
 from saehooks.streams import Fingerprint, ShuffleBuffer
@@ -169,8 +168,8 @@ class Trainer:
     def step(self, x: Tensor) -> TrainingLoss:
         """One optimiser step on a batch (rows, d_in).
 
-        On a GPU the host does not wait for it: codes get room foretold from earlier steps, NaN is looked for every
-        ``log_every`` steps, and a step whose codes did not fit, which changes nothing, is made again two steps later.
+        On a GPU the host does not wait for it: code buffers are sized from earlier steps, NaN is looked for every
+        ``log_every`` steps, and a batch that overflows its buffer changes nothing and is retried two steps later.
         Codes of exact length (relu, gated, jumprelu, feature choice, kron), a learned alpha, and losses that look for
         silent latents (aux_k, aux_zipf) still make it wait in each step.
 
@@ -178,37 +177,39 @@ class Trainer:
             NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
         """
         with self._own_modes():
-            self._repeat(self._forecast.late())
+            self._repeat(self._forecast.overflowed_batches())
             x = x.clone() if x.is_inference() else x
-            loss = self._update(x, foretold=kernels.path_name(x) == "gpu")
+            loss = self._update(x, ahead=backend_for(x).ASYNCHRONOUS)
             self._count(loss, x)
         return loss
 
     @property
     def repeated(self) -> int:
-        """Steps made again because their codes outgrew the room foretold for them (GPU only)."""
+        """Steps made again because their codes outgrew the buffer sized from earlier steps (GPU only)."""
         return self._forecast.repeated
 
     def settle(self) -> None:
         """Wait for the device and make the steps again whose codes did not fit: afterwards every batch has counted."""
-        self._repeat(self._forecast.late(everything=True))
+        self._repeat(self._forecast.overflowed_batches(everything=True))
 
     def _repeat(self, batches: list[Tensor]) -> None:
         for batch in batches:
-            loss = self._update(batch, foretold=False)
+            loss = self._update(batch, ahead=False)
             self.idle[loss.stages.codes.indices] = 0
 
-    def _update(self, x: Tensor, foretold: bool) -> TrainingLoss:
-        """Forward, backward and the optimiser's update; ``foretold``: without waiting for the size of the codes."""
+    def _update(self, x: Tensor, ahead: bool) -> TrainingLoss:
+        """Forward, backward and the optimiser's update; ``ahead``: without waiting for the size of the codes."""
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
         statistics = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
         written = self.sae.dictionary.adjusts_gradients
-        entries = self._forecast.room(len(x), self.sae.d_sae) if foretold else None
-        with torch.enable_grad(), nullcontext() if written else self.optimizer.deferring():
-            with kernels.exactly() if entries is None else kernels.capacity(entries) as room:
-                loss = training_loss(self.sae, x, self.loss_config, idle=self.idle, step=self.steps)
+        room = self._forecast.capacity_for(len(x), self.sae.d_sae) if ahead else None
+        kernel_step = Step(capacity=room) if written else self.optimizer.kernel_step(room)
+        with torch.enable_grad():
+            loss = training_loss(
+                self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step
+            )
             loss.total.backward()
         self._forecast.add(loss.stages.support.indices.numel(), room, x)
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
@@ -219,7 +220,7 @@ class Trainer:
         self.optimizer.found_inf = failed  # type: ignore[attr-defined]
         for buffer, before in statistics:  # a step that changes no parameter has not been seen by a running mean either
             buffer.copy_(torch.where(failed > 0, before, buffer))
-        if not foretold:
+        if not ahead:
             self.check_finite()
         between = time.perf_counter()
         for group in self.optimizer.param_groups:

@@ -20,10 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saehooks.kernels import triton_adam, triton_batch, triton_entmax, triton_gemm, triton_products, triton_select
-from saehooks.kernels.gpu_batch import DIGITS
-from saehooks.kernels.gpu_plan import GEMM_PLAN, batch_plan, product_plan, select_plan
-from saehooks.kernels.gpu_products import SEGMENT
+from saehooks.kernels.gpu import across_rows, adam, products, scores, select, weights
+from saehooks.kernels.gpu.across_rows import DIGITS
+from saehooks.kernels.gpu.launch import GEMM_PLAN, batch_plan, product_plan, select_plan
+from saehooks.kernels.gpu.products import SEGMENT
 
 TYPES = {
     "Z": "*fp32", "QUERIES": "*bf16", "KEYS": "*bf16", "LEFT": "*fp32", "TABLE": "*fp32", "OUT": "*fp32",
@@ -43,38 +43,38 @@ def cases():
     for name, (kind, linear) in kinds.items():
         shape = {"KIND": kind, "BIASED": True, "TILE": wide.tile, "CAP": wide.cap}
         made = {**shape, "LINEAR": linear, "SCALAR": False, "step": 1, "GATHER": wide.gather}
-        yield f"collect {name}", triton_select.collect, made, wide.collect_warps, 3, {}
+        yield f"collect {name}", select.collect_kernel, made, wide.collect_warps, 3, {}
         shape["TILE"] = wide.stream
         made = {**shape, "LINEAR": linear, "STREAM": True}
-        yield f"finish {name}", triton_select.finish, made, wide.finish_warps, 3, {}
+        yield f"finish {name}", select.finish_kernel, made, wide.finish_warps, 3, {}
         made = {**shape, "SCALAR": False, "STREAM": True}
-        yield f"fill {name}", triton_select.fill, made, wide.finish_warps, 3, {}
+        yield f"fill {name}", select.fill_kernel, made, wide.finish_warps, 3, {}
     # Numbers equal to 1 become constants at run time.
     made = {"KIND": 1, "BIASED": False, "LINEAR": True, "k": 1, "CAP": wide.cap}
     reading = {"SCALAR": True, "step": 1, "TILE": wide.tile, "GATHER": wide.gather}
-    yield "collect top 1", triton_select.collect, {**made, **reading}, wide.collect_warps, 3, {}
-    yield "finish top 1", triton_select.finish, {**made, "STREAM": True, "TILE": wide.stream}, 2, 3, {}
+    yield "collect top 1", select.collect_kernel, {**made, **reading}, wide.collect_warps, 3, {}
+    yield "finish top 1", select.finish_kernel, {**made, "STREAM": True, "TILE": wide.stream}, 2, 3, {}
     yield from batch_cases()
     plan = product_plan(768)
     rowwise = {"WIDTH": plan.width, "ENTRIES": plan.entries}
     columnwise = {"WIDTH": plan.width, "ENTRIES": plan.column_entries, "SEGMENT": SEGMENT}
     long = {"PLACES": "*i64"}
-    yield "sddmm", triton_products.sddmm, rowwise, plan.warps, 3, {}
-    yield "spmm", triton_products.spmm, rowwise, plan.warps, 3, {}
+    yield "sddmm", products.sddmm_kernel, rowwise, plan.warps, 3, {}
+    yield "spmm", products.spmm_kernel, rowwise, plan.warps, 3, {}
     segments = {**columnwise, "ENTRIES": plan.entries}
-    yield "spmm_segments", triton_products.spmm_segments, segments, plan.warps, 3, long
-    yield "spmm_columns", triton_products.spmm_columns, columnwise, plan.warps, 3, long
-    yield "center", triton_products.center, {"ENTRIES": 128}, 1, 3, {}
-    yield "entmax weights", triton_entmax.weights, {"ENTRIES": 128}, 1, 3, {"OUT": "*fp64"}
+    yield "spmm_segments", products.spmm_segments_kernel, segments, plan.warps, 3, long
+    yield "spmm_columns", products.spmm_columns_kernel, columnwise, plan.warps, 3, long
+    yield "center", weights.center_kernel, {"ENTRIES": 128}, 1, 3, {}
+    yield "entmax weights", weights.weights_kernel, {"ENTRIES": 128}, 1, 3, {"OUT": "*fp64"}
     for learned in (False, True):
         made, doubles = {"ENTRIES": 128, "LEARNED": learned}, {"WEIGHTS": "*fp64", "D_ALPHA": "*fp64"}
-        yield f"entmax gradient {learned}", triton_entmax.gradient, made, 1, 3, doubles
+        yield f"entmax gradient {learned}", weights.gradient_kernel, made, 1, 3, doubles
     both = {f"{name}_{side}": "*i64" for name in ("PLACES", "ROWS", "STARTS", "EXTRAS") for side in "AB"}
     for two in (False, True):
         made = {**columnwise, "TWO": two, "SPARSE": True}
         yield (
             f"adam {1 + two}",
-            triton_adam.step,
+            adam.step_kernel,
             made,
             plan.warps,
             3,
@@ -84,26 +84,26 @@ def cases():
         "STEP": GEMM_PLAN.step, "BIASED": True, "CAP": GEMM_PLAN.cap, "ROWS": GEMM_PLAN.rows,
         "LATENTS": GEMM_PLAN.latents, "DEPTH": GEMM_PLAN.depth, "BAND": GEMM_PLAN.band,
     }  # fmt: skip
-    yield "scores_above", triton_gemm.scores_above, gemm, GEMM_PLAN.warps, GEMM_PLAN.stages, {}
-    yield "order", triton_gemm.order, {"CAP": GEMM_PLAN.cap}, 1, 3, {}
+    yield "scores_above", scores.scores_above_kernel, gemm, GEMM_PLAN.warps, GEMM_PLAN.stages, {}
+    yield "order", scores.order_kernel, {"CAP": GEMM_PLAN.cap}, 1, 3, {}
 
 
 def batch_cases():
     """The same of batch top-k."""
     plan = batch_plan(49152, 64)
     wide = {"BIASED": True, "TILE": plan.select.tile}
-    yield "batch maxima", triton_batch.maxima, wide, plan.select.collect_warps, 3, {}
+    yield "batch maxima", across_rows.maxima_kernel, wide, plan.select.collect_warps, 3, {}
     wide |= {"SHIFT": DIGITS[1], "GATHER": plan.select.gather, "CAP": plan.select.cap}
-    yield "batch gather", triton_batch.gather, wide, plan.select.collect_warps, 3, {}
+    yield "batch gather", across_rows.gather_kernel, wide, plan.select.collect_warps, 3, {}
     for shift in DIGITS[:2]:
         made = {"SHIFT": shift, "FOLD": plan.fold, "BLOCK": plan.block}
-        yield f"batch tally_maxima {shift}", triton_batch.tally_maxima, made, plan.warps, 3, {}
+        yield f"batch tally_maxima {shift}", across_rows.tally_maxima_kernel, made, plan.warps, 3, {}
     made = {"BIASED": True, "CAP": plan.select.cap, "BLOCK": plan.block}
     for shift in DIGITS:
-        yield f"batch tally_rows {shift}", triton_batch.tally_rows, {**made, "SHIFT": shift}, plan.warps, 3, {}
-    yield "batch count_rows", triton_batch.count_rows, made, plan.warps, 3, {}
+        yield f"batch tally_rows {shift}", across_rows.tally_rows_kernel, {**made, "SHIFT": shift}, plan.warps, 3, {}
+    yield "batch count_rows", across_rows.count_rows_kernel, made, plan.warps, 3, {}
     for clamp in (False, True):
-        yield f"batch descend {clamp}", triton_batch.descend, {"CLAMP": clamp}, 1, 3, {}
+        yield f"batch descend {clamp}", across_rows.descend_kernel, {"CLAMP": clamp}, 1, 3, {}
 
 
 def compile_one(kernel, constants, warps, stages, types, capability):

@@ -6,17 +6,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from forced import forced
 
 from saehooks import kernels
 
 RUNS = {"reference": True, "cpu": find_spec("numba") is not None, "gpu": torch.cuda.is_available()}
-HERE = [name for name in kernels.PATHS if RUNS[name]]
+HERE = [name for name in kernels.BACKENDS if RUNS[name]]
 
 
 @pytest.fixture(params=HERE)
 def path(request):
     """The name of a forced path; tensors of the test belong on `device`."""
-    with kernels.force(request.param):
+    with forced(request.param):
         yield request.param
 
 

@@ -62,6 +62,12 @@ def weights(scores: Tensor, support: Support) -> Tensor:
     return torch.zeros_like(z).index_put((rows, support.indices), picked - tau[rows])
 
 
+def parts(support: Support) -> tuple[Tensor, ...]:
+    """Indices, offsets, threshold and, where they are known, scores."""
+    found = (support.indices, support.offsets, support.threshold)
+    return found if support.scores is None else (*found, support.scores)
+
+
 def dense_mask(scores: Tensor, support: Support) -> Tensor:
     """(rows, d_sae) bool."""
     rows = rows_of(support.offsets, support.indices.numel())

@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import waiting
+from forced import forced
 
 import saehooks as sh
-from saehooks import kernels
 from saehooks.attachments import attachment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ def sae(request):
 
 @pytest.fixture(autouse=True)
 def gpu_path():
-    with kernels.force("gpu"):
+    with forced("gpu"):
         yield
 
 
@@ -92,7 +92,7 @@ def test_positions_that_are_not_wanted_keep_their_bits(model, sae):
 
 @pytest.mark.parametrize("edit", ["ablate", "clamp", "the user's own"])
 def test_edits_take_no_padding(model, sae, edit):
-    """Inside a capacity an edit gets codes as long as they are, and does what it does outside."""
+    """Edits get codes as long as they are, where reads of so few tokens get room for every latent."""
     lengths = []
 
     def own(codes, context):
@@ -107,15 +107,15 @@ def test_edits_take_no_padding(model, sae, edit):
     x = torch.randn(2, 3, 16, device=DEVICE)
     with verb(), torch.no_grad():
         expected = model(x)
-    with kernels.capacity(500), verb(), torch.no_grad():
+    with verb(), torch.no_grad():
         assert torch.equal(model(x), expected)
     assert all(length == used for length, used in lengths)
 
 
 def test_gradients_at_latents_are_asked_of_real_ones(model, sae):
-    """Inside a capacity ``grads=True`` keeps gradients that can be read at the trace's codes."""
+    """``grads=True`` keeps gradients that can be read at the trace's codes."""
     x = torch.randn(2, 3, 16, device=DEVICE)
-    with kernels.capacity(500), sh.splice(model, sae, at="0", grads=True) as trace:
+    with sh.splice(model, sae, at="0", grads=True) as trace:
         model(x).square().sum().backward()
     assert trace.grads.values.shape == trace.edited.values.shape
     assert trace.grads.values.abs().sum() > 0

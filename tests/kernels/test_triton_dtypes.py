@@ -13,7 +13,10 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from saehooks import SAE, kernels, read, scale, splice
+from forced import forced
+
+from saehooks import SAE, read, scale, splice
+from saehooks.attachments import attachment
 from saehooks.kernels import gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,9 +48,9 @@ def launched(monkeypatch):
     for name in ("select_products", "sddmm", "spmm"):
         plain = getattr(gpu, name)
 
-        def counted(*args, _plain=plain, _name=name):
+        def counted(*args, _plain=plain, _name=name, **settings):
             names.append(_name)
-            return _plain(*args)
+            return _plain(*args, **settings)
 
         monkeypatch.setattr(gpu, name, counted)
     return names
@@ -55,9 +58,9 @@ def launched(monkeypatch):
 
 def on_both(run):
     """What ``run`` gives on the GPU path and on the reference path."""
-    with kernels.force("gpu"):
+    with forced("gpu"):
         mine = run()
-    with kernels.force("reference"):
+    with forced("reference"):
         return mine, run()
 
 
@@ -125,15 +128,17 @@ def test_gradients_pass_a_splice_in_both_dtypes(parts, model_dtype, sae_dtype):
         assert error < 3e-2
 
 
-def test_a_capacity_changes_nothing_but_the_room(parts, sae_dtype):
+def test_a_capacity_changes_nothing_but_the_room(parts, sae_dtype, monkeypatch):
     """Given room, a splice has the same output and codes as without, whatever the dtypes."""
     model, sae, x = parts
-    with torch.no_grad(), kernels.force("gpu"):
+    with torch.no_grad(), forced("gpu"):
+        with monkeypatch.context() as patched:
+            patched.setattr(attachment, "FEW_SCORES", 0)
+            with splice(model, sae) as trace:
+                expected, codes = model(x), trace.codes
+        assert trace._record.codes.indices.numel() == codes.indices.numel()
         with splice(model, sae) as trace:
-            expected, codes = model(x), trace.codes
-        with kernels.capacity(6 * 48) as room, splice(model, sae) as trace:
             found = model(x)
-        assert (room.overflowed, room.used) == (False, codes.indices.numel())
         assert trace._record.codes.indices.numel() == 6 * 48
         assert trace.codes.indices.numel() == codes.indices.numel(), "users see no padding"
         assert torch.equal(found, expected)

@@ -16,11 +16,15 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from hard_scores import scores_of
+from forced import forced
+from hard_scores import parts, scores_of
 
 from saehooks import kernels
-from saehooks.kernels import BatchTopK, Entmax, Sparsemax, Threshold, TopK, gpu_batch, gpu_scores, gpu_select
-from saehooks.kernels.gpu_plan import BatchPlan, GemmPlan, SelectPlan
+from saehooks.kernels import BatchTopK, Entmax, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.gpu import across_rows
+from saehooks.kernels.gpu import scores as scores_module
+from saehooks.kernels.gpu import select as select_module
+from saehooks.kernels.gpu.launch import BatchPlan, GemmPlan, SelectPlan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -43,7 +47,7 @@ def far(near: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _gpu_path():
-    with kernels.force("gpu"):
+    with forced("gpu"):
         yield
 
 
@@ -54,10 +58,10 @@ def _gpu_path():
 def test_scores_far_apart_are_selected_from(rule, plan):
     """Candidates, their thresholds and rows that are read again, of the last row too."""
     near = torch.cat([scores_of(kind, 1, 200, 1.0) for kind in ("random", "tied", "equal")]).to(DEVICE).half()
-    described = gpu_select.describe(rule, 200, DEVICE)
-    (found,) = gpu_select.select_scores([far(near)], described, plan=PLANS[plan])
-    (expected,) = gpu_select.select_scores([near], described, plan=PLANS[plan])
-    for mine, theirs in zip(found, expected, strict=True):
+    described = select_module.describe(rule, 200, DEVICE)
+    (found,) = select_module.select_scores([far(near)], described, plan=PLANS[plan])
+    (expected,) = select_module.select_scores([near], described, plan=PLANS[plan])
+    for mine, theirs in zip(parts(found), parts(expected), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -65,10 +69,10 @@ def test_scores_far_apart_are_selected_from(rule, plan):
 def test_batch_top_k_takes_scores_far_apart(plan):
     """All its kernels read rows by their own address."""
     near = torch.cat([scores_of(kind, 1, 200, 1.0) for kind in ("random", "tied", "equal")]).to(DEVICE).half()
-    described = gpu_select.describe(BatchTopK(20), 200, DEVICE)
+    described = select_module.describe(BatchTopK(20), 200, DEVICE)
     made = None if plan == "listed" else BatchPlan(SELECT, fold=1, share=64, block=32, warps=1)
-    found, expected = (gpu_batch.select_batch(scores, described, plan=made) for scores in (far(near), near))
-    for mine, theirs in zip(found, expected, strict=True):
+    found, expected = (across_rows.select_batch(scores, described, plan=made) for scores in (far(near), near))
+    for mine, theirs in zip(parts(found), parts(expected), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -78,11 +82,11 @@ def test_selection_without_writing_the_scores_reads_tables_far_apart():
     queries = (torch.randn(5, 24, generator=made) * 0.5).to(DEVICE).half()
     keys = torch.randn(70, 24, generator=made).to(DEVICE).half()
     plan = GemmPlan(step=4, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=64)
-    described = gpu_select.describe(Sparsemax(), 70, DEVICE)
-    expected = gpu_scores.select_unwritten(queries, keys, described, None, plan)
+    described = select_module.describe(Sparsemax(), 70, DEVICE)
+    expected = scores_module.select_unwritten(queries, keys, described, None, plan=plan)
     for pair in ((far(queries), keys), (queries, far(keys))):
-        found = gpu_scores.select_unwritten(*pair, described, None, plan)
-        for mine, theirs in zip(found, expected, strict=True):
+        found = scores_module.select_unwritten(*pair, described, None, plan=plan)
+        for mine, theirs in zip(parts(found), parts(expected), strict=True):
             torch.testing.assert_close(mine, theirs)
 
 
@@ -93,25 +97,26 @@ def test_sparse_products_read_tables_far_apart():
     indices = torch.tensor([0, 2, 1, 2, 0, 2], device=DEVICE)
     offsets = torch.tensor([0, 2, 3, 6], device=DEVICE)
     values = torch.randn(6, generator=made).to(DEVICE).half()
-    path = kernels.path(left)
-    expected = path.sddmm(left, table, indices, offsets)
-    assert torch.equal(path.sddmm(far(left), table, indices, offsets), expected)
-    assert torch.equal(path.sddmm(left, far(table), indices, offsets), expected)
-    expected = path.spmm(values, indices, offsets, table)
-    assert torch.equal(path.spmm(values, indices, offsets, far(table)), expected)
-    expected = path.spmm_transposed(values, indices, offsets, left, 4)
-    assert torch.equal(path.spmm_transposed(values, indices, offsets, far(left), 4), expected)
+    path = kernels.backend_for(left)
+    support = Support(indices, offsets)
+    expected = path.sddmm(left, table, support)
+    assert torch.equal(path.sddmm(far(left), table, support), expected)
+    assert torch.equal(path.sddmm(left, far(table), support), expected)
+    expected = path.spmm(values, support, table)
+    assert torch.equal(path.spmm(values, support, far(table)), expected)
+    expected = path.spmm_transposed(values, support, left, 4)
+    assert torch.equal(path.spmm_transposed(values, support, far(left), 4), expected)
 
 
 def test_long_columns_sum_rows_far_apart(monkeypatch):
     """Segments of a column read their rows by the same addresses."""
-    from saehooks.kernels import gpu_products
+    from saehooks.kernels.gpu import products
 
-    monkeypatch.setattr(gpu_products, "SEGMENT", 16)
+    monkeypatch.setattr(products, "SEGMENT", 16)
     made = torch.Generator().manual_seed(0)
     left = torch.randn(50, 8, generator=made).to(DEVICE).half()
     indices, offsets = torch.zeros(50, dtype=torch.int64, device=DEVICE), torch.arange(51, device=DEVICE)
     values = torch.ones(50, device=DEVICE, dtype=torch.float16)
-    path = kernels.path(left)
-    expected = path.spmm_transposed(values, indices, offsets, left, 2)
-    assert torch.equal(path.spmm_transposed(values, indices.clone(), offsets, far(left), 2), expected)
+    path = kernels.backend_for(left)
+    expected = path.spmm_transposed(values, Support(indices, offsets), left, 2)
+    assert torch.equal(path.spmm_transposed(values, Support(indices.clone(), offsets), far(left), 2), expected)

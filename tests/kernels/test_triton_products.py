@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from forced import forced
 from test_products import (  # noqa: F401
     case,
     test_gradcheck,
@@ -25,7 +26,7 @@ from saehooks import SAE, TrainConfig, Trainer, kernels
 from saehooks.activations.sparsemax import simplex_weights
 from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
-from saehooks.kernels import reference
+from saehooks.kernels import Capacity, Step, Support, reference
 from saehooks.training.optimiser import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN)
 
 @pytest.fixture
 def path():
-    with kernels.force("gpu"):
+    with forced("gpu"):
         yield "gpu"
 
 
@@ -51,11 +52,11 @@ def test_products_agree_with_the_reference(path, device, width, dtype):
         t.to(dtype) if t.is_floating_point() else t for t in case(device, rows=9, width=width)
     )
     values = torch.randn(indices.numel(), device=device).to(dtype)
-    kernels_here = kernels.path(left)
+    kernels_here, support = kernels.backend_for(left), Support(indices, offsets)
     cases = {
-        "sddmm": (left, table, indices, offsets),
-        "spmm": (values, indices, offsets, table),
-        "spmm_transposed": (values, indices, offsets, left, 70),
+        "sddmm": (left, table, support),
+        "spmm": (values, support, table),
+        "spmm_transposed": (values, support, left, 70),
     }
     for name, arguments in cases.items():
         found = getattr(kernels_here, name)(*arguments)
@@ -67,15 +68,18 @@ def test_products_agree_with_the_reference(path, device, width, dtype):
 
 def test_long_columns_are_cut_and_summed_in_order(path, device, monkeypatch):
     """A latent that fires on every row is summed by several programs, with the same result each time."""
-    from saehooks.kernels import gpu_products
+    from saehooks.kernels.gpu import products
 
-    monkeypatch.setattr(gpu_products, "SEGMENT", 16)
-    support = reference.select(torch.tensor([[1.0, -1.0, 1.0]]).expand(70, 3).to(device), kernels.Threshold(0.0))
+    monkeypatch.setattr(products, "SEGMENT", 16)
+    scores = torch.tensor([[1.0, -1.0, 1.0]]).expand(70, 3).to(device)
+    support = reference.select_rows(scores, kernels.Threshold(0.0))
     values, left = torch.randn(140, device=device), torch.randn(70, 20, device=device)
-    found = kernels.path(left).spmm_transposed(values, support.indices, support.offsets, left, 3)
-    expected = reference.spmm_transposed(values.double(), support.indices, support.offsets, left.double(), 3)
+    found = kernels.backend_for(left).spmm_transposed(values, support, left, 3)
+    expected = reference.spmm_transposed(values.double(), support, left.double(), 3)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    again = kernels.path(left).spmm_transposed(values, support.indices.clone(), support.offsets, left, 3)
+    again = kernels.backend_for(left).spmm_transposed(
+        values, Support(support.indices.clone(), support.offsets), left, 3
+    )
     assert torch.equal(found, again)
 
 
@@ -84,7 +88,7 @@ def test_a_sum_beyond_float16_becomes_infinite_in_its_row_only(path, device):
     table = torch.full((4, 8), 30_000.0, dtype=torch.float16, device=device)
     values = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float16, device=device)
     indices, offsets = torch.tensor([0, 1, 2, 3], device=device), torch.tensor([0, 1, 4], device=device)
-    sums = kernels.spmm(values, indices, offsets, table)
+    sums = kernels.spmm(values, Support(indices, offsets), table)
     assert sums[0].isfinite().all()
     assert sums[1].isinf().all()
 
@@ -139,9 +143,9 @@ def test_a_step_of_fixed_size_gives_the_same_gradients(path, device):
         found = []
         for entries in (None, 5 * 40 + 3):
             sae.zero_grad()
-            with kernels.capacity(entries) if entries else kernels.force("gpu"):
-                recons = sae(x).recons
-                (recons - x).square().sum().backward()
+            step = None if entries is None else Step(capacity=Capacity(entries))
+            recons = sae(x, step=step).recons
+            (recons - x).square().sum().backward()
             found.append([recons.detach(), *(p.grad for p in sae.parameters())])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -159,8 +163,8 @@ def test_the_fused_update_is_adam(path, device, dictionary):
         for step in range(3):
             x = torch.randn(6, 8, device=device)
             optimizer.zero_grad()
-            with optimizer.deferring() if fused else kernels.force("gpu"):
-                (sae(x).recons - x).square().sum().backward()
+            kernel_step = optimizer.kernel_step() if fused else None
+            (sae(x, step=kernel_step).recons - x).square().sum().backward()
             assert not fused or all(p.grad is None for p in optimizer.tables)
             if fused and step == 2:
                 before = [p.detach().clone() for p in sae.parameters()]
@@ -182,7 +186,7 @@ def test_the_trainer_takes_the_fused_update(path, device):
     for name in ("reference", "gpu"):
         torch.manual_seed(4)
         sae = SAE(8, 20, "concepts", device=device)
-        with kernels.force(name):
+        with forced(name):
             trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0))
             for _ in range(2):
                 trainer.step(torch.randn(6, 8, device=device))
@@ -200,8 +204,8 @@ def test_deferred_gradients_can_be_written_after_all(path, device):
     plain = [p.grad for p in sae.parameters()]
     optimizer = TableAdam(sae, lr=0.01)
     optimizer.zero_grad()
-    with optimizer.deferring():
-        (sae(x).recons - x).square().sum().backward()
+    (sae(x, step=optimizer.kernel_step()).recons - x).square().sum().backward()
+    assert all(p.grad is None for p in optimizer.tables)
     optimizer.write_gradients()
     for p, q in zip(sae.parameters(), plain, strict=True):
         torch.testing.assert_close(p.grad, q)

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from forced import forced
 from hard_scores import KINDS, scores_of
 from test_select import (  # noqa: F401
     test_empty_batches_and_one_latent,
@@ -28,8 +29,10 @@ from test_select import test_topk_takes_the_largest_positive_scores_and_of_equal
 
 from saehooks import SAE, kernels
 from saehooks.errors import ConfigError
-from saehooks.kernels import Entmax, Sparsemax, Support, Threshold, TopK, gpu_select, reference, select_rows
-from saehooks.kernels.gpu_plan import SelectPlan
+from saehooks.kernels import Capacity, Entmax, Sparsemax, Step, Support, Threshold, TopK, reference, select_rows
+from saehooks.kernels.gpu import scores as scores_module
+from saehooks.kernels.gpu import select as select_module
+from saehooks.kernels.gpu.launch import SelectPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN)
 
 @pytest.fixture
 def path():
-    with kernels.force("gpu"):
+    with forced("gpu"):
         yield "gpu"
 
 
@@ -78,7 +81,7 @@ def test_entmax_agrees_with_the_reference(path, device, alpha):
     """Newton's rule in float32 registers ends where the reference in float64 does."""
     for kind in ("random", "trained", "equal", "spike"):
         scores = scores_of(kind, 2, 600, 3.0).to(device)
-        found, expected = select_rows(scores, Entmax(alpha)), reference.select(scores, Entmax(alpha))
+        found, expected = select_rows(scores, Entmax(alpha)), reference.select_rows(scores, Entmax(alpha))
         assert same(found, expected)
         torch.testing.assert_close(found.threshold, expected.threshold, rtol=1e-5, atol=1e-5)
 
@@ -89,10 +92,10 @@ def test_entmax_agrees_with_the_reference(path, device, alpha):
 def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, rule):
     """A short list changes nothing: rows that do not fit it are streamed, on the device."""
     scores = torch.cat([scores_of(kind, 1, 200, 0.1) for kind in KINDS if kind != "two_level"]).to(device)
-    expected = reference.select(scores, rule)
-    described = gpu_select.describe(rule, 200, device)
+    expected = reference.select_rows(scores, rule)
+    described = select_module.describe(rule, 200, device)
     plan = SelectPlan(tile=64, gather=32, cap=16, stream=32, collect_warps=1, finish_warps=1)
-    (found,) = gpu_select.select_scores([scores], described, plan=plan)
+    (found,) = select_module.select_scores([scores], described, plan=plan)
     assert same(found, expected)
     assert torch.equal(found.scores, scores[kernels_rows(found), found.indices])
 
@@ -114,36 +117,39 @@ def test_supports_may_be_as_large_as_the_dictionary(path, device):
 def test_half_precision_scores_are_widened_not_rounded_further(path, device, dtype):
     """Scores given in half precision are selected from as float32 of the same values."""
     scores = scores_of("random", 3, 500, 1.0).to(device, dtype)
-    assert same(select_rows(scores, Sparsemax()), reference.select(scores.float(), Sparsemax()))
+    assert same(select_rows(scores, Sparsemax()), reference.select_rows(scores.float(), Sparsemax()))
 
 
 @pytest.mark.parametrize("rule", [Sparsemax(), Entmax(1.5), TopK(3)], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("biased", [False, True])
 def test_selection_without_writing_the_scores_is_the_same(path, device, rule, biased):
     """Scores filtered in the product's kernel by a bound from every eighth latent give the same support."""
-    from saehooks.kernels import gpu_scores, gpu_select
-    from saehooks.kernels.gpu_plan import GemmPlan
+    from saehooks.kernels.gpu.launch import GemmPlan
 
     made = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(5, 40, generator=made).to(device) * 0.4, torch.randn(300, 40, generator=made).to(device)
     bias = torch.randn(300, generator=made).to(device) if biased else None
     plan = GemmPlan(step=4, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=64)
-    described = gpu_select.describe(rule, 300, device)
-    found = gpu_scores.select_unwritten(queries, keys, described, bias, plan)
+    described = select_module.describe(rule, 300, device)
+    found = scores_module.select_unwritten(queries, keys, described, bias, plan=plan)
     scores = queries @ keys.T + (0 if bias is None else bias)
-    expected = reference.select(scores, rule)
+    expected = reference.select_rows(scores, rule)
     assert found is not None
     assert same(found, expected)
     torch.testing.assert_close(found.scores, scores[kernels_rows(found), found.indices])
-    assert gpu_scores.select_unwritten(queries, keys, described, bias, plan._replace(cap=2)) is None, "too many for it"
+    assert scores_module.select_unwritten(queries, keys, described, bias, plan=plan._replace(cap=2)) is None, (
+        "too many for it"
+    )
     queries[3, 2] = float("nan")
-    assert gpu_scores.select_unwritten(queries, keys, described, bias, plan) is None, "a NaN is left to the other form"
+    assert scores_module.select_unwritten(queries, keys, described, bias, plan=plan) is None, (
+        "a NaN is left to the other form"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_selection_from_queries_is_that_of_scores_in_float32(path, device, dtype, monkeypatch):
     """Half-precision queries are scored with float32 sums, chunk by chunk; scores beyond float16 stay finite."""
-    from saehooks.kernels import gpu_scores
+    from saehooks.kernels.gpu import scores as scores_module
 
     queries, keys = torch.randn(5, 16, device=device).to(dtype), torch.randn(90, 16, device=device).to(dtype)
     bias = torch.randn(90, device=device).to(dtype)
@@ -151,9 +157,9 @@ def test_selection_from_queries_is_that_of_scores_in_float32(path, device, dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scores = queries.to(wide) @ keys.to(wide).T + bias.to(wide)
     assert scores.isfinite().all()
-    monkeypatch.setattr(gpu_scores, "score_rows", lambda rows, d_sae: 2)
+    monkeypatch.setattr(scores_module, "score_rows", lambda rows, d_sae: 2)
     found = kernels.select(queries, keys, Sparsemax(), bias)
-    assert same(found, reference.select(scores, Sparsemax()))
+    assert same(found, reference.select_rows(scores, Sparsemax()))
     assert dtype == torch.float64 or found.scores.dtype == torch.float32
 
 
@@ -167,26 +173,25 @@ def test_medium_matmul_precision_scores_float32_in_bfloat16(path, device):
     finally:
         torch.set_float32_matmul_precision(before)
     scores = queries.bfloat16().float() @ keys.bfloat16().float().T
-    assert same(found, reference.select(scores, Sparsemax()))
+    assert same(found, reference.select_rows(scores, Sparsemax()))
 
 
 def test_tensors_on_different_devices_are_refused(path, device):
     """The error names the devices and what to write."""
+    support = Support(torch.zeros(1, dtype=torch.long), torch.tensor([0, 1]))
     with pytest.raises(ConfigError, match=r"live on .* and .*: move them to one device"):
-        kernels.spmm(
-            torch.zeros(1), torch.zeros(1, dtype=torch.long), torch.tensor([0, 1]), torch.zeros(3, 4, device="meta")
-        )
+        kernels.spmm(torch.zeros(1), support, torch.zeros(3, 4, device="meta"))
 
 
 def test_an_unsupported_gpu_falls_back_with_one_warning(monkeypatch):
     """Whatever keeps the kernels from running, plain torch serves the device and says so once."""
-    from saehooks.kernels import dispatch
+    from saehooks.kernels import backend
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    dispatch._has_kernels.cache_clear()
+    backend._has_kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"do not run on cuda:7 .*compute capability \(7, 0\).*plain torch"):
-        assert not dispatch._has_kernels(torch.device("cuda:7"))
-    dispatch._has_kernels.cache_clear()
+        assert not backend._has_kernels(torch.device("cuda:7"))
+    backend._has_kernels.cache_clear()
 
 
 def test_cpu_tensors_need_the_interpreter():
@@ -196,7 +201,7 @@ def test_cpu_tensors_need_the_interpreter():
     code = (
         "import torch; from saehooks import kernels\n"
         "try:\n    kernels.select_rows(torch.zeros(2, 3), kernels.Sparsemax())\n"
-        "except kernels.dispatch.ConfigError as error: print(error)"
+        "except kernels.backend.ConfigError as error: print(error)"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -210,8 +215,8 @@ def test_a_capacity_gives_codes_of_a_fixed_size(path, device):
     scores = scores_of("random", 4, 300, 3.0).to(device)
     exact = select_rows(scores, Sparsemax())
     nnz = exact.indices.numel()
-    with kernels.capacity(nnz + 9) as room:
-        found = select_rows(scores, Sparsemax())
+    room = Capacity(nnz + 9)
+    found = select_rows(scores, Sparsemax(), step=Step(capacity=room))
     assert found.indices.shape == found.scores.shape == (nnz + 9,)
     assert torch.equal(found.offsets, exact.offsets)
     assert torch.equal(found.indices[:nnz], exact.indices)
@@ -225,8 +230,7 @@ def test_codes_with_padding_read_as_codes_without(path, device):
     torch.manual_seed(0)
     sae, x = SAE(8, 20, device=device), torch.randn(2, 3, 8, device=device)
     exact = sae.encode(x)
-    with kernels.capacity(6 * 20 + 1):
-        codes = sae.encode(x)
+    codes = sae.encode(x, step=Step(capacity=Capacity(6 * 20 + 1)))
     assert codes.indices.numel() == 121
     assert torch.equal(codes.dense(), exact.dense())
     assert torch.equal(codes.counts(), exact.counts())
@@ -239,20 +243,20 @@ def test_codes_with_padding_read_as_codes_without(path, device):
 
 def test_a_capacity_holds_for_all_chunks_together(path, device, monkeypatch):
     """Rows scored in several chunks fill one list, as if they had been scored at once."""
-    from saehooks.kernels import gpu_scores
+    from saehooks.kernels.gpu import scores as scores_module
 
     queries, keys = torch.randn(5, 16, device=device), torch.randn(90, 16, device=device)
     exact = kernels.select(queries, keys, Sparsemax())
     nnz = exact.indices.numel()
-    monkeypatch.setattr(gpu_scores, "score_rows", lambda rows, d_sae: 2)
-    with kernels.capacity(nnz + 3) as room:
-        found = kernels.select(queries, keys, Sparsemax())
+    monkeypatch.setattr(scores_module, "score_rows", lambda rows, d_sae: 2)
+    room = Capacity(nnz + 3)
+    found = kernels.select(queries, keys, Sparsemax(), step=Step(capacity=room))
     assert room.used == nnz
     assert torch.equal(found.offsets, exact.offsets)
     assert torch.equal(found.indices[:nnz], exact.indices)
     torch.testing.assert_close(found.threshold, exact.threshold)
-    with kernels.capacity(4) as room:
-        found = kernels.select(queries, keys, Sparsemax())
+    room = Capacity(4)
+    found = kernels.select(queries, keys, Sparsemax(), step=Step(capacity=room))
     assert room.overflowed
     assert torch.equal(found.offsets, exact.offsets.clamp(max=4))
     assert torch.equal(found.indices, exact.indices[:4])
@@ -262,13 +266,13 @@ def test_a_capacity_that_does_not_suffice_says_so_and_writes_nowhere_else(path, 
     """An overflow is seen on the device, so that the optimiser can leave the step out."""
     scores = scores_of("random", 4, 300, 1.0).to(device)
     exact = select_rows(scores, Sparsemax())
-    with kernels.capacity(10) as room:
-        found = select_rows(scores, Sparsemax())
-        assert float(room.found_inf) == 1.0
+    room = Capacity(10)
+    found = select_rows(scores, Sparsemax(), step=Step(capacity=room))
+    assert float(room.found_inf) == 1.0
     assert (room.used, room.overflowed) == (exact.indices.numel(), True)
     assert torch.equal(found.indices, exact.indices[:10])
     assert int(found.offsets[-1]) == 10
     room.reset()
     assert not room.overflowed
-    with pytest.raises(ConfigError, match="at least one"), kernels.capacity(0):
-        pass
+    with pytest.raises(ConfigError, match="at least one"):
+        Capacity(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,13 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from forced import forced
 from waiting import Waits
 
-from saehooks import SAE, LossConfig, TrainConfig, Trainer, kernels
+from saehooks import SAE, Codes, LossConfig, TrainConfig, Trainer
 from saehooks.errors import NotFiniteError
-from saehooks.kernels import forecast
+from saehooks.kernels import Capacity
+from saehooks.kernels import step as step_module
 from saehooks.training.optimiser import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,9 +42,9 @@ GRID = [
 
 def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Trainer:
     """A few steps of 4 rows on the gpu path, with or without codes of foretold size."""
-    with monkeypatch.context() as patched, kernels.force("gpu"):
+    with monkeypatch.context() as patched, forced("gpu"):
         if not foretold:
-            patched.setattr(forecast.Forecast, "room", lambda self, rows, d_sae: None)
+            patched.setattr(step_module.Forecast, "capacity_for", lambda self, rows, d_sae: None)
         torch.manual_seed(7)
         trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0, log_every=100, **settings))
         for _ in range(steps):
@@ -53,7 +56,7 @@ def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Tr
 @pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID)
 def test_steps_of_foretold_size_train_as_exact_ones(dictionary, activation, settings, monkeypatch):
     """Whatever the cell of the grid, room for the codes changes nothing that is learned."""
-    monkeypatch.setattr(forecast, "WORTHWHILE", 0)  # room for wide codes too
+    monkeypatch.setattr(step_module, "MAX_DENSITY", torch.inf)  # room for wide codes too
     ends = []
     for foretold in (False, True):
         torch.manual_seed(0)
@@ -70,12 +73,12 @@ def test_a_step_does_not_wait(dictionary, activation, settings, monkeypatch):
     sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
     trainer = trained(sae, 3, True, monkeypatch, loss=LossConfig())
     x = 3 * torch.randn(4, 16, device=DEVICE)
-    with kernels.force("gpu"):
+    with forced("gpu"):
         trainer.step(x)
         trainer.step(x)
         with Waits() as waits:
             trainer.step(x)
-    assert [line for line in waits.found if "forecast.py" not in line] == []
+    assert [line for line in waits.found if "step.py" not in line] == []
     assert len(waits.found) == 1
 
 
@@ -87,7 +90,7 @@ def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
     with torch.no_grad():
         sae.dictionary.W_k.mul_(0.1)  # smaller scores, larger supports
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    with kernels.force("gpu"):
+    with forced("gpu"):
         trainer.step(torch.randn(4, 16, device=DEVICE))
         assert all(torch.equal(p, before[name]) for name, p in sae.named_parameters()), "it did not fit"
         updates = float(trainer.optimizer.state[sae.dictionary.C]["step"])
@@ -95,19 +98,41 @@ def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
     assert (trainer.repeated, trainer.steps) == (1, 3)
     assert float(trainer.optimizer.state[sae.dictionary.C]["step"]) == updates + 1 == trainer.steps
     assert not any(torch.equal(p, before[name]) for name, p in sae.named_parameters() if name.endswith(("C", "W_v")))
-    assert trainer._forecast.room(4, 10**9) is None, "the next steps are selected exactly"
+    assert trainer._forecast.capacity_for(4, 10**9) is None, "the next steps are selected exactly"
 
 
-def test_a_capacity_around_a_step_does_not_reach_into_it(monkeypatch):
-    """The trainer sees to the room itself: one of the caller's, too small here, cuts nothing off."""
-    ends = []
-    for entries in (None, 3):
-        torch.manual_seed(0)
-        sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
-        with kernels.force("gpu") if entries is None else kernels.capacity(entries):
-            trained(sae, 2, False, monkeypatch)
-        ends.append(list(sae.parameters()))
-    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+def test_what_one_step_knows_does_not_reach_another_thread(monkeypatch):
+    """A small capacity in use on one thread cuts nothing off on another, and each backward serves its own optimiser."""
+    torch.manual_seed(0)
+    sae, x = SAE(16, 128, device=DEVICE, key_scale=6.0), torch.randn(4, 16, device=DEVICE)
+    mine, theirs = TableAdam(sae), TableAdam(sae)
+    room, begun, done = Capacity(3), threading.Event(), threading.Event()
+    cut: list[Codes] = []
+
+    def other() -> None:
+        step = theirs.kernel_step(room)
+        cut.append(sae.encode(x, step=step))
+        begun.set()
+        done.wait(60)
+        sae.decode(cut[0], step=step).sum().backward()
+
+    with forced("gpu"):
+        expected = sae.encode(x)
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert begun.wait(60)
+        step = mine.kernel_step()
+        recons, codes = sae(x, step=step)
+        assert torch.equal(codes.indices, expected.indices)
+        backward = threading.Thread(target=lambda: recons.square().sum().backward())
+        backward.start()
+        backward.join()
+        assert [len(step.sparse_gradients.pop(p)) for p in mine.tables] == [2]
+        done.set()
+        thread.join()
+    assert room.overflowed
+    assert cut[0].trimmed().indices.numel() == 3
+    assert [len(theirs.kernel_step().sparse_gradients.pop(p)) for p in theirs.tables] == [2]
 
 
 def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
@@ -115,7 +140,7 @@ def test_a_broken_loss_is_told_from_codes_that_did_not_fit(monkeypatch):
     sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
     trainer = trained(sae, 2, True, monkeypatch)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    with kernels.force("gpu"):
+    with forced("gpu"):
         trainer.step(torch.full((4, 16), float("nan"), device=DEVICE))
         with pytest.raises(NotFiniteError):
             trainer.check_finite()
@@ -138,17 +163,17 @@ def test_a_step_in_bfloat16_reads_one_copy_of_each_table(dictionary, monkeypatch
     x = torch.randn(5, 16, device=DEVICE)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     optimizer = TableAdam(sae, lr=0.01)
-    with kernels.force("gpu"), monkeypatch.context() as patched:
+    with forced("gpu"), monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "to", counted)
-        with optimizer.deferring():
-            stages = sae.encode_stages(x)
-            (sae.decode(stages.codes) - x).square().sum().backward()
+        step = optimizer.kernel_step()
+        stages = sae.encode_stages(x, step=step)
+        (sae.decode(stages.codes, step=step) - x).square().sum().backward()
     optimizer.write_gradients()
     assert len(made) == len(optimizer.tables)
     rounded = SAE(16, 40, dictionary, device=DEVICE, dtype=torch.float64, **settings)
     rounded.load_state_dict({name: t.bfloat16() if t.shape == (40, 16) else t for name, t in sae.state_dict().items()})
     prepared = rounded.dictionary.prepare(x.double())
-    scores = rounded.dictionary.scores(prepared, stages.support._replace(scores=None))
+    scores = rounded.dictionary.scores(prepared, stages.support.with_scores(None))
     codes = replace(stages.codes, values=scores, scale=prepared.scale)
     (rounded.decode(codes) - x.double()).square().sum().backward()
     for (name, p), q in zip(sae.named_parameters(), rounded.parameters(), strict=True):

@@ -1,0 +1,25 @@
+"""The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
+
+from saehooks.kernels.cpu.products import sddmm, spmm, spmm_transposed
+from saehooks.kernels.cpu.select import select_products, select_rows
+from saehooks.kernels.reference.adam import adam_step
+from saehooks.kernels.reference.products import sum_by_latent
+from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
+
+NAME = "cpu"
+ASYNCHRONOUS = False
+
+__all__ = [
+    "ASYNCHRONOUS",
+    "NAME",
+    "adam_step",
+    "center",
+    "entmax_gradient",
+    "entmax_weights",
+    "sddmm",
+    "select_products",
+    "select_rows",
+    "spmm",
+    "spmm_transposed",
+    "sum_by_latent",
+]

@@ -1,0 +1,219 @@
+"""The sparse products of float32 on CPU: loops compiled by numba, each over a range of rows, shared by threads.
+
+Where supports are a good share of all latents, as those of relu-family SAEs are at first, dense blocks of rows are
+faster. They are bounded: rows x d_sae is not kept here either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saehooks.kernels import reference
+from saehooks.kernels.cpu.numba_jit import numba_jit
+from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.memory import reusable_empty
+from saehooks.kernels.rules import Support
+from saehooks.kernels.step import DEFAULT, Step
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the loops take tensors of this device and dtype; others take the reference."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def sddmm(left: Tensor, table: Tensor, support: Support, step: Step = DEFAULT) -> Tensor:
+    """(nnz,) products ``left[row] . table[index]`` of the entries; left (rows, d), table (d_sae, d)."""
+    if not (serves(left) and serves(table)):
+        return reference.sddmm(left, table, support)
+    if dense_is_faster(support, table.shape[0]):
+        return _dense_sddmm(left.detach(), table.detach(), support)
+    out = torch.empty(support.indices.numel(), dtype=torch.float32, device="cpu")
+    arrays = _arrays(left, table, support.indices, support.offsets)
+    spread(
+        lambda start, stop: _sddmm_rows(*arrays, start, stop, out.numpy()),
+        _row_blocks(support, table.shape[1]),
+    )
+    return out
+
+
+def spmm(values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) -> Tensor:
+    """(rows, d) sums ``values @ table[indices]`` of each row; values (nnz,), table (d_sae, d)."""
+    if not (serves(values) and serves(table)):
+        return reference.spmm(values, support, table)
+    if dense_is_faster(support, table.shape[0], table.detach()):
+        return _dense_spmm(values.detach(), support, table.detach())
+    out = reusable_empty(support.n_rows, table.shape[1])
+    arrays = _arrays(values, support.indices, support.offsets, table)
+    spread(
+        lambda start, stop: _spmm_rows(*arrays, start, stop, out.numpy()),
+        _row_blocks(support, table.shape[1]),
+    )
+    return out
+
+
+def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
+    """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
+    if not (serves(values) and serves(left)):
+        return reference.spmm_transposed(values, support, left, d_sae)
+    if dense_is_faster(support, d_sae, left.detach()):
+        return _dense_spmm_transposed(values.detach(), support, left.detach(), d_sae)
+    starts, rows, places = support.by_latent(sort_by_latent, d_sae)
+    out = reusable_empty(d_sae, left.shape[1])
+    arrays = (values.detach()[places].numpy(), rows.numpy(), starts.numpy(), left.detach().contiguous().numpy())
+    spread(
+        lambda start, stop: _spmm_rows(*arrays, start, stop, out.numpy()),
+        blocks(d_sae, max(1, GRAIN // left.shape[1])),
+    )
+    return out
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
+
+
+def _row_blocks(support: Support, width: int) -> list[tuple[int, int]]:
+    each = max(1, support.indices.numel() * width // max(1, support.n_rows))
+    return blocks(support.n_rows, max(1, GRAIN // each))
+
+
+class ByLatent(NamedTuple):
+    """Entries of compressed rows, sorted by latent and then by row."""
+
+    starts: Tensor
+    """(d_sae + 1,) int64, where each latent starts."""
+    rows: Tensor
+    """(nnz,) int64, the row of each entry."""
+    places: Tensor
+    """(nnz,) int64, where the entry stands in the compressed rows."""
+
+
+def sort_by_latent(indices: Tensor, offsets: Tensor, d_sae: int) -> ByLatent:
+    """The index of a support (nnz,), (rows + 1,) by latent; `Support.by_latent` keeps it."""
+    found = _count_by_latent(indices.contiguous().numpy(), offsets.contiguous().numpy(), d_sae)
+    return ByLatent(*(torch.from_numpy(array) for array in found))
+
+
+# ---------------------------------------------------------------- dense blocks
+
+MAX_SHARE = 0.15
+"""Share of selected latents from which on a dense product is faster than gathering."""
+
+BLOCK_BYTES = 64 * 2**20
+"""Most memory a dense block takes."""
+
+
+def dense_is_faster(support: Support, d_sae: int, other: Tensor | None = None) -> bool:
+    """Whether so many selected latents are better multiplied densely with ``other``.
+
+    Where that holds a NaN or infinity they are not: times the zeros of a block it would reach rows that do not use it.
+    """
+    return support.indices.numel() > MAX_SHARE * support.n_rows * d_sae and (
+        other is None or bool(other.sum().isfinite())
+    )
+
+
+def _dense_sddmm(left: Tensor, table: Tensor, support: Support) -> Tensor:
+    """(nnz,) products ``left[row] . table[index]`` of the sampled entries; left (rows, d), table (d_sae, d)."""
+    out = left.new_empty(support.indices.numel())
+    for rows, entries, place, block in _dense_blocks(support, table.shape[0]):
+        torch.mm(left[rows], table.T, out=block)
+        torch.index_select(block.view(-1), 0, place, out=out[entries])
+    return out
+
+
+def _dense_spmm(values: Tensor, support: Support, table: Tensor) -> Tensor:
+    """(rows, d) sums ``values @ table[indices]`` of each compressed row."""
+    out = reusable_empty(support.n_rows, table.shape[1])
+    for rows, entries, place, block in _dense_blocks(support, table.shape[0]):
+        torch.mm(_scatter(values[entries], place, block), table, out=out[rows])
+    return out
+
+
+def _dense_spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
+    """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
+    out = reusable_empty(d_sae, left.shape[1]).zero_()
+    for rows, entries, place, block in _dense_blocks(support, d_sae):
+        out.addmm_(_scatter(values[entries], place, block).T, left[rows])
+    return out
+
+
+def _dense_blocks(support: Support, d_sae: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Consecutive rows, their entries, where in the dense block each entry lies, and the block."""
+    indices, offsets, n_rows = support.indices, support.offsets, support.n_rows
+    step = max(1, min(n_rows, BLOCK_BYTES // (4 * d_sae)))
+    whole, rows = reusable_empty(step, d_sae), support.rows
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        entries = slice(int(offsets[start]), int(offsets[stop]))
+        yield slice(start, stop), entries, (rows[entries] - start) * d_sae + indices[entries], whole[: stop - start]
+
+
+def _scatter(values: Tensor, place: Tensor, block: Tensor) -> Tensor:
+    block.zero_().view(-1)[place] = values
+    return block
+
+
+# ----------------------------------------------------------------------- loops
+
+
+@numba_jit
+def _sddmm_rows(left, table, indices, offsets, start, stop, out):
+    """Write ``left[row] . table[index]`` for the entries of rows start to stop."""
+    width = table.shape[1]
+    for r in range(start, stop):
+        x = left[r]
+        for p in range(offsets[r], offsets[r + 1]):
+            y = table[indices[p]]
+            total = np.float32(0.0)
+            for j in range(width):
+                total += x[j] * y[j]
+            out[p] = total
+
+
+@numba_jit
+def _spmm_rows(values, indices, offsets, table, start, stop, out):
+    """Write rows start to stop of the sums of ``value * table[index]``, four entries at a time."""
+    width = table.shape[1]
+    for r in range(start, stop):
+        into = out[r]
+        into[:] = 0
+        p = offsets[r]
+        end = offsets[r + 1]
+        while p + 4 <= end:
+            v0, v1, v2, v3 = values[p], values[p + 1], values[p + 2], values[p + 3]
+            t0, t1 = table[indices[p]], table[indices[p + 1]]
+            t2, t3 = table[indices[p + 2]], table[indices[p + 3]]
+            for j in range(width):
+                into[j] += (v0 * t0[j] + v1 * t1[j]) + (v2 * t2[j] + v3 * t3[j])
+            p += 4
+        while p < end:
+            v0 = values[p]
+            t0 = table[indices[p]]
+            for j in range(width):
+                into[j] += v0 * t0[j]
+            p += 1
+
+
+@numba_jit
+def _count_by_latent(indices, offsets, d_sae):
+    """Entries sorted by latent, by counting: where each latent starts, and the row and place of its entries."""
+    starts = np.zeros(d_sae + 1, np.int64)
+    for p in range(indices.size):
+        starts[indices[p] + 1] += 1
+    for i in range(d_sae):
+        starts[i + 1] += starts[i]
+    rows = np.empty(indices.size, np.int64)
+    places = np.empty(indices.size, np.int64)
+    after = starts[:-1].copy()
+    for r in range(offsets.size - 1):
+        for p in range(offsets[r], offsets[r + 1]):
+            q = after[indices[p]]
+            after[indices[p]] = q + 1
+            rows[q] = r
+            places[q] = p
+    return starts, rows, places

@@ -1,0 +1,387 @@
+"""Selection of float32 on CPU: exact thresholds without sorting a row, in loops compiled by numba.
+
+The maxima of groups of scores bound the threshold from below, since the threshold of a subset never exceeds that of
+the whole; only scores above the bound are candidates, and the exact threshold is found among them in float64. Every
+buffer can hold a whole row, so ties and supports as large as the dictionary take the same path, only slower.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saehooks.codes import offsets_of
+from saehooks.kernels import reference
+from saehooks.kernels.cpu.numba_jit import numba_jit
+from saehooks.kernels.cpu.products import serves
+from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.reference.select import select_products as select_in_chunks
+from saehooks.kernels.rules import BatchRule, Entmax, RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.step import DEFAULT, Step
+
+RULES = (Sparsemax, Entmax, TopK, Threshold)
+"""What these loops know; the reference selects by other rules."""
+
+
+def select_products(
+    queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, step: Step = DEFAULT
+) -> Support:
+    """Support of the scores ``queries @ keys.T + bias``, made in chunks and selected from; they are never all kept."""
+    return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
+
+
+def select_rows(scores: Tensor, rule: RowRule, step: Step = DEFAULT) -> Support:
+    """Support of given scores (rows, d_sae) by a row rule."""
+    rows, d_sae = scores.shape
+    if not serves(scores) or not isinstance(rule, RULES) or rows == 0 or d_sae == 0:
+        return reference.select_rows(scores, rule)
+    kind, k, alpha, theta = described(rule, d_sae)
+    groups = group_count(d_sae, k)
+    matrix = scores.detach().contiguous().numpy()
+    sizes = torch.empty(rows, dtype=torch.int64, device="cpu")
+    thresholds = torch.full((rows,), float(theta.min()), dtype=torch.float32, device="cpu")
+    size_array, threshold_array = sizes.numpy(), thresholds.numpy()
+
+    def work(start: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        parts = []
+        room = max(d_sae, (stop - start) * max(128, 2 * k))
+        while start < stop:
+            indices, picked = np.empty(room, np.int64), np.empty(room, np.float32)
+            start, used = _select_range(
+                matrix, start, stop, kind, k, alpha, theta, groups, indices, picked, size_array, threshold_array
+            )
+            parts.append((indices[:used], picked[:used]))
+            room = max(d_sae, 2 * room)
+        return parts
+
+    parts = chain.from_iterable(spread(work, blocks(rows, max(1, GRAIN // d_sae))))
+    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+    return Support(indices, offsets_of(sizes), thresholds, picked)
+
+
+def described(rule: RowRule, d_sae: int) -> tuple[int, int, float, np.ndarray]:
+    """Kind of rule, k, alpha and thetas, as the compiled loop takes them."""
+    none = np.zeros(1, np.float32)
+    if isinstance(rule, TopK):
+        return TOPK, rule.k, 2.0, none
+    if isinstance(rule, Threshold):
+        theta = torch.as_tensor(rule.theta, dtype=torch.float32, device="cpu").detach().reshape(-1)
+        return THRESHOLD, 0, 2.0, theta.contiguous().numpy()
+    if isinstance(rule, Entmax) and rule.alpha < 2:
+        return ENTMAX, 0, float(rule.alpha), none
+    return SPARSEMAX, 0, 2.0, none
+
+
+# ----------------------------------------------------------------------- loops
+
+GROUP = 64
+"""Most scores in a group."""
+
+BLOCK = 64
+"""Neighbouring scores tested at once for a candidate."""
+
+
+def group_count(d_sae: int, k: int = 0) -> int:
+    """Number of strided groups: enough for a tight bound (and for k of them), few enough to be cheap."""
+    return min(d_sae, max(-(-d_sae // GROUP), min(256, -(-d_sae // 8)), 2 * k))
+
+
+@numba_jit
+def summarise(row, maxima, sums):
+    """Fill the maxima of strided groups (column mod their number); say whether every score of the row is finite.
+
+    Neighbours, often alike, fall into different groups. A NaN or infinity shows in the sums.
+    """
+    groups = maxima.size
+    d_sae = row.size
+    for g in range(groups):
+        maxima[g] = row[g]
+        sums[g] = row[g]
+    start = groups
+    while start + 4 * groups <= d_sae:
+        a = row[start : start + groups]
+        b = row[start + groups : start + 2 * groups]
+        c = row[start + 2 * groups : start + 3 * groups]
+        d = row[start + 3 * groups : start + 4 * groups]
+        for g in range(groups):
+            x = a[g] if a[g] > b[g] else b[g]
+            y = c[g] if c[g] > d[g] else d[g]
+            x = x if x > y else y
+            maxima[g] = x if x > maxima[g] else maxima[g]
+            sums[g] += (a[g] + b[g]) + (c[g] + d[g])
+        start += 4 * groups
+    while start < d_sae:
+        a = row[start : min(start + groups, d_sae)]
+        for g in range(a.size):
+            maxima[g] = a[g] if a[g] > maxima[g] else maxima[g]
+            sums[g] += a[g]
+        start += groups
+    total = np.float32(0.0)
+    for g in range(groups):
+        total += sums[g]
+    # inf - inf and NaN - NaN are NaN. Finite scores whose sum overflows are looked at one by one, later.
+    return total - total == np.float32(0.0)
+
+
+@numba_jit
+def argmax(row):
+    """The first NaN, else the first of the largest scores, as ``torch.max`` has it."""
+    place = 0
+    for j in range(row.size):
+        if row[j] != row[j]:
+            return j
+        if row[j] > row[place]:
+            place = j
+    return place
+
+
+@numba_jit
+def largest(values):
+    """Largest of some numbers, none of which is NaN."""
+    best = values[0]
+    for j in range(values.size):
+        best = values[j] if values[j] > best else best
+    return best
+
+
+@numba_jit
+def candidates(row, bound, places):
+    """Write the places of the scores of at least ``bound``, ascending; return how many."""
+    found = 0
+    d_sae = row.size
+    whole = d_sae // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        hits = 0
+        for j in range(start, start + BLOCK):
+            hits += row[j] >= bound
+        if hits:
+            for j in range(start, start + BLOCK):
+                places[found] = j
+                found += row[j] >= bound
+    for j in range(whole, d_sae):
+        places[found] = j
+        found += row[j] >= bound
+    return found
+
+
+@numba_jit
+def newton(work, size, tau):
+    """Exact sparsemax threshold of work[:size], shifted so that its maximum is 0, from a lower bound of it.
+
+    Michelot's rule: drop what lies below the mean excess until nothing is dropped. Each pass halves the number of
+    entries or the excess, so passes are few whatever the data. ``work`` is overwritten.
+    """
+    total = 0.0
+    for j in range(size):
+        total += work[j]
+    tau = max(tau, (total - 1.0) / size)
+    while True:
+        kept = 0
+        total = 0.0
+        for j in range(size):
+            x = work[j]
+            work[kept] = x
+            kept += x > tau
+            total += x if x > tau else 0.0
+        if kept == size or kept == 0:
+            return tau
+        tau = max(tau, (total - 1.0) / kept)
+        size = kept
+
+
+@numba_jit
+def kth_largest(keys, size, k):
+    """The k-th largest of keys[:size] (int32), by halving the range of values: no order of the data makes it slow."""
+    low = np.int64(keys[0])
+    high = low
+    for j in range(size):
+        low = min(low, np.int64(keys[j]))
+        high = max(high, np.int64(keys[j]))
+    while low < high:
+        middle = (low + high + 1) >> 1
+        at_least = 0
+        pivot = np.int32(middle)
+        for j in range(size):
+            at_least += keys[j] >= pivot
+        if at_least >= k:
+            low = middle
+        else:
+            high = middle - 1
+    return np.int32(low)
+
+
+@numba_jit
+def sparsemax_row(row, maxima, work, places):
+    """Places of the support of one finite row in ``places``; return its size and the threshold."""
+    shift = np.float64(largest(maxima))
+    for g in range(maxima.size):
+        work[g] = np.float64(maxima[g]) - shift
+    bound = newton(work, maxima.size, -1.0)
+    # A hair below, so that rounding the bound to float32 loses no candidate.
+    slack = 1.2e-7 * (abs(shift) + 1.0)
+    found = candidates(row, np.float32(shift + bound - slack), places)
+    for j in range(found):
+        work[j] = np.float64(row[places[j]]) - shift
+    tau = newton(work, found, -1.0)
+    kept = 0
+    for j in range(found):
+        place = places[j]
+        places[kept] = place
+        kept += np.float64(row[place]) - shift > tau
+    return kept, shift + tau
+
+
+@numba_jit
+def entmax_newton(work, size, power):
+    """Exact entmax threshold of work[:size], (alpha - 1) times the scores shifted so that their maximum is 0.
+
+    Newton's rule on ``sum of max(work - tau, 0)^power = 1`` with power 1 / (alpha - 1), from -1, which is below the
+    root: the sum is convex and falls with tau, so no step overshoots and what lies below tau can be dropped.
+    Source: Peters et al. 2019, arXiv:1905.05702. ``work`` is overwritten.
+    """
+    tau = -1.0
+    for _ in range(100):
+        kept = 0
+        total = 0.0
+        slope = 0.0
+        for j in range(size):
+            above = work[j] - tau
+            if above > 0.0:
+                work[kept] = work[j]
+                kept += 1
+                rest = above if power == 2.0 else above ** (power - 1.0)
+                slope += rest
+                total += rest * above
+        size = kept
+        step = (total - 1.0) / (power * slope)
+        if not step > 1e-15:
+            return tau
+        tau += step
+    return tau
+
+
+@numba_jit
+def entmax_row(row, maxima, work, places, alpha):
+    """Places of the entmax support of one finite row in ``places``; return its size and the threshold."""
+    shift = np.float64(largest(maxima))
+    factor = alpha - 1.0
+    power = 1.0 / factor
+    for g in range(maxima.size):
+        work[g] = factor * (np.float64(maxima[g]) - shift)
+    bound = entmax_newton(work, maxima.size, power) * power
+    slack = 1.2e-7 * (abs(shift) + abs(bound) + 1.0)
+    found = candidates(row, np.float32(shift + bound - slack), places)
+    for j in range(found):
+        work[j] = factor * (np.float64(row[places[j]]) - shift)
+    tau = entmax_newton(work, found, power) * power
+    kept = 0
+    for j in range(found):
+        place = places[j]
+        places[kept] = place
+        kept += np.float64(row[place]) - shift > tau
+    return kept, shift + tau
+
+
+@numba_jit
+def ordered_key(bits):
+    """An int32 that orders as the float32 of these bits does."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@numba_jit
+def topk_row(row, bits, maxima, work, places, k):
+    """Places of the k largest positive scores, of equals the first; return their number and the smallest, or 0."""
+    keys = work.view(np.int32)
+    maxima_bits = maxima.view(np.int32)
+    bound = np.float32(0.0)
+    if k <= maxima.size:
+        for g in range(maxima.size):
+            keys[g] = ordered_key(maxima_bits[g])
+        bound = max(bound, np.int32(ordered_key(kth_largest(keys, maxima.size, k))).view(np.float32))
+    found = candidates(row, max(bound, np.float32(1e-45)), places)
+    if found < k:
+        return found, 0.0
+    for j in range(found):
+        keys[j] = bits[places[j]]
+    smallest = kth_largest(keys, found, k)
+    above = 0
+    for j in range(found):
+        above += keys[j] > smallest
+    ties = k - above
+    kept = 0
+    for j in range(found):
+        place = places[j]
+        if bits[place] > smallest or (bits[place] == smallest and ties > 0):
+            ties -= bits[place] == smallest
+            places[kept] = place
+            kept += 1
+    return kept, np.float64(np.int32(smallest).view(np.float32))
+
+
+@numba_jit
+def threshold_row(row, theta, places):
+    """Places of the scores strictly above theta (d_sae,), or above its only element."""
+    found = 0
+    if theta.size == 1:
+        # The scores above theta are those of at least the next number.
+        return candidates(row, np.nextafter(theta[0], np.float32(np.inf)), places)
+    for start in range(0, row.size, BLOCK):
+        stop = min(start + BLOCK, row.size)
+        hits = 0
+        for j in range(start, stop):
+            hits += row[j] > theta[j]
+        if hits:
+            for j in range(start, stop):
+                places[found] = j
+                found += row[j] > theta[j]
+    return found
+
+
+SPARSEMAX, TOPK, THRESHOLD, ENTMAX = 0, 1, 2, 3
+"""Which rule `_select_range` follows."""
+
+
+@numba_jit
+def _select_range(scores, start, stop, rule, k, alpha, theta, groups, indices, picked, sizes, thresholds):
+    """Select rows start to stop of scores into indices and picked, until those are full.
+
+    Returns:
+        The first row that was not done, and how many entries were written.
+    """
+    d_sae = scores.shape[1]
+    maxima = np.empty(groups, np.float32)
+    sums = np.empty(groups, np.float32)
+    work = np.empty(d_sae, np.float64)
+    places = np.empty(d_sae + 1, np.int32)
+    used = 0
+    for r in range(start, stop):
+        row = scores[r]
+        finite = summarise(row, maxima, sums)
+        if not finite:
+            best = argmax(row)
+            finite = abs(row[best]) < np.inf
+        if not finite:
+            places[0] = best
+            size = 1
+            threshold = np.float64(row[best])
+        elif rule == SPARSEMAX:
+            size, threshold = sparsemax_row(row, maxima, work, places)
+        elif rule == ENTMAX:
+            size, threshold = entmax_row(row, maxima, work, places, alpha)
+        elif rule == TOPK:
+            size, threshold = topk_row(row, row.view(np.int32), maxima, work, places, k)
+        else:
+            size = threshold_row(row, theta, places)
+            threshold = np.float64(thresholds[r])
+        if used + size > indices.size:
+            return r, used
+        for j in range(size):
+            indices[used + j] = places[j]
+            picked[used + j] = row[places[j]]
+        sizes[r] = size
+        thresholds[r] = threshold
+        used += size
+    return stop, used

@@ -1,0 +1,46 @@
+"""The GPU backend: Triton kernels. Scores, sums and thresholds are float32, whatever the inputs.
+
+Float64 and rules without a kernel go to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from saehooks.errors import ConfigError
+from saehooks.kernels.gpu.adam import adam_step
+from saehooks.kernels.gpu.launch import LEAST_CAPABILITY
+from saehooks.kernels.gpu.products import sddmm, spmm, spmm_transposed, sum_by_latent
+from saehooks.kernels.gpu.scores import select_products
+from saehooks.kernels.gpu.select import select_rows
+from saehooks.kernels.gpu.weights import center, entmax_gradient, entmax_weights
+from saehooks.kernels.rules import Sparsemax
+
+NAME = "gpu"
+ASYNCHRONOUS = True
+
+__all__ = [
+    "ASYNCHRONOUS",
+    "NAME",
+    "adam_step",
+    "center",
+    "entmax_gradient",
+    "entmax_weights",
+    "probe",
+    "sddmm",
+    "select_products",
+    "select_rows",
+    "spmm",
+    "spmm_transposed",
+    "sum_by_latent",
+]
+
+
+def probe(device: torch.device) -> None:
+    """Run a small selection on a GPU; raises whatever keeps the kernels from running there."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise ConfigError(f"compute capability {capability}, the kernels need {LEAST_CAPABILITY}")
+    found = select_rows(torch.eye(2, dtype=torch.float32, device=device) * 4, Sparsemax())
+    if found.indices.tolist() != [0, 1]:
+        raise ConfigError(f"a selection gave {found.indices.tolist()} instead of [0, 1]")

@@ -1,0 +1,220 @@
+"""The operations everything else uses: checked, differentiable, on whichever backend serves the tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saehooks.errors import WidthError
+from saehooks.kernels.backend import Backend, backend_for
+from saehooks.kernels.rules import BatchRule, RowRule, Support
+from saehooks.kernels.step import DEFAULT, Step
+
+
+def select(
+    queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, *, step: Step = DEFAULT
+) -> Support:
+    """Select, for each query, from its scores against all keys.
+
+    Args:
+        queries: (rows, d).
+        keys: (d_sae, d).
+        rule: which scores are selected.
+        bias: (d_sae,) added to every row of scores, or None.
+        step: what the kernels know beside these.
+    Returns:
+        Support of the rows. No gradient: recompute the selected scores with `sddmm`.
+    Raises:
+        WidthError: queries and keys of different width, a bias or thresholds of another length than the keys.
+        ConfigError: a rule that asks for more latents, or more rows, than there are.
+    """
+    check_widths(queries, keys, bias)
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    rule.check(rows, d_sae)
+    with torch.no_grad():
+        return backend_for(queries, step).select_products(queries, keys, rule, bias, step).trusted(d_sae)
+
+
+def select_rows(scores: Tensor, rule: RowRule, *, step: Step = DEFAULT) -> Support:
+    """Select from given scores (rows, d_sae), without gradient.
+
+    Raises:
+        WidthError, ConfigError: as for `select`.
+    """
+    rule.check(*scores.shape)
+    with torch.no_grad():
+        return backend_for(scores, step).select_rows(scores, rule, step).trusted(scores.shape[1])
+
+
+def check_widths(queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+    """Raise WidthError unless queries (rows, d), keys (d_sae, d) and bias (d_sae,) fit each other."""
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
+        raise WidthError(
+            f"queries (rows, d) and keys (d_sae, d) must agree in d, got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    if bias is not None and bias.shape != keys.shape[:1]:
+        raise WidthError(f"a bias of shape {tuple(bias.shape)} was given for {keys.shape[0]} latents")
+
+
+def _check_product(left_rows: int | None, values: Tensor | None, support: Support, table: Tensor) -> None:
+    """Raise unless the parts of a sparse product fit each other and no latent is out of range."""
+    if table.dim() != 2:
+        raise WidthError(f"a table has shape (d_sae, d), got {tuple(table.shape)}")
+    if left_rows is not None and left_rows != support.n_rows:
+        raise WidthError(f"{left_rows} rows were given with a support of {support.n_rows} rows")
+    if values is not None and values.shape != support.indices.shape:
+        raise WidthError(f"values {tuple(values.shape)} were given with {support.indices.numel()} entries")
+    support.check(table.shape[0])
+
+
+# ------------------------------------------------------------- sparse products
+
+
+def sddmm(
+    left: Tensor,
+    table: Tensor,
+    support: Support,
+    *,
+    bias: Tensor | None = None,
+    known: Tensor | None = None,
+    step: Step = DEFAULT,
+) -> Tensor:
+    """Differentiable sampled product: ``left[row] . table[index] + bias[index]`` for every entry of a support.
+
+    Args:
+        left: (rows, d).
+        table: (d_sae, d), one row a latent.
+        support: of the rows.
+        bias: (d_sae,), or None for none.
+        known: (nnz,) the result, where selection had it at hand; only the gradient is computed then.
+        step: what the kernels know beside these.
+    Returns:
+        (nnz,) products, in the order of the support's indices.
+    Raises:
+        LatentError: a support with a latent that the table does not have.
+        WidthError: tensors that do not fit each other.
+    """
+    check_widths(left, table, bias)
+    _check_product(left.shape[0], known, support, table)
+    return _Sddmm.apply(left, table, bias, support, known, backend_for(left, step), step)
+
+
+def spmm(values: Tensor, support: Support, table: Tensor, *, step: Step = DEFAULT) -> Tensor:
+    """Differentiable sparse product: row ``r`` of the result is the sum of ``value * table[index]`` over its entries.
+
+    Args:
+        values: (nnz,).
+        support: row and latent of each value.
+        table: (d_sae, d), one row a latent.
+        step: what the kernels know beside these.
+    Returns:
+        (rows, d).
+    Raises:
+        LatentError: a support with a latent that the table does not have.
+        WidthError: tensors that do not fit each other.
+    """
+    _check_product(None, values, support, table)
+    return _Spmm.apply(values, table, support, backend_for(table, step), step)
+
+
+class _Sddmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, table, bias, support: Support, known, backend: Backend, step: Step):
+        ctx.save_for_backward(left, table)
+        ctx.support, ctx.backend, ctx.step = support.pattern(), backend, step
+        if known is not None:
+            return known.detach().to(left.dtype, copy=True)
+        found = backend.sddmm(left, table, support, step)
+        return found if bias is None else found + bias[support.indices]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (left, table), support, backend = ctx.saved_tensors, ctx.support, ctx.backend
+        d_left = d_table = d_bias = None
+        grad = grad.contiguous()
+        if ctx.needs_input_grad[0]:
+            d_left = backend.spmm(grad, support, table, ctx.step)
+        if ctx.needs_input_grad[1] and not ctx.step.keeps_gradient(table, grad, support, left):
+            d_table = backend.spmm_transposed(grad, support, left, table.shape[0])
+        if ctx.needs_input_grad[2]:
+            d_bias = backend.sum_by_latent(grad, support, table.shape[0])
+        return d_left, d_table, d_bias, None, None, None, None
+
+
+class _Spmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, table, support: Support, backend: Backend, step: Step):
+        ctx.save_for_backward(values, table)
+        ctx.support, ctx.backend, ctx.step = support.pattern(), backend, step
+        return backend.spmm(values, support, table, step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (values, table), support, backend = ctx.saved_tensors, ctx.support, ctx.backend
+        d_values = d_table = None
+        grad = grad.contiguous()
+        if ctx.needs_input_grad[0]:
+            d_values = backend.sddmm(grad, table, support, ctx.step).to(values.dtype)
+        if ctx.needs_input_grad[1] and not ctx.step.keeps_gradient(table, values, support, grad):
+            d_table = backend.spmm_transposed(values, support, grad, table.shape[0])
+        return d_values, d_table, None, None, None
+
+
+# --------------------------------------------------------- weights on the simplex
+
+
+def simplex_weights(scores: Tensor, offsets: Tensor, *, step: Step = DEFAULT) -> Tensor:
+    """(nnz,) sparsemax weights ``score - tau`` of given supports; the gradient is the sparsemax Jacobian.
+
+    With g the gradient of the weights, a score receives ``g - mean of g over its row's support``. Sums are float64:
+    over a support of thousands of large scores float32 would miss the threshold by more than the weights.
+
+    Args:
+        scores: (nnz,) of compressed rows.
+        offsets: (rows + 1,) int64.
+        step: what the kernels know beside these.
+    """
+    return _Centered.apply(scores, offsets, 1.0, backend_for(scores, step))
+
+
+class _Centered(torch.autograd.Function):
+    """A shift of each row to a given sum. Its gradient is the shift to the sum 0, which is its own gradient."""
+
+    @staticmethod
+    def forward(ctx, values, offsets, total: float, backend: Backend):
+        ctx.save_for_backward(offsets)
+        ctx.backend = backend
+        return backend.center(values, offsets, total)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Centered.apply(grad, ctx.saved_tensors[0], 0.0, ctx.backend), None, None, None
+
+
+def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor, *, step: Step = DEFAULT) -> Tensor:
+    """(nnz,) entmax probabilities over the given supports, differentiable in scores (nnz,) and in alpha ().
+
+    A row's probabilities are those of its scores alone: of the whole row, if its support is the entmax support. Sums
+    are float64; on the GPU each has one order, so that results repeat, and the host waits for none.
+    """
+    return _EntmaxWeights.apply(scores, offsets, alpha, backend_for(scores, step))
+
+
+class _EntmaxWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, offsets, alpha, backend: Backend):
+        weights = backend.entmax_weights(scores, offsets, alpha)
+        ctx.save_for_backward(weights, offsets, alpha)
+        ctx.backend = backend
+        return weights.to(scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weights, offsets, alpha = ctx.saved_tensors
+        learned = ctx.needs_input_grad[2]
+        d_scores, d_alpha = ctx.backend.entmax_gradient(weights, grad, offsets, alpha, learned)
+        return d_scores, None, d_alpha.to(alpha.dtype) if learned else None, None

@@ -1,0 +1,24 @@
+"""The reference backend: every operation in plain torch, on any device and dtype."""
+
+from saehooks.kernels.reference.adam import adam_step
+from saehooks.kernels.reference.products import sddmm, spmm, spmm_transposed, sum_by_latent
+from saehooks.kernels.reference.select import select_products, select_rows
+from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
+
+NAME = "reference"
+ASYNCHRONOUS = False
+
+__all__ = [
+    "ASYNCHRONOUS",
+    "NAME",
+    "adam_step",
+    "center",
+    "entmax_gradient",
+    "entmax_weights",
+    "sddmm",
+    "select_products",
+    "select_rows",
+    "spmm",
+    "spmm_transposed",
+    "sum_by_latent",
+]
