@@ -167,7 +167,7 @@ def _give_back() -> None:
     from saehooks.kernels import memory
 
     gc.collect()
-    memory.forget()
+    memory.release()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -41,7 +41,7 @@ def losses(path: str, rows: Tensor, d_sae: int, batch_size: int, **settings) -> 
     sae = sh.SAE(rows.shape[1], d_sae, **settings).to(rows.device)
     trainer = sh.Trainer(sae, sh.TrainConfig(batch_size=batch_size, buffer_rows=2 * batch_size, warmup_steps=20))
     sae.initialise(rows)
-    with kernels.force(path):
+    with forced(path):
         return torch.stack([trainer.step(x).total.detach().double() for x in rows.split(batch_size)])
 
 
