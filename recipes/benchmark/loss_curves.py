@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import saehooks as sh
-from saehooks import kernels
 from saehooks.demo import smollm2
 from saehooks.demo import text as packaged_text
+from saehooks.kernels import backend
 
 SITE = "blocks.15.hook_resid_post"
 CELLS = {
@@ -41,8 +41,11 @@ def losses(path: str, rows: Tensor, d_sae: int, batch_size: int, **settings) -> 
     sae = sh.SAE(rows.shape[1], d_sae, **settings).to(rows.device)
     trainer = sh.Trainer(sae, sh.TrainConfig(batch_size=batch_size, buffer_rows=2 * batch_size, warmup_steps=20))
     sae.initialise(rows)
-    with forced(path):
+    backend.FORCED = path
+    try:
         return torch.stack([trainer.step(x).total.detach().double() for x in rows.split(batch_size)])
+    finally:
+        backend.FORCED = None
 
 
 def differences(one: Tensor, other: Tensor) -> str:
