@@ -12,6 +12,7 @@ from saehooks.codes import Codes
 from saehooks.evaluation import measure
 from saehooks.formats import load
 from saehooks.hosts import sites
+from saehooks.latents import LatentIndex, survey
 from saehooks.sae import SAE, SAEConfig, SAEOutput
 from saehooks.streams import TokenBatches, harvest
 from saehooks.trace import Trace
@@ -23,6 +24,7 @@ from saehooks.where import last, not_special, positions
 __all__ = [
     "SAE",
     "Codes",
+    "LatentIndex",
     "LossConfig",
     "SAEConfig",
     "SAEOutput",
@@ -49,5 +51,6 @@ __all__ = [
     "sparsemax",
     "splice",
     "steer",
+    "survey",
     "train",
 ]

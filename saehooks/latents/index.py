@@ -1,0 +1,435 @@
+"""What is latent 901? An index of what every latent of an SAE stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saehooks.attachments import read
+from saehooks.causal.runs import prompt_tokens
+from saehooks.codes import Codes
+from saehooks.errors import ConfigError, LatentError
+from saehooks.hosts import host as host_of
+from saehooks.latents.cofiring import Neighbours
+from saehooks.latents.fingerprint import fingerprint
+from saehooks.latents.folder import read_tensors, write_index
+from saehooks.latents.latent import Context, Latent
+from saehooks.latents.listing import Listing
+from saehooks.latents.tallies import GRID
+from saehooks.sae import SAE
+from saehooks.show.values import visible
+from saehooks.trace import Forward
+
+SHELF = ("scores", "values", "sequences", "columns", "tokens", "around")
+PLAIN = ("metadata", "sequences", "positions", "complete", "labels")
+NEIGHBOURS = ("raises", "lowers", "fired_with", "alike")
+WEIGHTS = {"name": 8.0, "peak": 4.0, "raises": 2.0, "label": 4.0, "context": 1.0}
+"""What a hit of `LatentIndex.search` counts for, by where it was found."""
+
+
+@dataclass(eq=False, repr=False)
+class LatentIndex:
+    """What every latent of an SAE stands for, over the data of one `survey`.
+
+    ``index[901]`` is one latent; `search`, `like` and `top` find latents; `typical` is how strong one usually is.
+    """
+
+    metadata: dict[str, Any]
+    """site, head, model, where, sae, fingerprint, grid, before: what the survey was of."""
+    sequences: int
+    """Sequences, or images, read."""
+    positions: int
+    """Positions looked at: those where the SAE acts."""
+    complete: bool
+    """False when an interrupt ended the survey early."""
+    counts: Tensor
+    """(d_sae,) int64, positions at which each latent was selected."""
+    mean: Tensor
+    """(d_sae,) float64, mean value where selected; NaN for a dead latent."""
+    quantiles: Tensor
+    """(d_sae, 101) float32, the 0, 1, ... 100% quantiles of the values where selected; NaN for a dead latent."""
+    best: dict[str, Tensor]
+    """The strongest places of each latent, as `saehooks.latents.shelf.Shelf` keeps them."""
+    drawn: dict[str, Tensor]
+    """Places drawn at random from all where it fires."""
+    raises: Neighbours | None = None
+    """Tokens whose logits a latent's direction raises most: (d_sae, n) ids, and the change by one unit of it."""
+    lowers: Neighbours | None = None
+    """Tokens whose logits it lowers most."""
+    fired_with: Neighbours | None = None
+    """Latents that fire at the same positions."""
+    alike: Neighbours | None = None
+    """Latents whose directions point the same way."""
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+    """Small images (3, height, width) uint8 by number, of the places kept."""
+    labels: list[str] | None = None
+    """Of the images, in order."""
+    pieces: dict[int, str] = field(default_factory=dict)
+    """Tokens as text, by id."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Names that people gave to latents; see `name`."""
+    tokenizer: Any = field(default=None, init=False)
+    """What turns a text into tokens for `top`; None for a loaded index until `bind`."""
+    _model: Any = field(default=None, init=False)
+    _sae: Any = field(default=None, init=False)
+    _where: Any = field(default=None, init=False)
+
+    # ------------------------------------------------------------- figures
+
+    def __len__(self) -> int:
+        """Number of latents."""
+        return len(self.counts)
+
+    @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self.metadata["site"]
+
+    @property
+    def density(self) -> Tensor:
+        """(d_sae,) float64, share of the positions at which each latent was selected."""
+        return self.counts.double() / max(1, self.positions)
+
+    @property
+    def dead(self) -> Tensor:
+        """(n,) int64, the latents that were never selected."""
+        return (self.counts == 0).nonzero()[:, 0]
+
+    def quantile(self, latent: int, q: float) -> float:
+        """A quantile of a latent's values where it was selected, within 2.2% of itself (exact at 0 and 1).
+
+        Raises:
+            LatentError: out of range, or dead: then it has no values.
+        """
+        self._check(latent)
+        if not 0 <= q <= 1:
+            raise ConfigError(f"a quantile lies in 0 .. 1, got {q}")
+        if not int(self.counts[latent]):
+            raise LatentError(f"latent {latent} never fired in this survey of {self.positions:,} positions")
+        place = q * (GRID - 1)
+        low = min(int(place), GRID - 2)
+        row = self.quantiles[latent].double()
+        return float(row[low] + (place - low) * (row[low + 1] - row[low]))
+
+    def typical(self, latent: int, q: float = 0.5) -> float:
+        """How strong a latent usually is where it fires: the median of its values, or another quantile.
+
+        A scale for `sh.clamp` and `sh.steer`: the 95% quantile is strong but still ordinary.
+
+        Raises:
+            LatentError: out of range, or dead.
+        """
+        return self.quantile(latent, q)
+
+    # ------------------------------------------------------------- latents
+
+    def __getitem__(self, latent: int) -> Latent:
+        """Everything known of one latent.
+
+        Raises:
+            LatentError: out of range.
+        """
+        latent = int(latent)
+        self._check(latent)
+        return Latent(self, latent)
+
+    def __iter__(self) -> Iterator[Latent]:
+        return (Latent(self, latent) for latent in range(len(self)))
+
+    def name(self, latent: int, name: str) -> None:
+        """Give a latent a name of yours, which reprs, search and pages show; an empty one takes it back."""
+        self._check(latent)
+        if name:
+            self.names[int(latent)] = str(name)
+        else:
+            self.names.pop(int(latent), None)
+
+    def words(self, latent: int, n: int = 5) -> str:
+        """A latent in a few words: its name; else the different tokens, or image labels, where it is strongest."""
+        self._check(latent)
+        if latent in self.names:
+            return self.names[latent]
+        found = dict.fromkeys(self.word(context) for context in self.contexts(latent))
+        found.pop("", None)
+        return " ".join(list(found)[:n])
+
+    def word(self, context: Context) -> str:
+        """The token at a place, its spaces visible; for an image its label."""
+        if context.tokens is not None:
+            return visible(self.piece(context.tokens[context.peak]))
+        return self.labels[context.sequence] if self.labels and context.sequence < len(self.labels) else ""
+
+    def piece(self, token: int) -> str:
+        """A token as text."""
+        return "" if token < 0 else self.pieces.get(token, f"<{token}>")
+
+    def contexts(self, latent: int, sampled: bool = False) -> list[Context]:
+        """Places where a latent fires, the strongest first.
+
+        Args:
+            sampled: those drawn at random from all where it fires, instead of the strongest.
+        """
+        self._check(latent)
+        shelf = self.drawn if sampled else self.best
+        kept = (shelf["scores"][latent] > -float("inf")).nonzero()[:, 0]
+        kept = kept[shelf["values"][latent][kept].argsort(descending=True, stable=True)]
+        return [self._context(shelf, latent, int(place)) for place in kept]
+
+    def _context(self, shelf: dict[str, Tensor], latent: int, place: int) -> Context:
+        value = float(shelf["values"][latent, place])
+        sequence, column = int(shelf["sequences"][latent, place]), int(shelf["columns"][latent, place])
+        values = shelf["around"][latent, place]
+        quantile = float((self.quantiles[latent] < value).double().mean())
+        if self.metadata["grid"] is not None or sequence in self.pictures:
+            return Context(
+                sequence, column, column, value, quantile, None, values.tolist(), self.pictures.get(sequence)
+            )
+        tokens, peak = shelf["tokens"][latent, place], self.metadata["before"]
+        kept = tokens >= 0
+        skipped = int((~kept[:peak]).sum())
+        return Context(sequence, column, peak - skipped, value, quantile, tokens[kept].tolist(), values[kept].tolist())
+
+    def _check(self, latent: int) -> None:
+        if not 0 <= latent < len(self):
+            raise LatentError(f"latent {latent} is out of range: this SAE has latents 0 to {len(self) - 1}")
+
+    # ------------------------------------------------------------- finding
+
+    def search(self, text: str, n: int = 20) -> Listing:
+        """Latents by what they stand for: words at and around their strongest places, tokens their direction raises,
+        image labels, and the names you gave.
+
+        Args:
+            text: a word or several; upper and lower case are the same. Every word must be found.
+            n: at most so many.
+        """
+        words = [re.escape(word) for word in text.lower().split()]
+        if not words:
+            raise ConfigError("give a word to search for, as in index.search('music')")
+        scores: dict[int, tuple[float, str]] = {}
+        for latent in range(len(self)):
+            found = [self._hits(latent, re.compile(word)) for word in words]
+            if all(score for score, _ in found):
+                scores[latent] = sum(score for score, _ in found), next(where for _, where in found)
+        best = sorted(scores, key=lambda latent: (-scores[latent][0], latent))[:n]
+        rows = [{**self.row(latent), "found": scores[latent][1]} for latent in best]
+        return Listing(f"{len(scores):,} latents of {self.site} with {text!r}", rows, self)
+
+    def _hits(self, latent: int, word: re.Pattern[str]) -> tuple[float, str]:
+        """How much a latent has to do with a word, and where it was first found."""
+        found: dict[str, float] = {}
+        if word.search(self.names.get(latent, "").lower()):
+            found["name"] = WEIGHTS["name"]
+        for context in self.contexts(latent) if int(self.counts[latent]) else ():
+            share = 1 / max(1, self.best["scores"].shape[1])
+            if context.tokens is None:
+                if word.search(self.word(context).lower()):
+                    found["label"] = found.get("label", 0) + WEIGHTS["label"] * share
+                continue
+            if word.search(self.piece(context.tokens[context.peak]).lower()):
+                found["peak"] = found.get("peak", 0) + WEIGHTS["peak"] * share
+            elif word.search(self.text(context).lower()):
+                found["context"] = found.get("context", 0) + WEIGHTS["context"] * share
+        if self.raises is not None:
+            hits = sum(bool(word.search(self.piece(token).lower())) for token in self.raises.latents[latent].tolist())
+            if hits:
+                found["raises"] = WEIGHTS["raises"] * hits / self.raises.latents.shape[1]
+        return sum(found.values()), next(iter(found), "")
+
+    def text(self, context: Context) -> str:
+        """The text of a context."""
+        return "".join(map(self.piece, context.tokens or ()))
+
+    def like(self, latent: int, n: int = 10) -> Listing:
+        """Latents like one: those whose directions point the same way, and those that fire at the same positions.
+
+        Returns:
+            Rows with both similarities, each a cosine; None where a latent is not among the nearest kept of that kind.
+        """
+        self._check(latent)
+        kinds = {"direction": self.alike, "fires with": self.fired_with}
+        found: dict[int, dict[str, float]] = {}
+        for kind, kept in kinds.items():
+            if kept is None:
+                continue
+            for other, similarity in zip(kept.latents[latent].tolist(), kept.similarity[latent].tolist(), strict=True):
+                if other >= 0:
+                    found.setdefault(other, {})[kind] = similarity
+        best = sorted(found, key=lambda other: (-max(found[other].values()), other))[:n]
+        rows = [{**self.row(other), **{kind: found[other].get(kind) for kind in kinds}} for other in best]
+        return Listing(f"latents like {latent} ({self.words(latent)})", rows, self)
+
+    def top(self, text: Any, n: int = 10, *, by: str = "value") -> Listing:
+        """The latents that are strongest in a text.
+
+        Args:
+            text: a text, tokens (pos,) or (1, pos), an image (1, 3, height, width), or a trace that was recorded.
+            n: at most so many.
+            by: ``"value"``; or ``"rarity"``, for those that seldom fire so strongly elsewhere.
+        Raises:
+            ConfigError: the index was loaded and knows no model: call `bind` first.
+        """
+        if by not in ("value", "rarity"):
+            raise ConfigError(f"by={by!r}; expected 'value' or 'rarity'")
+        forward = text if isinstance(text, Forward) else self._read(text)
+        codes = _inside(forward)
+        if codes.d_sae != len(self):
+            raise ConfigError(f"this index is of {len(self)} latents, the trace of {codes.d_sae}")
+        largest = torch.full((len(self),), -float("inf")).scatter_reduce_(
+            0, codes.indices.cpu(), codes.values.detach().float().cpu(), "amax"
+        )
+        fired = (largest > -float("inf")).nonzero()[:, 0]
+        above = (self.quantiles[fired] >= largest[fired, None]).double().mean(1)  # NaN, a dead one, compares as False
+        share = self.density[fired] * above.clamp(min=1 / GRID)
+        order = (-largest[fired] if by == "value" else share).argsort(stable=True)[:n]
+        places = {int(fired[i]): float(largest[fired[i]]) for i in order}
+        rows = [{**self.row(latent), "value": value, "at": _peak(forward, latent)} for latent, value in places.items()]
+        return Listing(f"strongest latents at {self.site}", rows, self)
+
+    def _read(self, given: Any) -> Forward:
+        model, sae = self._bound()
+        host = host_of(model)
+        if isinstance(given, str):
+            given = prompt_tokens(self.tokenizer, given)
+        if isinstance(given, Tensor) and given.dim() in (1, 3):
+            given = given[None]
+        where = self._where
+        options = {"at": self.site, "head": self.metadata["head"], **({} if where is None else {"where": where})}
+        with torch.no_grad(), read(model, sae, **options) as trace, host.stop_at(host.site(self.site, options["head"])):
+            host.run(host.beside(given))
+        return trace
+
+    # -------------------------------------------------------------- tables
+
+    def row(self, latent: int) -> dict[str, Any]:
+        """One latent as a plain dict: density, typical value and words."""
+        fires = int(self.counts[latent]) > 0
+        return {
+            "latent": latent,
+            "words": self.words(latent),
+            "density": float(self.density[latent]),
+            "typical": self.typical(latent) if fires else None,
+            "largest": float(self.quantiles[latent, -1]) if fires else None,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All latents as plain dicts."""
+        return [self.row(latent) for latent in range(len(self))]
+
+    def __repr__(self) -> str:
+        dead = len(self.dead)
+        partial = "" if self.complete else ", interrupted, partial"
+        kind = "images" if self.metadata["grid"] is not None else "sequences"
+        return (
+            f"LatentIndex('{self.site}', {len(self):,} latents, {dead:,} dead, {self.positions:,} positions of "
+            f"{self.sequences:,} {kind}{partial})\n  index[901], index.search('music'), index.like(901), "
+            "index.typical(901), index.top('a text'), index.page('latents.html')"
+        )
+
+    def _repr_html_(self) -> str:
+        from saehooks.latents.views import index_html
+
+        return index_html(self)
+
+    def page(self, file: str | Path, **options: Any) -> Path:
+        """Write one self-contained HTML page of all latents, to search, sort and click through; it works offline.
+
+        Args:
+            file: where to write it.
+            options: ``title``; ``contexts`` and ``sampled``, how many of each to carry; ``effects``, a number for
+                each latent (a tensor, or a `Ranking`) to sort by; ``limit``, bytes that the page may have, for which
+                it carries fewer contexts if need be (30 MB).
+        Returns:
+            The file.
+        """
+        from saehooks.latents.page import write_page
+
+        return write_page(self, file, **options)
+
+    # --------------------------------------------------------------- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index to a folder, as safetensors and JSON; a crash at any moment leaves the old one or the new."""
+        tensors = {"counts": self.counts, "mean": self.mean, "quantiles": self.quantiles}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"drawn.{name}": tensor for name, tensor in self.drawn.items()}
+        for name in NEIGHBOURS:
+            kept = getattr(self, name)
+            if kept is not None:
+                tensors |= {f"{name}.latents": kept.latents, f"{name}.similarity": kept.similarity}
+        tensors |= {f"picture.{number}": image for number, image in self.pictures.items()}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        texts = {name: {str(key): text for key, text in getattr(self, name).items()} for name in ("pieces", "names")}
+        write_index(folder, {**plain, **texts}, tensors)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentIndex:
+        """Read an index back.
+
+        Raises:
+            FormatError: there is none, or it is damaged.
+        """
+        found, tensors = read_tensors(folder)
+
+        def neighbours(name: str) -> Neighbours | None:
+            if f"{name}.latents" not in tensors:
+                return None
+            return Neighbours(tensors[f"{name}.latents"], tensors[f"{name}.similarity"])
+
+        parts: dict[str, Any] = {name: found[name] for name in PLAIN}
+        parts |= {name: tensors[name] for name in ("counts", "mean", "quantiles")}
+        parts |= {shelf: {name: tensors[f"{shelf}.{name}"] for name in SHELF} for shelf in ("best", "drawn")}
+        parts |= {name: neighbours(name) for name in NEIGHBOURS}
+        parts["pictures"] = {int(name[8:]): tensors[name] for name in tensors if name.startswith("picture.")}
+        parts |= {name: {int(key): text for key, text in found[name].items()} for name in ("pieces", "names")}
+        return cls(**parts)
+
+    # --------------------------------------------------------------- model
+
+    def bind(self, model: Any, sae: SAE, tokenizer: Any = None, where: Any = None) -> LatentIndex:
+        """Tell a loaded index its model and SAE, which `top` needs to read new texts.
+
+        Args:
+            tokenizer: by default the model's own.
+            where: the positions to look at; by default where the SAE was trained.
+        Raises:
+            ConfigError: another SAE than the one surveyed.
+        """
+        if fingerprint(sae) != self.metadata["fingerprint"]:
+            raise ConfigError(f"this index is of another SAE: it was made with {self.metadata['sae']}")
+        self._model, self._sae, self._where = model, sae, where
+        self.tokenizer = tokenizer or host_of(model).tokenizer
+        return self
+
+    def _bound(self) -> tuple[Any, SAE]:
+        if self._model is None:
+            raise ConfigError("this index was loaded from a folder: write index.bind(model, sae) first, to read a text")
+        return self._model, self._sae
+
+    def read_pieces(self, tokenizer: Any) -> None:
+        """Write down the text of every token that the index shows."""
+        kept = [self.best["tokens"], self.drawn["tokens"]]
+        kept += [one.latents for one in (self.raises, self.lowers) if one is not None]
+        ids = torch.cat([one.reshape(-1).long() for one in kept]).unique().tolist()
+        decode = str if tokenizer is None else lambda token: tokenizer.decode([token])
+        self.pieces = {token: decode(token) for token in ids if token >= 0}
+
+
+def _inside(forward: Forward) -> Codes:
+    """The codes at the positions where the SAE acts."""
+    return forward.codes if forward.mask is None else forward.codes[forward.mask]
+
+
+def _peak(forward: Forward, latent: int) -> str:
+    """The token at which a latent is strongest."""
+    values = forward.codes.of(latent).detach()
+    if forward.mask is not None:
+        values = values.masked_fill(~forward.mask.to(values.device), -float("inf"))
+    row, column = divmod(int(values.argmax()), values.shape[1])
+    return visible(forward.token_strings(row)[column])

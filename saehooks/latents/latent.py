@@ -1,0 +1,166 @@
+"""One latent of an index, and the places where it fires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from saehooks.show.values import number, visible
+
+if TYPE_CHECKING:
+    from saehooks.latents.index import LatentIndex
+
+SHOWN = 5
+"""Contexts, tokens and neighbours in a terminal repr."""
+
+
+class Context(NamedTuple):
+    """A place where a latent fires, with what stands around it."""
+
+    sequence: int
+    """Number of the sequence, or image, in the data."""
+    column: int
+    """Column of the place in its sequence."""
+    peak: int
+    """Place in ``tokens`` and ``values``."""
+    value: float
+    """The latent's value at the place."""
+    quantile: float
+    """Share of the latent's values that are smaller."""
+    tokens: list[int] | None
+    """Around the place; None for images."""
+    values: list[float]
+    """The latent's value at each, NaN where the SAE does not act."""
+    picture: Tensor | None = None
+    """(3, height, width) uint8, for images."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Latent:
+    """Everything an index knows of one latent: ``index[901]``."""
+
+    index: LatentIndex
+    latent: int
+
+    @property
+    def words(self) -> str:
+        """Its name, or the different tokens where it is strongest."""
+        return self.index.words(self.latent)
+
+    @property
+    def count(self) -> int:
+        """Positions at which it was selected."""
+        return int(self.index.counts[self.latent])
+
+    @property
+    def density(self) -> float:
+        """Share of the positions at which it was selected."""
+        return float(self.index.density[self.latent])
+
+    @property
+    def dead(self) -> bool:
+        """Whether it was never selected."""
+        return self.count == 0
+
+    @property
+    def typical(self) -> float:
+        """Median of its values where selected."""
+        return self.index.typical(self.latent)
+
+    @property
+    def mean(self) -> float:
+        """Mean of its values where selected."""
+        return float(self.index.mean[self.latent])
+
+    @property
+    def largest(self) -> float:
+        """Its largest value."""
+        return self.index.quantile(self.latent, 1.0)
+
+    def quantile(self, q: float) -> float:
+        """A quantile of its values where selected."""
+        return self.index.quantile(self.latent, q)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """Where it is strongest, each place in another sequence."""
+        return self.index.contexts(self.latent)
+
+    @property
+    def sampled(self) -> list[Context]:
+        """Places drawn at random from all where it fires, strongest first."""
+        return self.index.contexts(self.latent, sampled=True)
+
+    @property
+    def raises(self) -> list[tuple[str, float]]:
+        """Tokens whose logits its direction raises most, with the change by one unit of it."""
+        return self._tokens("raises")
+
+    @property
+    def lowers(self) -> list[tuple[str, float]]:
+        """Tokens whose logits its direction lowers most."""
+        return self._tokens("lowers")
+
+    def _tokens(self, name: str) -> list[tuple[str, float]]:
+        kept = getattr(self.index, name)
+        if kept is None:
+            return []
+        pairs = zip(kept.latents[self.latent].tolist(), kept.similarity[self.latent].tolist(), strict=True)
+        return [(self.index.piece(token), change) for token, change in pairs]
+
+    @property
+    def fires_with(self) -> list[tuple[int, float]]:
+        """Latents that fire at the same positions, with the cosine of the firing patterns."""
+        return self._neighbours("fired_with")
+
+    @property
+    def alike(self) -> list[tuple[int, float]]:
+        """Latents whose directions point the same way, with the cosine."""
+        return self._neighbours("alike")
+
+    def _neighbours(self, name: str) -> list[tuple[int, float]]:
+        kept = getattr(self.index, name)
+        if kept is None:
+            return []
+        pairs = zip(kept.latents[self.latent].tolist(), kept.similarity[self.latent].tolist(), strict=True)
+        return [(other, similarity) for other, similarity in pairs if other >= 0]
+
+    def facts(self) -> str:
+        """How often and how strongly, as one line."""
+        positions = self.index.positions
+        if self.dead:
+            return f"never fired on {positions:,} positions"
+        low, mid, high, most = (number(self.quantile(q)) for q in (0.05, 0.5, 0.95, 1.0))
+        return (
+            f"fires on {self.density:.3%} of {positions:,} positions; "
+            f"values 5% {low}, 50% {mid}, 95% {high}, largest {most}"
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"latent {self.latent} of {self.index.site}: {self.words or 'no words'}", "  " + self.facts()]
+        for title, pairs in (("raises", self.raises), ("lowers", self.lowers)):
+            if pairs:
+                words = "  ".join(f"{visible(piece)} {change:+.3g}" for piece, change in pairs[:SHOWN])
+                lines.append(f"  {title}  {words}")
+        for title, found in (("fires with", self.fires_with), ("points like", self.alike)):
+            if found:
+                near = "  ".join(f"{other} ({similarity:.2f})" for other, similarity in found[:SHOWN])
+                lines.append(f"  {title}  {near}")
+        lines += [f"  {number(context.value):>9}  {self._line(context)}" for context in self.contexts[:SHOWN]]
+        return "\n".join(lines)
+
+    def _line(self, context: Context) -> str:
+        """A context on one line, its peak in brackets."""
+        if context.tokens is None:
+            label = self.index.word(context)
+            return f"image {context.sequence}" + (f" ({label})" if label else "") + f", position {context.column}"
+        pieces = [self.index.piece(token).replace("\n", "↵") for token in context.tokens]
+        peak = pieces[context.peak]
+        return f"…{''.join(pieces[: context.peak])}[{peak}]{''.join(pieces[context.peak + 1 :])}…"
+
+    def _repr_html_(self) -> str:
+        from saehooks.latents.views import latent_html
+
+        return latent_html(self)
