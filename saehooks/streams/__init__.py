@@ -2,6 +2,7 @@
 
 from saehooks.streams.fingerprint import Fingerprint
 from saehooks.streams.harvest import AFTER_FIRST, DEFAULT, Tap, checked_batches, default_where, harvest, harvest_sites
+from saehooks.streams.images import ImageBatches
 from saehooks.streams.shuffle_buffer import ShuffleBuffer
 from saehooks.streams.tokens import TokenBatches, read_text
 
@@ -9,6 +10,7 @@ __all__ = [
     "AFTER_FIRST",
     "DEFAULT",
     "Fingerprint",
+    "ImageBatches",
     "ShuffleBuffer",
     "Tap",
     "TokenBatches",
