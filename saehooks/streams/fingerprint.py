@@ -57,7 +57,7 @@ def _parts(batch: Any) -> list[int | Tensor]:
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
         batch = torch.as_tensor(batch, device="cpu")
     if isinstance(batch, Tensor):
-        return [_of_text(f"{tuple(batch.shape)}"), _of_tensor(batch)]
+        return [_of_text(f"{tuple(batch.shape)} {batch.dtype}"), _of_tensor(batch)]
     if isinstance(batch, Mapping):
         return [part for name in sorted(batch, key=str) for part in (_of_text(str(name)), *_parts(batch[name]))]
     if isinstance(batch, (list, tuple)):
