@@ -107,7 +107,7 @@ def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
 
 
 def watch_module(model: nn.Module, fn: Callable[[ForwardCall], None]) -> Handle:
-    """Call ``fn`` when ``model`` is called in the Hugging Face way: tokens, attention_mask, past_key_values."""
+    """Call ``fn`` when ``model`` is called in the Hugging Face way: tokens, attention_mask, a KV cache."""
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         fn(forward_call(module, args, kwargs))
@@ -124,9 +124,20 @@ def forward_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     mask = kwargs.get("attention_mask")
     return ForwardCall(
         tokens=tokens if is_tokens(tokens) else None,
-        start=cached_positions(kwargs.get("past_key_values")),
+        start=cached_positions(next(filter(is_cache, kwargs.values()), None)),
         attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
     )
+
+
+def is_cache(value: Any) -> bool:
+    """Whether an argument is a KV cache, by what it offers: its name differs from release to release."""
+    if hasattr(value, "get_seq_length"):
+        return True
+    layers = getattr(value, "entries", value)
+    if not isinstance(layers, (list, tuple)) or not layers:
+        return False
+    keys = layers[0][0] if isinstance(layers[0], (list, tuple)) and layers[0] else None
+    return hasattr(layers[0], "past_keys") or (isinstance(keys, Tensor) and keys.dim() == 4)
 
 
 def cached_positions(cache: Any) -> int:
