@@ -155,9 +155,10 @@ class LatentIndex:
         self._check(latent)
         if latent in self.names:
             return self.names[latent]
-        found = dict.fromkeys(self.word(context) for context in self.contexts(latent))
-        found.pop("", None)
-        return " ".join(list(found)[:n])
+        words = [word for context in self.contexts(latent) if (word := self.word(context))]
+        if self.labels is not None:  # the kind of image that is most frequent comes first
+            words.sort(key=lambda word: -words.count(word))
+        return " ".join(list(dict.fromkeys(words))[:n])
 
     def word(self, context: Context) -> str:
         """The token at a place, its spaces visible; for an image its label."""

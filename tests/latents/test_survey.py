@@ -15,30 +15,6 @@ from saehooks.latents.tallies import Tallies
 SITE = "model.layers.1"
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A plain Hugging Face Llama of 4 layers, width 32, vocabulary 64."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(4)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.3, **sizes)
-    model = transformers.LlamaForCausalLM(config).eval()
-    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
-    return model
-
-
-@pytest.fixture(scope="module")
-def sae():
-    torch.manual_seed(0)
-    return sh.SAE(d_in=32, d_sae=96, activation="topk", dictionary="linear", k=6, hook_name=SITE).eval()
-
-
-@pytest.fixture(scope="module")
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 64, (3, 20), generator=generator) for _ in range(4)]
-
-
 @torch.no_grad()
 def dense_of(model, sae, batches) -> torch.Tensor:
     """(sequences, pos, d_sae) values, NaN where a latent was not selected or a position is first: by a plain hook."""
