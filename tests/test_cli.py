@@ -127,3 +127,31 @@ def test_a_mistake_is_one_line_and_status_2(command, message, capsys, tmp_path, 
     assert message in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "x" / "cfg.json").exists()
+
+
+def test_every_setting_of_a_training_has_an_option(capsys):
+    """What the dataclasses of the library hold can be said on the command line, with their words as help."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for kind, prefix in ((sh.TrainConfig, ""), (sh.LossConfig, "loss-")):
+        for name in kind.__dataclass_fields__:
+            assert name == "loss" or f"--{prefix}{name.replace('_', '-')} " in text
+    assert "--betas X X Decay of Adam's running means (0.9 0.999)" in text
+
+
+def test_settings_of_the_loss_betas_and_buffer_are_used(tmp_path):
+    """They are those that the SAE was trained with, the others being the defaults of its activation."""
+    common = (
+        f"fit --model tinyclip --at {SITE} --d-sae 64 --batch-size 64 --steps 2 --activation topk --k 4 --sequences 1"
+    )
+    own = "--betas 0.8 0.99 --buffer-rows 1024 --loss-reconstruction mse --loss-l1 0.5 --log-every 1 --seed 3"
+    assert main(f"{common} {own} --out {tmp_path}".split()) == 0
+    training = sh.load(tmp_path).cfg.metadata["training"]
+    assert training["betas"] == [0.8, 0.99]
+    assert (training["buffer_rows"], training["log_every"], training["seed"]) == (1024, 1, 3)
+    assert training["loss"]["reconstruction"] == "mse"
+    assert training["loss"]["l1"] == 0.5
+    assert training["loss"]["aux_k"] == 1 / 32
+    assert main(f"{common} --loss-reconstruction nothing --out {tmp_path / 'x'}".split()) == 2
+    assert not (tmp_path / "x").exists()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from saehooks.cli.arguments import MODELS, add_data, command, open_as_asked
+from saehooks.cli.settings import add_settings, given_settings
 from saehooks.errors import ConfigError
+from saehooks.training.losses import LossConfig, default_loss
+from saehooks.training.trainer import TrainConfig
 
 FIT = (
     """\
@@ -18,10 +22,11 @@ examples:
       --dictionary linear --activation topk --k 32 --text mine.txt --eval-text held_out.txt
   saehooks fit --model tinyclip --at visual.blocks.4.hook_resid_post --d-sae 1024 --out saes/clip --images photos/
   saehooks fit ... --precision medium --model-dtype bfloat16 --batch-size 4096     fastest on a GPU
+  saehooks fit ... --loss-aux-k 0.1 --betas 0.9 0.99 --buffer-rows 100000     every setting has an option
   saehooks fit ... --resume           goes on after an interruption, bit for bit (on the CPU)
 
-Position 0 of each text (an attention sink) is not trained on. Ctrl-C stops after the current step and writes a
-checkpoint first; pressed twice, it stops at once.
+The first position of each text (an attention sink) is not trained on; of a picture every token is. Ctrl-C stops
+after the current step and writes a checkpoint first; pressed twice, it stops at once.
 
 """
     + MODELS
@@ -44,16 +49,14 @@ def register(commands: Any) -> None:
     add("--eval-text", type=Path, nargs="+", metavar="FILE", help="held-out text; the packaged passages by default")
     add("--eval-tokens", type=int, default=8192, help="at most so many held-out tokens (%(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    train = parser.add_argument_group("training (the library's defaults where left out)")
-    train.add_argument("--lr", type=float, help="peak learning rate of Adam")
-    train.add_argument("--batch-size", type=int, help="activations in an optimiser step")
-    train.add_argument("--steps", type=int, help="stop after so many optimiser steps")
-    train.add_argument("--passes", type=int, help="how often a harvested activation is used")
-    train.add_argument("--warmup-steps", type=int, help="steps over which the learning rate rises")
-    train.add_argument("--decay", type=float, help="last share of the steps, over which the learning rate falls")
-    train.add_argument("--eval-every", type=int, help="steps between evaluations")
-    train.add_argument("--checkpoint-every", type=int, help="steps between checkpoints")
-    train.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order (%(default)s)")
+    add_settings(
+        parser.add_argument_group("training", "Left out: the library's defaults, which stand behind."),
+        TrainConfig,
+        skip=("loss",),
+    )
+    add_settings(
+        parser.add_argument_group("loss", "Left out: the terms that go with the SAE's activation."), LossConfig, "loss-"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,27 +73,27 @@ def run(arguments: argparse.Namespace) -> None:
             f"the width of '{site.name}' is not known before a forward pass; choose a site that lists one"
         )
     settings = dict(_setting(one) for one in arguments.set) | ({} if arguments.k is None else {"k": arguments.k})
-    torch.manual_seed(arguments.seed)
+    config = TrainConfig(**given_settings(arguments, TrainConfig))
+    torch.manual_seed(config.seed)
     sae = sh.SAE(site.width, arguments.d_sae, arguments.dictionary, arguments.activation, **settings).to(source.device)
+    if loss := given_settings(arguments, LossConfig, "loss-"):
+        config = replace(config, loss=replace(default_loss(sae), **loss))
     batches = opened.batches(arguments, "train", arguments.text, arguments.images, arguments.tokens)
     sae.cfg.metadata["data"] = opened.source(arguments.text, arguments.images, "train") | {"batches": repr(batches)}
     held_out = None
     if not opened.is_clip:
         held_out = opened.batches(arguments, "eval", arguments.eval_text, None, arguments.eval_tokens)
-    names = ("lr", "batch_size", "steps", "passes", "warmup_steps", "decay", "eval_every", "checkpoint_every", "seed")
-    training = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     trainer = sh.fit(
         opened.model,
         sae,
         batches,
         arguments.at,
         head=arguments.head,
-        where=None if opened.is_clip else sh.positions(slice(1, None)),
         out=arguments.out,
         resume=arguments.resume,
         eval_batches=held_out,
+        config=config,
         progress=True,
-        **training,
     )
     print(f"{trainer!r}\nwrote {arguments.out}; next: saehooks measure {arguments.out} --model {arguments.model}")
 

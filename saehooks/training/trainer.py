@@ -51,7 +51,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     """Steps between checkpoints, when there is a folder for them."""
     seed: int = 0
-    """Order of the rows."""
+    """Order of the rows; on the command line also of the weights at the start."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or not 0 <= self.decay <= 1 or self.warmup_steps < 0:
