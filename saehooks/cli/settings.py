@@ -48,14 +48,13 @@ def given_settings(arguments: argparse.Namespace, kind: type, prefix: str = "") 
 def field_texts(kind: type) -> dict[str, str]:
     """The string under each field of a dataclass, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    texts = {}
+    for field, text in pairwise(body):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)):
+            continue
+        if isinstance(text.value, ast.Constant):
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def _dest(name: str, prefix: str) -> str:

@@ -101,6 +101,26 @@ def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
     assert trainer._forecast.capacity_for(4, 10**9) is None, "the next steps are selected exactly"
 
 
+def test_a_step_made_again_counts_once(monkeypatch):
+    """Running statistics see the batch that did not fit once, when it is trained on again, and whole."""
+    torch.manual_seed(0)
+    sae = SAE(16, 128, device=DEVICE, key_scale=6.0, track_density=True)
+    trainer = trained(sae, 2, True, monkeypatch)
+    fired = sae.density.fired.clone()
+    with torch.no_grad():
+        sae.dictionary.W_k.mul_(0.1)
+    x = torch.randn(4, 16, device=DEVICE)
+    right = fired + sae.eval().encode(x).counts()
+    with forced("gpu"):
+        trainer.step(x)
+        assert torch.equal(sae.density.fired, fired)
+        trainer.settle()
+    assert trainer.repeated == 1
+    assert int(sae.density.rows) == trainer.steps * 4
+    assert torch.equal(sae.density.fired, right)
+    assert not trainer.idle[right > fired].any()
+
+
 def test_what_one_step_knows_does_not_reach_another_thread(monkeypatch):
     """A small capacity in use on one thread cuts nothing off on another, and each backward serves its own optimiser."""
     torch.manual_seed(0)
