@@ -30,7 +30,7 @@ def find(host: Host, sae: SAE, at: str | None = None, head: int | None = None) -
     site = host.site(*name_of(sae, at, head))
     if site.width is not None:
         check_width(sae, site, site.width)
-    return site
+    return site.of_width(sae.d_in)
 
 
 def check_width(sae: SAE, site: Site, width: int) -> None:

@@ -174,7 +174,8 @@ def attach(
     where_of = spread("where", where, requests, None)
     attachments = {}
     for key, (name, which_head, sae) in requests.items():
-        site, rule = host.site(name, which_head), None if where_of[key] is None else as_where(where_of[key])
+        site = host.site(name, which_head).of_width(sae.d_in)
+        rule = None if where_of[key] is None else as_where(where_of[key])
         trace = Trace(site.name, keep_all)
         attachments[key] = Attachment(host, site, sae, as_edits(edits_of[key]), rule, error, grads, trace, cursor)
     check(attachments.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,11 @@ from torch import nn
 from saehooks.errors import SiteError
 from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo
 from saehooks.hosts.module import ModuleHost
+from saehooks.hosts.nested import NestedHost
 from saehooks.hosts.open_clip import OpenClipHost
 from saehooks.hosts.table import SiteTable
 from saehooks.hosts.transformer_lens import TransformerLensHost
+from saehooks.hosts.wrappers import unwrapped
 
 __all__ = [
     "ForwardCall",
@@ -42,13 +45,33 @@ def host(model: Any) -> Host:
             f"a model must be a torch.nn.Module, got {type(model).__name__}: open it first, as with "
             "TransformerBridge.boot_transformers(name) or open_clip.create_model(name)"
         )
-    model = getattr(model, "_orig_mod", model)  # from torch.compile, which runs eagerly while hooks are attached
+    inside, prefix = unwrapped(model)
+    family = family_of(inside)
+    if family is not None:
+        return family(inside, prefix)
+    parts = dict(_parts(inside))
+    return NestedHost(inside, prefix, parts) if parts else ModuleHost(inside, prefix)
+
+
+def family_of(model: nn.Module) -> type[Host] | None:
+    """The family of a model, by what it offers; None for a plain module."""
     if hasattr(model, "hook_dict"):
-        return TransformerLensHost(model)
+        return TransformerLensHost
     stack = getattr(getattr(model, "transformer", None), "resblocks", None)
     if stack is not None or (isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image")):
-        return OpenClipHost(model)
-    return ModuleHost(model)
+        return OpenClipHost
+    return None
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, type[Host]]]:
+    """The path and the family of each outermost part of a plain module that is none itself."""
+    done: list[str] = []
+    for path, module in model.named_modules():
+        if path and not any(path.startswith(f"{one}.") for one in done):
+            family = family_of(module)
+            if family is not None:
+                done.append(path)
+                yield path, family
 
 
 def sites(model: Any) -> SiteTable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -98,6 +98,12 @@ class Site:
     view: View = field(default_factory=View, repr=False)
     """How the raw activation becomes the (batch, pos, width) that users know."""
 
+    def of_width(self, d_in: int) -> Site:
+        """The same site for an SAE of width ``d_in``, where only a forward pass can tell how wide the site is."""
+        if self.width is not None or self.head is not None:
+            return self
+        return replace(self, width=d_in, view=replace(self.view, width=d_in))
+
     @property
     def key(self) -> Hashable:
         """Identity of the place: equal for an alias and its canonical name, different for two heads."""
@@ -139,8 +145,11 @@ class Site:
 
     def _apply(self, fn: HookFn, raw: Tensor) -> Tensor | None:
         """Run ``fn`` on the user's view of ``raw``; the raw tensor to put in its place, or None for no change."""
-        acts = self.view.read(raw)
-        if acts.dim() != 3 or (self.width is not None and acts.shape[-1] != self.width):
+        try:
+            acts = self.view.read(raw)
+        except WidthError as error:
+            raise WidthError(f"site '{self.name}': {error}") from None
+        if acts.dim() != 3 or self.width not in (None, acts.shape[-1]):
             expected = "width" if self.width is None else self.width
             raise WidthError(
                 f"site '{self.name}' carries activations of shape {tuple(acts.shape)}; "
@@ -161,8 +170,14 @@ class Host(ABC):
     family: str
     """``"transformer_lens"``, ``"open_clip"`` or ``"module"``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, prefix: str = ""):
         self.model = model
+        self.prefix = prefix
+        """What paths begin with that are seen from a wrapper around the model."""
+
+    def without_prefix(self, name: str) -> str:
+        """The name of a site as it is inside the wrappers of the model."""
+        return name[len(self.prefix) :] if self.prefix and name.startswith(self.prefix) else name
 
     @abstractmethod
     def site(self, name: str, head: int | None = None) -> Site:

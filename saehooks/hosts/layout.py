@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.errors import SiteError
+from saehooks.errors import SiteError, WidthError
+from saehooks.hosts.widths import Channels
 
 
 def first_tensor(holder: Any, name: str) -> Tensor:
@@ -57,6 +58,12 @@ class View:
     >>> raw = torch.arange(12.0).reshape(1, 2, 3, 2)                # batch pos heads d_head
     >>> View(heads=3).read(raw).shape, View(heads=3, head=1).read(raw).shape
     (torch.Size([1, 2, 6]), torch.Size([1, 2, 2]))
+
+    A feature map (batch, width, height, width of the picture), or with the features last, has its places as positions,
+    row by row.
+
+    >>> View(is_map=True, channels="first").read(torch.zeros(1, 8, 4, 5)).shape
+    torch.Size([1, 20, 8])
     """
 
     conversion: Any = None
@@ -67,12 +74,20 @@ class View:
     """Number of heads where the activation is (batch, pos, heads, d_head)."""
     head: int | None = None
     """The one head to show; None joins them all."""
+    is_map: bool = False
+    """Whether an activation of more than three axes is a feature map."""
+    channels: Channels | None = None
+    """On which axis a feature map has its features, if the layers say so; their number decides where they do not."""
+    width: int | None = None
+    """How many features there are, if it is known."""
 
     def read(self, raw: Tensor) -> Tensor:
         """(batch, pos, width), a view of ``raw`` wherever one exists."""
         acts = self._unfold(raw)
         if self.heads is not None and acts.dim() == 4:
             return acts.flatten(-2) if self.head is None else acts[..., self.head, :]
+        if self._has_places(acts):
+            return acts.flatten(2).transpose(1, 2) if self._is_channels_first(acts) else acts.flatten(1, -2)
         return acts.unsqueeze(1) if acts.dim() == 2 else acts
 
     def write(self, new: Tensor, raw: Tensor) -> Tensor:
@@ -83,9 +98,32 @@ class View:
                 new = new.unflatten(-1, acts.shape[-2:])
             else:
                 new = torch.cat([acts[..., : self.head, :], new.unsqueeze(-2), acts[..., self.head + 1 :, :]], dim=-2)
+        elif self._has_places(acts):
+            new = (new.transpose(1, 2) if self._is_channels_first(acts) else new).reshape(acts.shape)
         elif acts.dim() == 2:
             new = new.squeeze(1)
         return with_strides_of(raw, self._fold(new))
+
+    def _has_places(self, acts: Tensor) -> bool:
+        """Whether these are features of places: of a picture, or a sequence of convolutions, (batch, width, pos)."""
+        if acts.dim() == 3:
+            return self.channels == "first" and acts.shape[1] == self.width
+        return self.is_map and acts.dim() > 3
+
+    def _is_channels_first(self, acts: Tensor) -> bool:
+        """Whether the features of a map are on its second axis, and not on its last.
+
+        Raises:
+            WidthError: nothing says so.
+        """
+        fitting = [axis for axis in range(1, acts.dim()) if acts.shape[axis] == self.width]
+        axis = {"first": 1, "last": acts.dim() - 1}.get(self.channels or "")
+        if axis is not None and acts.dim() > 3 and (self.width is None or axis in fitting):
+            return axis == 1
+        if (axis is None or acts.dim() == 3) and fitting in ([1], [acts.dim() - 1]):
+            return fitting == [1]
+        wanted = "their number is not known" if self.width is None else f"{self.width} are expected"
+        raise WidthError(f"a feature map {tuple(acts.shape)} does not tell which axis holds its features: {wanted}")
 
     def _unfold(self, raw: Tensor) -> Tensor:
         acts = raw if self.conversion is None else self.conversion.convert(raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from saehooks.errors import SiteError
 from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head, is_tokens
 from saehooks.hosts.hooks import hook_module
+from saehooks.hosts.layout import View
 from saehooks.hosts.names import check_name, unknown_site
-from saehooks.hosts.widths import config_width, module_widths
+from saehooks.hosts.widths import OutputWidths, channels_axis
+from saehooks.hosts.wrappers import ModuleNames
 
 LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|in|out)")
+
+ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)\w*\.", re.IGNORECASE)
+"""Names of what is inside of an attention layer."""
 
 
 class ModuleHost(Host):
@@ -30,21 +36,47 @@ class ModuleHost(Host):
 
     def site(self, name: str, head: int | None = None) -> Site:
         check_name(name)
-        modules = dict(self.model.named_modules())
-        if name not in modules:
-            raise self._unknown(name, modules)
-        refuse_uncalled(name, modules)
+        found = self._modules.find(self.without_prefix(name))
+        if found is None:
+            raise self._unknown(name)
+        refuse_uncalled(found, self._modules)
         check_head(name, head, None)
-        return Site(name=name, given=name, module=modules[name], width=self._width(modules[name]))
+        module, width = self._modules[found], self._widths.of(found)
+        return Site(
+            name=found,
+            given=name,
+            module=module,
+            width=width,
+            aliases=self._aliases(found),
+            view=map_view(found, module, width),
+        )
 
     def list(self) -> list[SiteInfo]:
-        modules = dict(self.model.named_modules())
         infos = []
-        for name, module in modules.items():
-            width = self._width(module)
-            if name and width is not None and why_uncalled(name, modules) is None:
-                infos.append(SiteInfo(name, (), width, "batch pos width"))
+        for name in filter(None, self._modules):
+            width = self._widths.of(name)
+            if (width is not None or self._is_block(name)) and why_uncalled(name, self._modules) is None:
+                shape = "batch place width" if channels_axis(self._modules[name]) == "first" else "batch pos width"
+                infos.append(SiteInfo(name, self._aliases(name), width, shape))
         return infos
+
+    @cached_property
+    def _modules(self) -> ModuleNames:
+        return ModuleNames(self.model)
+
+    @cached_property
+    def _widths(self) -> OutputWidths:
+        return OutputWidths(self._modules)
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        """The path of a module that wrappers stand around."""
+        path = self.prefix + self._modules.path_of(self._modules[name])
+        return () if path == name else (path,)
+
+    def _is_block(self, name: str) -> bool:
+        """Whether a module is one of a list of blocks, whose width only a forward pass may tell."""
+        above = self._modules.get(name.rpartition(".")[0])
+        return isinstance(above, nn.ModuleList) and any(True for _ in self._modules[name].parameters())
 
     def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
         return watch_module(self.model, fn)
@@ -65,16 +97,11 @@ class ModuleHost(Host):
             return self.model(**{**kwargs, **batch})
         return self.model(batch, **kwargs)
 
-    def _width(self, module: nn.Module) -> int | None:
-        """The width of a module's output: a leaf says it; what ends in a layer of the residual width has that width."""
-        own = module_widths(module).out
-        if own is not None:
-            return own
-        layers = [one for one in module.modules() if getattr(getattr(one, "weight", None), "ndim", 0) == 2]
-        residual = config_width(getattr(self.model, "config", None))
-        return residual if layers and module_widths(layers[-1]).out == residual else None
-
-    def _unknown(self, name: str, modules: dict[str, nn.Module]) -> SiteError:
+    def _unknown(self, name: str) -> SiteError:
+        modules = self._modules
+        ends = [one for one in modules if one.endswith(f".{name}")]
+        if ends:
+            return SiteError(f"no site '{name}'; did you mean {' or '.join(map(repr, ends[:3]))}?")
         meant = LENS_NAME.fullmatch(name)
         stacks = {path: one for path, one in modules.items() if isinstance(one, nn.ModuleList)}
         path = max(stacks, key=lambda one: len(stacks[one]), default=None)
@@ -85,9 +112,19 @@ class ModuleHost(Host):
         return SiteError(f"no site '{name}': sites of a {type(self.model).__name__} are module paths; {instead}")
 
 
-def why_uncalled(name: str, modules: dict[str, nn.Module]) -> str | None:
+def map_view(name: str, module: nn.Module, width: int | None) -> View:
+    """How to see the output of a module: a feature map by its places, unless it lies inside of an attention layer.
+
+    There an activation of four axes has one vector for each head.
+    """
+    return View(is_map=ATTENTION.search(name) is None, channels=channels_axis(module), width=width)
+
+
+def why_uncalled(name: str, modules: ModuleNames) -> str | None:
     """Why a module never runs, with the module to take instead; None if it may."""
     parent = name.rpartition(".")[0]
+    if modules.is_scripted(modules[name]):
+        return "it is inside of a TorchScript module, where no hook is run; take the module that was scripted or traced"
     if name.endswith(".out_proj") and isinstance(modules.get(parent), nn.MultiheadAttention):
         return f"nn.MultiheadAttention uses its weights without calling it; take '{parent}', its output"
     if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
@@ -95,7 +132,7 @@ def why_uncalled(name: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
-def refuse_uncalled(name: str, modules: dict[str, nn.Module]) -> None:
+def refuse_uncalled(name: str, modules: ModuleNames) -> None:
     """Refuse a module that is never called.
 
     Raises:

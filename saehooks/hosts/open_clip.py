@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from saehooks.errors import SiteError
 from saehooks.hosts.base import ForwardCall, Handle, Handles, Host, Site, SiteInfo, check_head, is_tokens
 from saehooks.hosts.hooks import Slot, hook_module
-from saehooks.hosts.layout import View
-from saehooks.hosts.module import refuse_uncalled, why_uncalled
+from saehooks.hosts.module import map_view, refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
-from saehooks.hosts.widths import module_widths
+from saehooks.hosts.widths import OutputWidths, module_widths
+from saehooks.hosts.wrappers import ModuleNames
 
 STACKS = {
     "visual": ("visual.transformer.resblocks", "visual.trunk.blocks"),
@@ -42,37 +43,49 @@ class OpenClipHost(Host):
 
     def site(self, name: str, head: int | None = None) -> Site:
         check_name(name)
-        place = self._friendly.get(name)
+        inside = self.without_prefix(name)
+        place = self._friendly.get(inside)
         if place is None:
-            self._refuse_unknown(name)
-            place = _Place(name, self._modules[name], "out")
+            found = self._modules.find(inside)
+            self._refuse_unknown(name, found)
+            place = _Place(str(found), self._modules[str(found)], "out")
         check_head(name, head, None)
         friendly = self._friendly_names.get((id(place.module), place.slot))
-        names = [one for one in (friendly, place.path if place.slot == "out" else None) if one]
+        names = [one for one in (friendly, *self._paths(place)) if one]
+        width = self._width(place)
         return Site(
             name=names[0],
             given=name,
             module=place.module,
-            width=self._width(place),
+            width=width,
             slot=place.slot,
             aliases=tuple(names[1:]),
             note=self._note(names[0]),
-            view=View(batch_first=self._is_batch_first(place.path)),
+            view=replace(map_view(place.path, place.module, width), batch_first=self._is_batch_first(place.path)),
         )
 
     def list(self) -> list[SiteInfo]:
         infos, seen = [], set()
         for name, place in self._friendly.items():
             seen.add((id(place.module), place.slot))
-            aliases = (place.path,) if place.slot == "out" else ()
-            infos.append(SiteInfo(name, aliases, self._width(place), "batch token width", self._note(name)))
+            infos.append(SiteInfo(name, self._paths(place), self._width(place), "batch token width", self._note(name)))
         for path, module in self._modules.items():
             width = self._width(_Place(path, module, "out"))
-            if (id(module), "out") in seen or width is None or self._block_of(path) is None:
+            if (id(module), "out") in seen or width is None or not self._is_listed(path):
                 continue
             if why_uncalled(path, self._modules) is None and not isinstance(module, nn.Identity):
-                infos.append(SiteInfo(path, (), width, "batch token width"))
+                infos.append(SiteInfo(path, self._paths(_Place(path, module, "out"))[1:], width, "batch token width"))
         return infos
+
+    def _paths(self, place: _Place) -> tuple[str, ...]:
+        """The module paths of a place: without wrappers, and with them."""
+        path = self.prefix + self._modules.path_of(place.module)
+        return () if place.slot == "in" else tuple(dict.fromkeys((place.path, path)))
+
+    def _is_listed(self, path: str) -> bool:
+        """Whether a module path is inside of a block, or of a tower without a stack of blocks."""
+        start = "" if self._alone else f"{self._tower_of(path)}."
+        return self._block_of(path) is not None or (bool(path) and start not in self._stacks)
 
     def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
         def begins(tower: str) -> Callable[..., None]:
@@ -109,12 +122,15 @@ class OpenClipHost(Host):
         raise SiteError(f"a CLIP runs on images (batch, 3, height, width) or token ids (batch, pos), got {got}")
 
     def tower(self, site: Site) -> str | None:
-        path = next((path for path, module in self._modules.items() if module is site.module), "")
-        return self._tower_of(path)
+        return self._tower_of(self._modules.name_of(site.module))
 
     @cached_property
-    def _modules(self) -> dict[str, nn.Module]:
-        return dict(self.model.named_modules())
+    def _modules(self) -> ModuleNames:
+        return ModuleNames(self.model)
+
+    @cached_property
+    def _widths(self) -> OutputWidths:
+        return OutputWidths(self._modules)
 
     @cached_property
     def _alone(self) -> str | None:
@@ -140,7 +156,7 @@ class OpenClipHost(Host):
         for start, paths in wanted.items():
             path = next((one for one in paths if one in self._modules), None)
             if path is not None:
-                found[start] = (path, tuple(self._modules[path].children()))
+                found[start] = (path, tuple(self._modules[f"{path}.{i}"] for i in self._modules[path]._modules))
         return found
 
     @cached_property
@@ -154,7 +170,8 @@ class OpenClipHost(Host):
                 for hook, chain in (("attn_out", ATTN_CHAIN), ("mlp_out", MLP_CHAIN)):
                     last = _last_working(block, chain)
                     if last is not None:
-                        places[f"{name}{hook}"] = _Place(f"{path}.{i}.{last}", getattr(block, last), "out")
+                        within = f"{path}.{i}.{last}"
+                        places[f"{name}{hook}"] = _Place(within, self._modules[within], "out")
                 places[f"{name}resid_post"] = _Place(f"{path}.{i}", block, "out")
         return places
 
@@ -162,16 +179,16 @@ class OpenClipHost(Host):
     def _friendly_names(self) -> dict[tuple[int, str], str]:
         return {(id(place.module), place.slot): name for name, place in self._friendly.items()}
 
-    def _refuse_unknown(self, name: str) -> None:
+    def _refuse_unknown(self, name: str, found: str | None) -> None:
         if name.replace("_mid", "_post") in self._friendly:
             raise SiteError(
                 f"site '{name}' cannot be hooked: a CLIP block adds its attention between two lines of one forward; "
                 f"take '{name.replace('resid_mid', 'attn_out')}' or '{name.replace('_mid', '_post')}'"
             )
-        if name not in self._modules:
+        if found is None:
             called = (path for path in self._modules if path and why_uncalled(path, self._modules) is None)
             raise unknown_site(name, [*self._friendly, *called])
-        refuse_uncalled(name, self._modules)
+        refuse_uncalled(found, self._modules)
 
     def _tower_of(self, path: str) -> str | None:
         if self._alone:
@@ -190,12 +207,12 @@ class OpenClipHost(Host):
     def _width(self, place: _Place) -> int | None:
         widths = module_widths(place.module)
         own = widths.into if place.slot == "in" else widths.out
-        block = self._block_of(place.path)
-        if own is not None or block is None:
+        if own is not None:
             return own
+        block = self._block_of(place.path)
         # A block, and what it adds to the residual stream, are as wide as its first norm.
-        if block is not place.module and place.path.rpartition(".")[2] not in ATTN_CHAIN + MLP_CHAIN:
-            return None
+        if block is None or (block is not place.module and place.path.rpartition(".")[2] not in ATTN_CHAIN + MLP_CHAIN):
+            return self._widths.of(place.path) if place.slot == "out" else None
         norms = (one for one in block.modules() if "norm" in type(one).__name__.lower())
         return next((module_widths(one).out for one in norms), None)
 

@@ -14,12 +14,13 @@ class _EagerBlocks:
     """The blocks that are open now: the first one sets the stance of torch.compile, the last one sets it back."""
 
     def __init__(self) -> None:
-        self._open, self._lock, self._stance = 0, threading.Lock(), None
+        self._open, self._lock = 0, threading.Lock()
+        self._stance: Any = None
 
     def enter(self) -> None:
         with self._lock:
             if not self._open:
-                self._stance: Any = torch.compiler.set_stance("force_eager")
+                self._stance = torch.compiler.set_stance("force_eager")
             self._open += 1
 
     def leave(self) -> None:

@@ -57,6 +57,7 @@ class TransformerLensHost(Host):
 
     def site(self, name: str, head: int | None = None) -> Site:
         check_name(name)
+        given, name = name, name if name in self._points else self.without_prefix(name)
         point = self._points.get(name)
         if point is None:
             raise unknown_site(name, [one for one, hook in self._points.items() if not self._refusal(one, hook)])
@@ -72,7 +73,7 @@ class TransformerLensHost(Host):
         portable = portable_name(names)
         return Site(
             name=portable,
-            given=name,
+            given=given,
             module=point,
             width=width,
             head=head,
@@ -90,7 +91,7 @@ class TransformerLensHost(Host):
                 continue
             n_heads, per_head = self._heads(names)
             width = self._width(names, point) if n_heads is None else n_heads * per_head
-            if width is None:
+            if width is None and self._cfg("d_model") is not None:
                 continue
             shape = "batch pos width" if n_heads is None else f"batch pos ({n_heads} heads x {per_head})"
             aliases = tuple(one for one in names if one != portable)
@@ -103,7 +104,7 @@ class TransformerLensHost(Host):
         return watch_hooked(self.model, fn) if inner is None else watch_module(inner, fn)
 
     def describe(self) -> dict[str, Any]:
-        return {"family": self.family, "model_name": self._cfg("model_name"), "processing": processing(self.model)}
+        return {"family": self.family, "model_name": self._model_name, "processing": processing(self.model)}
 
     def entry_points(self) -> Iterator[tuple[nn.Module, str]]:
         yield self.model, "forward"
@@ -117,8 +118,12 @@ class TransformerLensHost(Host):
     def _points(self) -> dict[str, nn.Module]:
         return dict(self.model.hook_dict)  # type: ignore[arg-type]
 
+    @property
+    def _model_name(self) -> Any:
+        return self._cfg("model_name") if hasattr(self.model, "cfg") else type(self.model).__name__
+
     def _cfg(self, name: str) -> Any:
-        return getattr(self.model.cfg, name, None)
+        return getattr(getattr(self.model, "cfg", None), name, None)
 
     def _names_of(self, point: nn.Module) -> Sequence[str]:
         return self._names_by_point[id(point)]
@@ -149,7 +154,7 @@ class TransformerLensHost(Host):
         """The flag that keeps a point from firing; the point's own name decides, as an alias may always fire."""
         own = getattr(point, "name", None) or name
         flag = next((flag for ending, flag in GATES.items() if own.endswith(ending)), None)
-        return flag if flag is not None and not self._cfg(flag) else None
+        return flag if flag is not None and hasattr(self.model, "cfg") and not self._cfg(flag) else None
 
     def _note(self, names: Sequence[str], point: nn.Module) -> str:
         gate = self._gate(names[0], point)
@@ -163,6 +168,8 @@ class TransformerLensHost(Host):
         """(number of heads, width of one) where hooks see (batch, pos, heads, width), else (None, 0)."""
         ends = {one.rpartition(".")[2] for one in names}
         n_heads, d_head = self._cfg("n_heads"), self._cfg("d_head")
+        if n_heads is None or d_head is None:
+            return None, 0
         if ends & {"hook_k", "hook_v", "hook_rot_k"}:
             return (self._cfg("n_key_value_heads") or n_heads), d_head
         if ends & set(PER_HEAD):
@@ -211,7 +218,7 @@ def processing(model: Any) -> dict[str, Any]:
     if hasattr(model, "original_model"):
         folded = _has_plain_norms(model) if getattr(model, "compatibility_mode", False) else False
     else:
-        folded = str(getattr(model.cfg, "normalization_type", None)).endswith("Pre")
+        folded = str(getattr(getattr(model, "cfg", None), "normalization_type", None)).endswith("Pre")
     return {"folded": folded, "centered": _is_centered(model)}
 
 
