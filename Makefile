@@ -41,14 +41,15 @@ lock:
 test-newest:
 	PYTHON="$(PYTHON)" .ci/newest $(PYTEST_ARGS)
 
-# These two need no environment of their own: a GPU machine's python3 with torch, Triton and (gpu-test) pytest will do.
+# These two need no environment of their own: a GPU machine's python3 with torch, Triton, numpy, rich, safetensors and
+# (gpu-test) pytest will do.
 OWN = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 
 gpu-bench:
-	$(OWN) recipes/benchmark/gpu.py $(BENCH_ARGS)
+	PYTHONPATH=. $(OWN) recipes/benchmark/run.py --device cuda --minutes 8 $(BENCH_ARGS)
 
 gpu-test:
-	PYTHONPATH=recipes/benchmark $(OWN) -m pytest -p bare -m "not slow" tests/kernels $(PYTEST_ARGS)
+	PYTHONPATH=. $(OWN) -m pytest -m "not slow" tests/kernels $(PYTEST_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -25,11 +24,6 @@ class Peer(NamedTuple):
     """Called between backward and update."""
     autocast: bool = True
     """Whether it may be run in half precision."""
-
-
-def installed(package: str) -> bool:
-    """Whether a package can be imported; importing it may take a while, so it is not."""
-    return find_spec(package) is not None
 
 
 # -------------------------------------------------------------------- packages
@@ -166,3 +160,16 @@ def published_sparsemax(concepts: Tensor, key_scale: float) -> Peer:
     """The published step with its loss, 10 times the squared error over the activation's norm."""
     model = PublishedSparsemax(concepts, key_scale)
     return Peer(model, lambda x: 10 * ((model(x).float() - x).square() / x.norm(dim=1, keepdim=True)).mean())
+
+
+PLAIN: dict[str, Callable[..., Peer]] = {
+    "SAELens TopK, plain torch": plain_sae_lens_topk,
+    "sparsify TopK, plain torch": plain_sparsify_topk,
+}
+PACKAGES: dict[str, Callable[..., Peer]] = {
+    "SAELens TopK": sae_lens_topk,
+    "SAELens TopK, rescaled": lambda *sizes: sae_lens_topk(*sizes, rescale=True),
+    "SAELens TopK, sparse": lambda *sizes: sae_lens_topk(*sizes, sparse=True),
+    "sparsify TopK": sparsify_topk,
+}
+"""Makers of the peers, each of (d_in, d_sae, k, device); a package that is missing raises ImportError."""

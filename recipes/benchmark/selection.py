@@ -2,24 +2,23 @@
 
     python recipes/benchmark/selection.py [--quick] [--device cuda]
 
-All sides get the same scores, in one process, in turn: saehooks (sparsemax, top-k), sparsemax by torch.sort, entmax
-1.3 with and without k, torch.topk, and one pass over the scores (amax). Sweeps the latents, the rows and the support.
+All sides get the same scores, in one process: saehooks (sparsemax, top-k, threshold), sparsemax by torch.sort, entmax
+with and without k, torch.topk, and one pass over the scores (amax). Every rule is first held against float64.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from common import arguments, figure, interleaved, machine, peak_memory, queries_and_keys, save, summary, table
+from common import Bench, Case, arguments, queries_and_keys
 from torch import Tensor
 
 from saehooks import kernels
-from saehooks.activations import sparsemax
+from saehooks.kernels import Entmax, Sparsemax, Threshold, TopK, reference, select_rows
 
-WIDTH = 576
-OURS, OURS_TOPK = "saehooks sparsemax", "saehooks topk 64"
-PEERS = ("torch.sort sparsemax", "entmax", "entmax k=512", "torch.topk 64", "amax")
+CPU = [
+    Case(512, 24576), Case(512, 3072), Case(512, 49152), Case(1, 24576), Case(16, 24576), Case(256, 24576, support=512),
+]  # fmt: skip
+CUDA = [Case(4096, d_sae, 768, support) for d_sae in (49152, 24576, 3072, 262144) for support in (64, 16, 200)]
 
 
 def sort_sparsemax(scores: Tensor) -> Tensor:
@@ -31,127 +30,83 @@ def sort_sparsemax(scores: Tensor) -> Tensor:
     return (scores - excess.gather(1, size - 1) / size).clamp(min=0)
 
 
-def case(rows: int, d_sae: int, support: int, args: Any, peers: bool = True) -> dict[str, Any]:
-    """Time every side on one set of scores."""
-    queries, keys = queries_and_keys(rows, d_sae, WIDTH, support, args.device)
-    scores = torch.mm(queries, keys.T)
-    jobs = {
-        "product": lambda: torch.mm(queries, keys.T, out=scores),
-        OURS: lambda: kernels.select_rows(scores, kernels.Sparsemax()),
-        OURS_TOPK: lambda: kernels.select_rows(scores, kernels.TopK(64)),
-        "torch.topk 64": lambda: scores.topk(64, dim=1),
-        "amax": lambda: scores.amax(1),
-    }
-    if peers:
-        import entmax
-
-        jobs["torch.sort sparsemax"] = lambda: sort_sparsemax(scores)
-        jobs["entmax"] = lambda: entmax.sparsemax(scores, dim=1)
-        jobs["entmax k=512"] = lambda: entmax.sparsemax(scores, dim=1, k=512)
-    found = summary(interleaved(jobs, args, before=jobs["product"]), "product")
-    measured = kernels.select_rows(scores, kernels.Sparsemax()).indices.numel() / rows
-    memory = {name: peak_memory(job, args.device) for name, job in jobs.items()} if peers else {}
-    return {"rows": rows, "d_sae": d_sae, "support": measured, "times": found, "peak_mb": memory}
-
-
-def exactness(d_sae: int, args: Any) -> dict[str, float]:
-    """Largest L1 distance of a row to sparsemax in float64, over kinds of rows and scales 1e-4 to 1e4."""
-    made = torch.Generator().manual_seed(0)
-    z = torch.randn(8, d_sae, generator=made)
-    kinds = {
+def hard_rows(d_sae: int) -> dict[str, Tensor]:
+    """(8, d_sae) scores that are hard to select from."""
+    z = torch.randn(8, d_sae, generator=torch.Generator().manual_seed(0))
+    return {
         "random": z,
-        "trained-like": 0.1 * z + z.abs().pow(3) * (torch.rand(8, d_sae, generator=made) < 0.05),
         "tied": z.round(),
-        "sorted columns": z.sort(dim=1).values,
+        "sorted": z.sort(dim=1).values,
         "block": z + 5.0 * (torch.arange(d_sae) < d_sae // 16),
         "all equal": torch.ones(8, d_sae),
         "two levels": torch.where(z > 0, 1.0, 1.0 - 2.0 / d_sae),
         "geometric": -torch.logspace(-12, 0, d_sae).expand(8, -1),
     }
-    out = {}
-    for name, rows in kinds.items():
-        worst = 0.0
-        for scale in (1e-4, 1e-2, 1.0, 1e2, 1e4):
-            scores = (rows * scale).to(args.device)
-            exact = sort_sparsemax(scores.double() - scores.double().amax(1, keepdim=True))
-            worst = max(worst, float((sparsemax(scores).probs.double() - exact).abs().sum(1).max()))
-        out[name] = worst
-    return out
 
 
-def report(cases: list[dict[str, Any]]) -> None:
-    """Print the ratios to the product, and how far ahead or behind each peer is."""
-    names = list(cases[0]["times"])
-    rows = [
-        (
-            case["rows"],
-            case["d_sae"],
-            case["support"],
-            *(case["times"].get(name, {}).get("ratio", "") for name in names),
-        )
-        for case in cases
-    ]
-    print("\nTimes, in units of the score product (medians):")
-    print(table(rows, ("rows", "latents", "support", *names)))
-    peers = [name for name in names if name in PEERS]
-    rows = [(case["rows"], case["d_sae"], case["support"], *(_times(case, name) for name in peers)) for case in cases]
-    print(f"\nHow many times as long as {OURS}:")
-    print(table(rows, ("rows", "latents", "support", *peers)))
+def exactness(bench: Bench, d_sae: int) -> None:
+    """Largest distance from the threshold, relative to the scores, of a latent that only we or float64 selected."""
+    rules = {
+        "sparsemax": Sparsemax(),
+        "entmax 1.5": Entmax(1.5),
+        "top-k": TopK(min(64, d_sae)),
+        "above 0.5": Threshold(0.5),
+    }
+    for kind, rows in hard_rows(d_sae).items():
+        errors = {}
+        for name, rule in rules.items():
+            worst = 0.0
+            for scale in (1e-4, 1.0, 1e4):
+                scores = (rows * scale).to(bench.device)
+                mine, exact = select_rows(scores, rule), reference.select_rows(scores.double(), rule)
+                worst = max(worst, _distance(scores, mine, exact))
+            errors[name] = {"ratio": worst, "note": f"{worst:.1e}"}
+            if worst > 1e-5:
+                raise SystemExit(f"NOT EXACT: {name} on {kind} rows is off by {worst:.1e}")
+        bench.add("exact", Case(8, d_sae), errors, kind=kind)
 
 
-def _times(case: dict[str, Any], name: str) -> Any:
-    times = case["times"]
-    return times[name]["ratio"] / times[OURS]["ratio"] if name in times else ""
+def _distance(scores: Tensor, mine: kernels.Support, exact: kernels.Support) -> float:
+    chosen = torch.zeros(2, *scores.shape, dtype=torch.bool, device=scores.device)
+    for mask, support in zip(chosen, (mine, exact), strict=True):
+        mask[support.rows, support.indices] = True
+    gap = (scores.double() - exact.threshold[:, None]).abs() / scores.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    return float((gap * (chosen[0] != chosen[1])).max())
 
 
-def draw(axes: Any, sweeps: dict[str, list[dict[str, Any]]]) -> None:
-    """Seconds over latents, rows and support; the first with a line through the larger half, drawn to a million."""
-    for axis, (over, key) in zip(axes, (("latents", "d_sae"), ("rows", "rows"), ("support", "support")), strict=True):
-        cases = sweeps[over]
-        for name in cases[0]["times"]:
-            held = [case for case in cases if name in case["times"]]
-            xs, ys = [c[key] for c in held], [c["times"][name]["fastest"] / c["rows"] * 1e6 for c in held]
-            axis.plot(xs, ys, marker="o", ms=3, lw=2.5 if name.startswith("saehooks") else 1, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=over, ylabel="microseconds a row")
-    rule = sweeps.get("extrapolation")
-    if rule:
-        predicted, checked = rule[0]["predicted"], rule[0]["measured"]
-        axes[0].plot([rule[0]["d_sae"]], [predicted], "x", color="C1", ms=9, label=f"{OURS}, extrapolated")
-        axes[0].plot([rule[0]["d_sae"]], [checked], "*", color="C1", ms=9, label=f"{OURS}, measured")
-    axes[0].legend(fontsize=6)
+def measure(bench: Bench, case: Case) -> None:
+    """Every side on one set of scores."""
+    queries, keys = queries_and_keys(case, bench.device)
+    scores, k = queries @ keys.T, min(64, case.d_sae)
 
+    def entmax(k: int | None = None) -> None:
+        from entmax import sparsemax
 
-def extrapolate(cases: list[dict[str, Any]], args: Any) -> dict[str, Any]:
-    """Extend the line through the two largest dictionaries to 2^20 latents, and measure there."""
-    small, large = (case for case in cases[-2:])
-    xs = [small["d_sae"], large["d_sae"]]
-    ys = [case["times"][OURS]["fastest"] / case["rows"] * 1e6 for case in (small, large)]
-    slope = (ys[1] - ys[0]) / (xs[1] - xs[0])
-    d_sae = 2**20
-    scores = 0.3 * torch.randn(32, d_sae, generator=torch.Generator().manual_seed(0)).to(args.device)
-    times = interleaved({OURS: lambda: kernels.select_rows(scores, kernels.Sparsemax())}, args)
-    predicted, measured = ys[1] + slope * (d_sae - xs[1]), min(times[OURS]) / 32 * 1e6
-    print(f"\nA million latents: {predicted:.0f} microseconds a row extrapolated, {measured:.0f} measured")
-    return {"d_sae": d_sae, "predicted": predicted, "measured": measured}
+        sparsemax(scores, dim=1, k=k)
+
+    jobs = {
+        "product": lambda: torch.mm(queries, keys.T, out=scores),
+        "saehooks sparsemax": lambda: select_rows(scores, Sparsemax()),
+        "saehooks top-k": lambda: select_rows(scores, TopK(k)),
+        "torch.topk": lambda: scores.topk(k, dim=1),
+        "amax": lambda: scores.amax(1),
+        "sort": lambda: sort_sparsemax(scores),
+        "entmax k=512": lambda: entmax(512),
+        "entmax": entmax,
+    }
+    if case.rows > 512:  # a sort of so many takes too long, and too much memory
+        jobs = {name: job for name, job in jobs.items() if name not in ("sort", "entmax")}
+    support = select_rows(scores, Sparsemax()).indices.numel() / case.rows
+    bench.add("selection", case, bench.time(jobs, "product", before=jobs["product"]), measured_support=support)
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
-    print(machine(args))
-    latents = (3072, 24576) if args.quick else (3072, 6144, 12288, 24576, 49152)
-    rows = 256 if args.quick else 512
-    sweeps: dict[str, Any] = {"latents": [case(rows, m, 64, args) for m in latents]}
-    sweeps["rows"] = [case(n, 24576, 64, args, peers=False) for n in ((1, 64) if args.quick else (1, 16, 256, 2048))]
-    sweeps["support"] = [case(256, 24576, s, args, peers=False) for s in ((256,) if args.quick else (8, 32, 128, 512))]
-    for name, cases in sweeps.items():
-        print(f"\n== over {name} ==")
-        report(cases)
-    sweeps["extrapolation"] = [extrapolate(sweeps["latents"], args)]
-    exact = exactness(latents[-1], args)
-    print("\nLargest L1 distance of a row to float64, over scales 1e-4 to 1e4:")
-    print("\n".join(f"  {kind:15} {error:.1e}" for kind, error in exact.items()))
-    save("selection", {"width": WIDTH, "sweeps": sweeps, "exactness": exact}, args)
-    figure("selection", args, lambda axes: draw(axes, sweeps), panels=3)
+    bench = Bench(arguments(__doc__.splitlines()[0]))
+    cases = bench.cases(CPU, CUDA)
+    exactness(bench, cases[0].d_sae)
+    for case in cases:
+        measure(bench, case)
+    bench.save("selection")
 
 
 if __name__ == "__main__":

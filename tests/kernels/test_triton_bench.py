@@ -1,10 +1,9 @@
-"""The GPU benchmark runs from end to end without a GPU, and without what a bare GPU machine lacks."""
+"""The benchmarks run from end to end on the GPU's code without a GPU, and judge what was measured."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,63 +12,49 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
-
-BARE = """
-import runpy, sys
-LACKS = {"transformer_lens", "open_clip", "transformers", "numba", "matplotlib", "rich", "safetensors"}
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in LACKS:
-            raise ImportError(f"{name} is not on this machine")
-missing = Missing()
-sys.meta_path.insert(0, missing)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, str(__import__("pathlib").Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-TIMED = ("peaks", "profile", "kernels", "select", "encode", "decode", "step", "others", "trainer", "attach", "generate")
-SECTIONS = ("exact", *TIMED, "select plans", "product plans")
-
-
-@pytest.fixture
-def bench(tmp_path):
-    """Runs the benchmark in a copy of what it needs; gives what it found, and its report."""
-    for part in ("saehooks", "recipes/benchmark"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("assets", "results", "__pycache__"))
-
-    def run(*options: str) -> tuple[dict, str]:
-        script = tmp_path / "recipes" / "benchmark" / "gpu.py"
-        command = [sys.executable, "-c", BARE, str(script), "--interpret", "--out", str(tmp_path), *options]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert not list(tmp_path.glob("*.svg"))
-        return json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
-
-    return run
+BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
+SECTIONS = {
+    "selection": ["exact", "selection"], "encode": ["encode"], "train_step": ["train step"],
+    "attach": ["attach", "generate"], "sweep": ["launch shapes"],
+}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_in_the_interpreter_on_a_bare_machine(bench):
+def test_the_benchmarks_run_in_the_interpreter(tmp_path):
     """Every section runs at toy size and is exact; no time is reported, since none was measured on a GPU."""
-    found, page = bench()
-    assert [name for name in SECTIONS if not found.get(name)] == []
-    assert (found["failed"], found["uncaptured"], found["skipped"]) == ([], [], [])
-    for section in SECTIONS:
-        for row in found[section]:
-            assert [key for key, value in row.items() if value and (key.endswith((" ms", "/s")) or key == "ms")] == []
-    assert all(row["same"] for name in ("select plans", "product plans") for row in found[name])
-    assert {row["met"] for row in found["goals"]} == {"not measured"}
-    assert "**nothing was timed**" in page
-    assert "UNWRITTEN_FROM`: not measured" in page
-    notes = {row["who"]: row.get("note") for row in found["others"]}
-    assert notes["sparsify package"] in (None, "package not installed")
+    command = [sys.executable, str(BENCHMARK / "run.py"), "--device", "interpret", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "nothing was timed" in done.stdout
+    for name, wanted in SECTIONS.items():
+        found = json.loads((tmp_path / f"{name}.json").read_text())["sections"]
+        assert [section for section in wanted if not found.get(section)] == []
+        rows = [row for section in wanted if section != "exact" for row in found[section]]
+        assert [job for row in rows for job, times in row["times"].items() if times.get("ms")] == []
+        assert [times["note"] for row in rows for times in row["times"].values() if "note" in times] == []
 
 
-def test_what_there_is_no_time_for_is_left_out_with_a_line(bench):
-    """Without time no task begins, and the report says which."""
-    found, page = bench("--minutes", "0")
-    assert not any(name in found for name in SECTIONS)
-    assert len(found["skipped"]) >= 10
-    assert "stepped, 64 latents x 16: no time left" in page
+def test_what_there_is_no_time_for_is_left_out_with_a_line(tmp_path):
+    """Without time no script begins, and each is named."""
+    command = [sys.executable, str(BENCHMARK / "run.py"), "--minutes", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "train_step: left out, no time left" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_goals_are_judged_by_ratios_of_the_cases_they_are_about(monkeypatch):
+    """A miss is called one; smaller dictionaries than a goal speaks of are left alone."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARK), *sys.path])
+    from run import judged
+
+    def row(d_sae, **ratios):
+        case = {"rows": 512, "d_sae": d_sae, "d_in": 576, "support": 64}
+        return case | {"times": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
+
+    lines = judged({"encode": [row(24576, sparsemax=0.4), row(49152, sparsemax=0.9), row(3072, sparsemax=9.0)]}, "cpu")
+    assert [line.rsplit(": ", 1)[1] for line in lines] == ["met", "NOT MET"]
+    assert judged({"encode": [row(24576, sparsemax=None)]}, "cpu") == []
+    over = {"selection": [row(24576, **{"saehooks sparsemax": 0.1, "torch.topk": 0.5, "amax": 0.2})]}
+    assert [line.split(",")[0] for line in judged(over, "cuda")] == ["selection / torch.topk", "selection / amax"]
+    assert [line.rsplit(": ", 1)[1] for line in judged(over, "cuda")] == ["met", "met"]

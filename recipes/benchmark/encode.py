@@ -1,0 +1,50 @@
+"""What encoding costs: product and selection together, in units of the fastest exact float32 product.
+
+    python recipes/benchmark/encode.py [--quick] [--device cuda] [--threads 1 --clock cpu]
+
+Sparsemax, top-k, batch top-k and thresholds over 3,072 to 262,144 latents, 1 to 2,048 rows, supports 16 to 200. On CPU
+each is timed with and without the screen (see saehooks/kernels/cpu/screen.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from common import Bench, Case, Job, arguments, dense_products, per_fastest, queries_and_keys
+
+from saehooks import kernels
+from saehooks.kernels import BatchTopK, RowRule, Sparsemax, Threshold, TopK
+
+CPU = [
+    Case(2048, 24576), Case(2048, 4608), Case(512, 3072), Case(512, 49152), Case(2048, 24576, support=16),
+    Case(2048, 24576, support=200), Case(512, 262144), Case(128, 24576), Case(16, 24576), Case(1, 24576), Case(1, 3072),
+]  # fmt: skip
+CUDA = [
+    Case(4096, 49152, 768), Case(4096, 24576, 768), Case(16384, 24576, 768), Case(4096, 262144, 768),
+    Case(1, 49152, 768),
+]  # fmt: skip
+
+
+def main() -> None:
+    bench = Bench(arguments(__doc__.splitlines()[0]))
+    for case in bench.cases(CPU, CUDA):
+        queries, keys = queries_and_keys(case, bench.device)
+        k = min(case.support, case.d_sae)
+        theta = float(kernels.select(queries, keys, TopK(k)).threshold.median())
+        rules: dict[str, RowRule | BatchTopK] = {
+            "sparsemax": Sparsemax(), "top-k": TopK(k), "batch top-k": BatchTopK(k), "threshold": Threshold(theta),
+        }  # fmt: skip
+        jobs: dict[str, Job] = dense_products(queries, keys)
+        products = list(jobs)
+        if bench.device.type == "cuda":
+            half = queries.bfloat16(), keys.bfloat16().T
+            jobs["bfloat16 product"] = lambda half=half: torch.mm(*half)
+        for name, rule in rules.items():
+            jobs[name] = lambda rule=rule, q=queries, t=keys: kernels.select(q, t, rule)
+        times = per_fastest(bench.time(jobs, "torch.mm"), products)
+        found = kernels.select(queries, keys, Sparsemax()).indices.numel() / case.rows
+        bench.add("encode", case, times, measured_support=found)
+    bench.save("encode")
+
+
+if __name__ == "__main__":
+    main()
