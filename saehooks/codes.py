@@ -55,6 +55,9 @@ class Codes:
     support: Support | None = None
     """Where selection made these codes, its support, which keeps the index of the entries by latent; for the kernels.
     None for codes from elsewhere: it is dropped with the indices or offsets it was about."""
+    shift: Tensor | None = None
+    """(rows, 1) or (rows, d_out) what each row's reconstruction holds that no latent carries, such as the mean that a
+    layer norm took away or a transcoder's skip connection; None for nothing."""
 
     def __post_init__(self) -> None:
         known = self.support
@@ -96,14 +99,16 @@ class Codes:
                 part.shape[1:] != first.shape[1:]
                 or part.d_sae != first.d_sae
                 or (part.scale is None) != (first.scale is None)
+                or (part.shift is None) != (first.shift is None)
             ):
                 raise WidthError(f"cannot join {first!r} and {part!r}: they differ in more than their first axis")
         sizes = torch.cat([part.sizes for part in parts])
         scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None])
+        shift = None if first.shift is None else torch.cat([part.shift for part in parts if part.shift is not None])
         shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
         trimmed = [part.trimmed() for part in parts]
         indices, values = torch.cat([p.indices for p in trimmed]), torch.cat([p.values for p in trimmed])
-        return cls(indices, values, offsets_of(sizes), shape, first.d_sae, scale)
+        return cls(indices, values, offsets_of(sizes), shape, first.d_sae, scale, shift=shift)
 
     def with_values(self, values: Tensor) -> Codes:
         """The same support with other values, (nnz,)."""
@@ -126,18 +131,22 @@ class Codes:
 
     def detach(self) -> Codes:
         """The same codes, cut from the autograd graph."""
-        return replace(self, values=self.values.detach(), scale=None if self.scale is None else self.scale.detach())
+        scale = None if self.scale is None else self.scale.detach()
+        shift = None if self.shift is None else self.shift.detach()
+        return replace(self, values=self.values.detach(), scale=scale, shift=shift)
 
     def to(self, *args, **kwargs) -> Codes:
         """Move to a device, or cast values and scale to a dtype (arguments of ``Tensor.to``)."""
         values = self.values.to(*args, **kwargs)
         scale = None if self.scale is None else self.scale.to(*args, **kwargs)
+        shift = None if self.shift is None else self.shift.to(*args, **kwargs)
         return replace(
             self,
             indices=self.indices.to(values.device),
             values=values,
             offsets=self.offsets.to(values.device),
             scale=scale,
+            shift=shift,
         )
 
     def trimmed(self) -> Codes:
@@ -221,8 +230,9 @@ class Codes:
         entry = rows_of(offsets, int(offsets[-1]))
         source = torch.arange(entry.numel(), device=rows.device) - offsets[entry] + self.offsets[rows][entry]
         scale = None if self.scale is None else self.scale[rows]
+        shift = None if self.shift is None else self.shift[rows]
         shape = (rows.numel(),) if shape is None else shape
-        return Codes(self.indices[source], self.values[source], offsets, shape, self.d_sae, scale)
+        return Codes(self.indices[source], self.values[source], offsets, shape, self.d_sae, scale, shift=shift)
 
     def __getitem__(self, index) -> Codes:
         """Codes at some batch positions, with the indexing rules of a tensor of shape ``shape``."""

@@ -148,7 +148,7 @@ def run(edits: Iterable[EditFunction], codes: Codes, context: Context | None = N
         else:
             edited = edit(codes, context) if _takes_context(edit) else edit(codes)
             _check_edited(edit, edited, codes)
-            codes = edited
+            codes = edited if edited.shift is codes.shift else replace(edited, shift=codes.shift)
     return codes
 
 
@@ -176,6 +176,7 @@ def merge_rows(original: Codes, edited: Codes, mask: Tensor) -> Codes:
     flat = [replace(codes, shape=(count,)) for codes in (original, edited)]
     rows = torch.arange(count, device=chosen.device)
     merged = Codes.cat(flat).select_rows(torch.where(chosen, rows + count, rows), original.shape)
+    merged = replace(merged, shift=original.shift)
     return replace(merged, scale=original.scale) if edited.scale is original.scale else merged
 
 

@@ -1,109 +1,33 @@
-"""The SAE: a dictionary times an activation."""
+"""The SAE, and the transcoder, which writes another site than it reads."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import wraps
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from saehooks import kernels
-from saehooks.activations import ACTIVATIONS, LatentDensity
-from saehooks.codes import Codes
-from saehooks.dictionaries import DICTIONARIES, Prepared
-from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
-from saehooks.kernels import Step, Support
-from saehooks.refinement import Refinement
-from saehooks.storage import dtype_of, write_folder
+from saehooks.errors import ConfigError, FormatError
+from saehooks.sae_config import FORMAT, SAEConfig
+from saehooks.sparse_coder import Encoded, SAEOutput, SparseCoder, autocast_off, settings_of
+from saehooks.storage import dtype_of
 
-FORMAT = "saehooks"
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside the block autocast is off on a device: an SAE computes in its own dtype, wherever it is called."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _in_own_dtype(method: Method) -> Method:
-    """A method of an SAE that runs with `autocast_off`."""
-
-    @wraps(method)
-    def called(self: SAE, *args: Any, **kwargs: Any) -> Any:
-        with autocast_off(self.device):
-            return method(self, *args, **kwargs)
-
-    return called  # type: ignore[return-value]
+__all__ = [
+    "FORMAT",
+    "SAE",
+    "Encoded",
+    "SAEConfig",
+    "SAEOutput",
+    "SparseCoder",
+    "Transcoder",
+    "autocast_off",
+    "settings_of",
+    "without_memory",
+]
 
 
-@dataclass
-class SAEConfig:
-    """What rebuilds an SAE, and what is known about it."""
-
-    d_in: int
-    """Width of the activations."""
-    d_sae: int
-    """Number of latents."""
-    dictionary: str = "concepts"
-    """A key of `saehooks.dictionaries.DICTIONARIES`."""
-    activation: str = "sparsemax"
-    """A key of `saehooks.activations.ACTIVATIONS`."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the two, by name."""
-    dtype: str = "float32"
-    """What the SAE computes in; its file may hold fewer bits."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """hook_name, head, model_name, family, processing, training, metrics: whatever is known."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON."""
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> SAEConfig:
-        """Read back `to_dict`.
-
-        Raises:
-            FormatError: a setting is missing or unknown.
-        """
-        known = {name: value for name, value in found.items() if name not in ("format", "format_version")}
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise FormatError(f"the config is not one of an SAE: {error}") from error
-
-
-class SAEOutput(NamedTuple):
-    """What calling an SAE gives."""
-
-    recons: Tensor
-    """(*shape, d_in), the reconstruction."""
-    codes: Codes
-    """The sparse latent activations."""
-
-
-class Encoded(NamedTuple):
-    """The stages of encoding, for losses that need more than the codes."""
-
-    prepared: Prepared
-    support: Support
-    scores: Tensor
-    """(nnz,) scores of the selected latents, differentiable."""
-    candidates: Codes
-    """Codes of all that was selected: what training decodes, so that gradients reach what is not active too."""
-    codes: Codes
-    """Codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
-
-
-class SAE(nn.Module):
+class SAE(SparseCoder):
     """A sparse autoencoder: ``SAE(d_in=768, d_sae=24576)`` is sparsemax over shared concepts.
 
     Args:
@@ -137,242 +61,88 @@ class SAE(nn.Module):
         hook_name: str | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
-        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
-            if not isinstance(size, int) or size < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        for name in ("d_out", "skip"):
+            if name in settings:
+                raise ConfigError(f"{name}= is for a Transcoder, which reads one site and writes another, not an SAE")
         metadata = {} if hook_name is None else {"hook_name": hook_name}
-        self.cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
-        kinds = _known("dictionary", dictionary, DICTIONARIES), _known("activation", activation, ACTIVATIONS)
-        for_dictionary, for_activation, for_density, for_refinement = _route(
-            settings, *kinds, LatentDensity, Refinement
-        )
-        for_density["track_density"] = for_density.get("track_density", False) or kinds[1].tracks_density
-        # Parameters made under inference_mode could never be trained; a device in use as torch's default is the user's.
-        with torch.inference_mode(False), nullcontext() if device is None else torch.device(device):
-            self.dictionary = kinds[0](d_in, d_sae, dtype=dtype, **for_dictionary)
-            self.activation = kinds[1](d_sae, **for_activation)
-            self.density = LatentDensity(d_sae, **for_density)
-            self.refinement = Refinement(**for_refinement)
-            self.to(device=device, dtype=dtype)
-        self.finished = False
-        """Whether the weights say something already (loaded, trained, or set from data): training then goes on from
-        them and never sets them from data again. Set it where you filled the parameters yourself."""
+        cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
+        super().__init__(cfg, dtype, device)
 
-    # ------------------------------------------------------------------- use
-
-    def encode(self, x: Tensor, *, step: Step | None = None) -> Codes:
-        """Codes of activations (*shape, d_in); differentiable in x and in the parameters.
-
-        Args:
-            x: (*shape, d_in), floating; computed in the dtype of the SAE.
-            step: what the kernels know beside the tensors, such as a `Capacity`; None: exact sizes, by device.
-        Raises:
-            WidthError: the last axis is not d_in.
-        """
-        return self.encode_stages(x, step=step).codes
-
-    @_in_own_dtype
-    def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
-        """Encode and keep what losses need on the way."""
-        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
-            raise WidthError(
-                f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
-            )
-        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
-        prepared = self.dictionary.prepare(flat)
-        step = step or kernels.DEFAULT
-        with torch.no_grad():
-            rule = self.activation.rule(flat.shape[0], self.density.mean)
-            silenced = self.density.silenced
-            selecting = step if self.activation.takes_padding else step.exact()
-            support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)
-        scores = self.dictionary.scores(prepared, support, step=step)
-        if silenced is not None:
-            scores = scores.masked_fill(silenced[support.indices], 0.0)
-        values, active = self.activation.values(scores, support), self.activation.active(scores, support)
-        values = self.refinement(self.dictionary, flat, prepared, support, values, active, step=step)
-        codes = candidates = Codes(
-            support.indices,
-            values,
-            support.offsets,
-            tuple(x.shape[:-1]),
-            self.cfg.d_sae,
-            prepared.scale,
-            support.pattern(),
-        )
-        if active is not None:
-            codes = candidates.keep(active)
-        if self.training:
-            self.activation.observe(scores.detach(), support)
-            if self.density.tracked:
-                self.density.update(codes.counts(), flat.shape[0])
-        return Encoded(prepared, support, scores, candidates, codes)
-
-    def decode(self, codes: Codes, *, step: Step | None = None) -> Tensor:
-        """(*shape, d_in) reconstruction of codes.
-
-        Raises:
-            WidthError: codes over another number of latents.
-            LatentError: codes with a latent out of range.
-        """
-        return self._decode(codes, with_offset=True, step=step)
-
-    def decode_delta(self, codes: Codes) -> Tensor:
-        """(*shape, d_in) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
-        return self._decode(codes, with_offset=False)
-
-    @_in_own_dtype
-    def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
-        if codes.d_sae != self.cfg.d_sae:
-            raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
-        decoded = self.dictionary.decode(codes, with_offset, step=step or kernels.DEFAULT)
-        return decoded.reshape(*codes.shape, self.cfg.d_in)
-
-    def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
-        """Encode and decode activations (*shape, d_in)."""
-        stages = self.encode_stages(x, step=step)
-        return SAEOutput(self.decode(stages.candidates, step=step), stages.codes)
-
-    @torch.no_grad()
-    @_in_own_dtype
-    def initialise(self, x: Tensor) -> None:
-        """Set what is best set from data, before training, from a sample (rows, d_in); see `finished`."""
-        self.finished = True
-        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
-        self.dictionary.initialise(flat)
-        prepared = self.dictionary.prepare(flat)
-        self.activation.initialise(prepared.queries, lambda: self.dictionary.score_chunks(prepared))
-
-    @_in_own_dtype
-    def directions(self, latents: int | list[int] | Tensor) -> Tensor:
-        """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1.
-
-        Raises:
-            LatentError: a latent outside ``0 .. d_sae - 1``.
-        """
-        wanted = torch.as_tensor(latents, device=self.device).reshape(-1)
-        if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
-            raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
-        return self.dictionary.directions(wanted)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; the SAE counts as `finished` from then on."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        self.finished = True
-        return found
-
-    def frozen(self) -> SAE:
-        """The same SAE for use alone: in eval mode, its parameters without gradient.
-
-        It shares every tensor with this SAE, whose own mode and flags stay as they are: another thread may be training
-        it. Make a new one for each use; it does not see ``sae.to(...)``.
-        """
-        return _frozen(self)
-
-    # ----------------------------------------------------------- what it is
-
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self.cfg.d_in
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents."""
-        return self.cfg.d_sae
-
-    @property
-    def hook_name(self) -> str | None:
-        """The site this SAE belongs to, if it knows."""
-        return self.cfg.metadata.get("hook_name")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the SAE computes in."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return next(self.parameters()).device
-
-    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write ``cfg.json`` and ``sae_weights.safetensors``; a crash at any moment leaves the old SAE or the new.
-
-        Args:
-            folder: made if missing; other files in it stay.
-            dtype: store the weights in fewer bits (float16 halves the file); loading casts back.
-        """
-        self.cfg.dtype = str(self.dtype)[6:]
-        tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in self.state_dict().items()}
-        write_folder(folder, self.cfg.to_dict(), tensors)
-
-    @classmethod
-    def from_config(cls, cfg: SAEConfig, tensors: dict[str, Tensor], where: str = "the given tensors") -> SAE:
-        """Build an SAE of a config and fill it; it is in eval mode.
+    @staticmethod
+    def from_config(cfg: SAEConfig, tensors: Mapping[str, Tensor], where: str = "the given tensors") -> SparseCoder:
+        """Build an SAE, or the transcoder that a config describes, around its tensors; it is in eval mode.
 
         Raises:
             FormatError: tensors are missing, left over, or of another shape than the config says.
         """
-        try:
-            sae = cls(cfg.d_in, cfg.d_sae, cfg.dictionary, cfg.activation, dtype=dtype_of(cfg.dtype), **cfg.settings)
-        except (ConfigError, TypeError) as error:
-            raise FormatError(f"{where}: the config cannot be built: {error}") from error
-        sae.cfg.metadata = dict(cfg.metadata)
-        expected = sae.state_dict()
-        wrong = sorted(set(expected) ^ set(tensors))
-        if wrong:
-            raise FormatError(f"{where}: tensors missing or left over: {', '.join(wrong)}")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise FormatError(
-                    f"{where}: {name} has shape {tuple(tensor.shape)}, the config (d_in={cfg.d_in}, d_sae={cfg.d_sae}) "
-                    f"says {tuple(expected[name].shape)}"
-                )
-        sae.load_state_dict(tensors)
-        return sae.eval()
-
-    def __repr__(self) -> str:
-        settings = "".join(f", {name}={value!r}" for name, value in self.cfg.settings.items())
-        site = f", hook_name={self.hook_name!r}" if self.hook_name else ""
-        kind = f"{self.cfg.dictionary!r}, {self.cfg.activation!r}"
-        return f"SAE(d_in={self.d_in}, d_sae={self.d_sae}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
+        sae = without_memory(cfg, where)
+        sae.adopt(tensors, where)
+        return sae
 
 
-def _frozen(module: Any) -> Any:
-    """A module that shares its tensors with ``module``: in eval mode, with parameters that ask for no gradient."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(
-        module.__dict__,
-        training=False,
-        _parameters={name: None if p is None else p.detach() for name, p in module._parameters.items()},
-        _modules={name: None if one is None else _frozen(one) for name, one in module._modules.items()},
-    )
-    return twin
+class Transcoder(SparseCoder):
+    """A transcoder: it reads one site and predicts another, as an MLP's output from its input.
+
+    Args:
+        d_in: width of the activations it reads.
+        d_sae: number of latents.
+        dictionary: ``"linear"``.
+        activation: which scores are active and what value each carries.
+        d_out: width of the activations it writes.
+        skip: a linear path from input to output beside the latents.
+        dtype: what it computes in.
+        device: where its parameters live.
+        hook_name: the site it reads.
+        hook_name_out: the site it writes.
+        **settings: settings of the activation, such as ``k=32``.
+    Raises:
+        ConfigError: an unknown activation or setting, or sizes that cannot work.
+
+    >>> Transcoder(d_in=8, d_sae=32, activation="relu", d_out=6)(torch.randn(2, 5, 8)).recons.shape
+    torch.Size([2, 5, 6])
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        dictionary: str = "linear",
+        activation: str = "relu",
+        *,
+        d_out: int,
+        skip: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        hook_name: str | None = None,
+        hook_name_out: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(d_out, bool) or not isinstance(d_out, int) or d_out < 1:
+            raise ConfigError(f"d_out must be a positive integer, got {d_out!r}")
+        given = {"hook_name": hook_name, "hook_name_out": hook_name_out}
+        metadata = {name: site for name, site in given.items() if site is not None}
+        settings = {"d_out": d_out, "skip": skip, **settings}
+        cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
+        super().__init__(cfg, dtype, device)
+
+    @property
+    def hook_name_out(self) -> str | None:
+        """The site it writes, if it knows."""
+        return self.cfg.metadata.get("hook_name_out")
 
 
-def _known(what: str, name: str, registry: dict[str, type]) -> Any:
-    if name not in registry:
-        raise ConfigError(f"no {what} {name!r}; choose one of {', '.join(sorted(registry))}")
-    return registry[name]
+def without_memory(cfg: SAEConfig, where: str = "the given config") -> SparseCoder:
+    """The SAE or the transcoder that a config describes; its parameters have shapes and no memory yet.
 
-
-def settings_of(kind: type) -> set[str]:
-    """Names of the settings that a dictionary or an activation takes."""
-    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"dtype"}
-
-
-def _route(settings: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
-    """Split settings between those that take them; complain about one that none takes."""
-    parts = [{name: value for name, value in settings.items() if name in settings_of(kind)} for kind in kinds]
-    unknown = sorted(set(settings) - {name for part in parts for name in part})
-    if unknown:
-        known = sorted({name for kind in kinds for name in settings_of(kind)})
-        others = sorted(
-            name for name, kind in {**DICTIONARIES, **ACTIVATIONS}.items() if unknown[0] in settings_of(kind)
-        )
-        hint = f"; {unknown[0]} is a setting of {', '.join(others)}" if others else ""
-        raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known)}{hint}")
-    return parts
+    Raises:
+        FormatError: the config cannot be built.
+    """
+    kind = Transcoder if "d_out" in cfg.settings else SAE
+    dtype = dtype_of(cfg.dtype)
+    try:
+        with torch.device("meta"):
+            sae = kind(cfg.d_in, cfg.d_sae, cfg.dictionary, cfg.activation, dtype=dtype, **cfg.settings)
+    except (ConfigError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FormatError(f"{where}: the config cannot be built: {error}") from error
+    sae.cfg.metadata = dict(cfg.metadata)
+    return sae

@@ -1,4 +1,8 @@
-"""Folders of `cfg.json` and `sae_weights.safetensors`, written so that a crash at any moment leaves a readable one."""
+"""Safetensors and folders of `cfg.json` and `sae_weights.safetensors`: nothing is read before its size is known.
+
+A folder is written so that a crash at any moment leaves a readable one: the weights carry their own config and their
+own checksum, and are replaced first. Tensors are written and read one after the other, never all at once.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,72 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from saehooks.errors import FormatError
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+CHECKSUM = "weights_checksum"
+TRANSPOSED = ".T"
+"""Ends the name of a matrix that is stored as its transpose, in the order in which it lies in memory."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOST_HEADER = 100 * 2**20
+"""Bytes of the longest header that is read."""
+MOST_JSON = 64 * 2**20
+"""Bytes of the longest config that is read."""
+BLOCK = 2**16
+"""Bytes that are summed before they enter a checksum."""
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, not read yet: its shape and type are known, and that the file holds all of its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor] = field(repr=False)
+    """Reads it; the tensor owns its memory."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+# ------------------------------------------------------------------- writing
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` when it is whole, and not before."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -35,74 +85,311 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
-def write_folder(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write tensors one after the other, so that no second copy of them all is needed.
+
+    Args:
+        path: replaced when the new file is whole.
+        tensors: on any device; those that are not contiguous are copied one at a time.
+        metadata: text of the header; the checksum is added to it.
+    Returns:
+        The checksum of the tensors.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUM: "0" * 64}}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in NAMES:
+            raise FormatError(f"{name} is {tensor.dtype}, which safetensors files do not hold")
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    with _replacing(path) as file:
+        file.write(_header_bytes(header))
+        sums = {}
+        for name in order:
+            data = _bytes_of(tensors[name].detach().cpu().contiguous())
+            sums[name] = _block_sums(data)
+            file.write(memoryview(data.numpy()))
+        header["__metadata__"][CHECKSUM] = _checksum(sums)  # as long as the zeros that it replaces
+        file.seek(0)
+        file.write(_header_bytes(header))
+    return header["__metadata__"][CHECKSUM]
+
+
+def _header_bytes(header: dict) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_folder(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor], *, in_order: bool = False) -> None:
     """Write config and tensors; other files in the folder stay as they are.
 
     The weights file carries the config too and is replaced first, so a crash between the two files leaves the new
     weights with their own config.
+
+    Args:
+        folder: made if missing.
+        config: for `cfg.json`.
+        tensors: by name.
+        in_order: store a matrix whose memory holds its transpose as that transpose, under a name that ends in ``.T``.
+            Saving and loading then copy no matrix only to turn it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"cannot save to {folder}: it is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    weights = to_bytes(ready, metadata={"cfg": json.dumps(config)})
-    write_file(folder / WEIGHTS, weights)
-    signed = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    if in_order:
+        tensors = dict(_as_in_memory(name, tensor) for name, tensor in tensors.items())
+    checksum = write_safetensors(folder / WEIGHTS, tensors, {"cfg": json.dumps(config)})
+    signed = {**config, CHECKSUM: checksum}
     write_file(folder / CONFIG, (json.dumps(signed, indent=2) + "\n").encode())
 
 
-def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Config and tensors of a folder written by `write_folder`, or by a tool that uses the same two files.
+def _as_in_memory(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    turned = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
+    return (name + TRANSPOSED, tensor.T) if turned else (name, tensor)
+
+
+# ------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """What a safetensors file holds; no tensor is read yet."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    @property
+    def config(self) -> dict | None:
+        """The config that `write_folder` put into the header, if it did."""
+        text = self.metadata.get("cfg")
+        return None if text is None else parse_json(text, f"the header of {self.path}")
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors.
+
+        Raises:
+            FormatError: they are not those that were written.
+        """
+        expected = self.metadata.get(CHECKSUM)
+        tensors, sums = {}, {}
+        for name, stored in self.tensors.items():
+            tensors[name] = stored.read()
+            if expected is not None:
+                sums[name] = _block_sums(_bytes_of(tensors[name]))
+        if expected is not None and _checksum(sums) != expected:
+            raise FormatError(f"{self.path} was altered after it was saved: its checksum is not the one in its header")
+        return {
+            name.removesuffix(TRANSPOSED): tensor.T if name.endswith(TRANSPOSED) else tensor
+            for name, tensor in tensors.items()
+        }
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read the header of a safetensors file and check it against the file.
 
     Raises:
-        FormatError: a file is missing, truncated, altered, or a pickle in place of safetensors.
+        FormatError: no such file, another kind of file, cut off, or tensors that do not lie one after the other in it.
+    """
+    if not path.is_file():
+        raise FormatError(f"no {path.name} in {path.parent}; an SAE folder holds {CONFIG} and {WEIGHTS}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(9)
+        # A safetensors file opens with the length of its header, whose bytes can be any, and the header's brace.
+        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+            raise FormatError(f"{path} is a pickle, not safetensors; it was not opened, since a pickle can run code")
+        length = int.from_bytes(head[:8], "little")
+        if len(head) < 9 or length > min(size - 8, MOST_HEADER):
+            raise _unreadable(path, "its header is longer than the file")
+        file.seek(8)
+        text = file.read(length)
+    header = parse_json(text, f"the header of {path}")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _unreadable(path, "its metadata are not text")
+    start = 8 + length
+    tensors, ends = {}, [0]
+    for name, entry in sorted(header.items(), key=lambda item: _first_offset(item[1])):
+        dtype, shape, offsets = _entry(path, name, entry)
+        if offsets[0] != ends[-1] or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+            raise _unreadable(path, f"{name} does not lie where its shape says")
+        ends.append(offsets[1])
+        tensors[name] = StoredTensor(shape, dtype, _reader(path, start + offsets[0], shape, dtype))
+    if start + ends[-1] != size:
+        raise _unreadable(path, f"its tensors take {ends[-1]} bytes, it holds {size - start}")
+    return SafetensorsFile(path, tensors, metadata)
+
+
+def _unreadable(path: Path, why: str) -> FormatError:
+    return FormatError(f"{path} is not a readable safetensors file ({why}); it is corrupt or cut off")
+
+
+def _first_offset(entry: Any) -> int:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    first = offsets[0] if isinstance(offsets, list) and offsets else None
+    return first if type(first) is int else -1
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], list[int]]:
+    """Type, shape and place of a tensor."""
+    found = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+    whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not whole or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):  # type: ignore[misc]
+        raise _unreadable(path, f"its header does not say where {name} lies")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _unreadable(path, f"{name} has the type {dtype!r}, which is none of {', '.join(DTYPES)}")
+    return DTYPES[dtype], tuple(shape), offsets  # type: ignore[arg-type,return-value]
+
+
+def _reader(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        rest = memoryview(_bytes_of(tensor).numpy())
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while len(rest):
+                got = file.readinto(rest)  # type: ignore[attr-defined]
+                if not got:
+                    raise _unreadable(path, "it became shorter while it was read")
+                rest = rest[got:]
+        return tensor
+
+    return read
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, (bytes,) uint8."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _block_sums(data: Tensor) -> bytes:
+    """Sums of 64-bit words, modulo 2^64, of each block of bytes, and the bytes after the last whole block."""
+    whole = len(data) // BLOCK * BLOCK
+    if whole and data.data_ptr() % 8:
+        data = data.clone()
+    sums = data[:whole].view(torch.int64).reshape(-1, BLOCK // 8).sum(1) if whole else data.new_zeros(0)
+    return sums.numpy().tobytes() + data[whole:].numpy().tobytes()
+
+
+def _checksum(sums: Mapping[str, bytes]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(sums):
+        total.update(f"{name}\0{len(sums[name])}\0".encode())
+        total.update(sums[name])
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of config and tensors; no tensor is read yet."""
+
+    config: dict
+    weights: SafetensorsFile
+    digest: str | None = None
+    """The sha256 of the weights file, which folders of earlier versions carry."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that `read` gives."""
+        return {
+            name.removesuffix(TRANSPOSED): stored.shape[::-1] if name.endswith(TRANSPOSED) else stored.shape
+            for name, stored in self.weights.tensors.items()
+        }
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, after a check that they are those that were saved."""
+        if self.digest is not None:
+            total = hashlib.sha256()
+            with self.weights.path.open("rb") as file:
+                while part := file.read(2**20):
+                    total.update(part)
+            if total.hexdigest() != self.digest:
+                raise FormatError(
+                    f"{self.weights.path} was altered after it was saved: its checksum is not the one in {CONFIG}"
+                )
+        return self.weights.read()
+
+
+def open_folder(folder: str | Path) -> Folder:
+    """Open a folder written by `write_folder`, or by a tool that uses the same two files.
+
+    Raises:
+        FormatError: a file is missing, cut off, or a pickle in place of safetensors.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    tensors, embedded = read_safetensors(folder / WEIGHTS)
-    signature = config.pop("weights_sha256", None)
-    if signature is None or signature == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest():
-        return config, tensors
-    if embedded is not None and embedded != config:
-        return embedded, tensors  # a save was cut off between the two files: the weights know their own config
-    raise FormatError(f"{folder / WEIGHTS} was altered after it was saved: its checksum is not the one in {CONFIG}")
+    weights = open_safetensors(folder / WEIGHTS)
+    checksum, digest = config.pop(CHECKSUM, None), config.pop("weights_sha256", None)
+    own = weights.metadata.get(CHECKSUM)
+    if checksum is not None and own is not None and checksum != own:
+        config = weights.config or config  # a save was cut off between the two files: the weights know their own config
+    elif checksum is not None and own is None:
+        raise FormatError(f"{folder / WEIGHTS} is not the file that {CONFIG} was saved with")
+    if digest is not None and own is not None:
+        config, digest = weights.config or config, None  # the same, over a folder of an earlier version
+    return Folder(config, weights, digest)
+
+
+def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors of a folder written by `write_folder`.
+
+    Raises:
+        FormatError: a file is missing, cut off, altered, or a pickle in place of safetensors.
+    """
+    opened = open_folder(folder)
+    return opened.config, opened.read()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """Tensors of a safetensors file and the config embedded in it, if any."""
+    opened = open_safetensors(path)
+    return opened.read(), opened.config
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file, with errors that name the file."""
     if not path.is_file():
         raise FormatError(f"no {path.name} in {path.parent}; an SAE folder holds {CONFIG} and {WEIGHTS}")
+    if path.stat().st_size > MOST_JSON:
+        raise FormatError(f"{path} holds {path.stat().st_size} bytes, which no config of an SAE does")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict:
+    """A JSON object.
+
+    Raises:
+        FormatError: no JSON, or JSON of something else.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not readable JSON ({error}); the file is corrupt or cut off") from error
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not readable JSON ({error}); the file is corrupt or cut off") from error
     if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a {type(found).__name__}, expected an object of settings")
+        raise FormatError(f"{where} holds a {type(found).__name__}, expected an object of settings")
     return found
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Tensors of a safetensors file and the config embedded in it, if any."""
-    if not path.is_file():
-        raise FormatError(f"no {path.name} in {path.parent}; an SAE folder holds {CONFIG} and {WEIGHTS}")
-    with path.open("rb") as file:
-        head = file.read(9)
-    # A safetensors file opens with the length of its header, whose bytes can be any, and the header's brace.
-    if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
-        raise FormatError(f"{path} is a pickle, not safetensors; it was not opened, since a pickle can run code")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            text = (file.metadata() or {}).get("cfg")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file ({error}); it is corrupt or cut off") from error
-    return tensors, json.loads(text) if text else None
-
-
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: object) -> torch.dtype:
     """The torch dtype of a name such as ``"float32"`` or ``"torch.bfloat16"``."""
-    found = getattr(torch, name.removeprefix("torch."), None)
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise FormatError(f"dtype {name!r} is not a floating torch dtype such as 'float32' or 'bfloat16'")
     return found

@@ -68,7 +68,7 @@ def test_a_folder_that_is_not_one(tmp_path, folder):
     (folder / CONFIG).write_text('["a", "list"]')
     with pytest.raises(FormatError, match="list"):
         sh.load(folder)
-    (folder / CONFIG).write_text(json.dumps({"d_in": 8}))
+    (folder / CONFIG).write_text(json.dumps({"d_in": 8, "format": "another"}))
     with pytest.raises(FormatError, match="not saved by saehooks"):
         sh.load(folder)
     (tmp_path / "file").write_text("")
@@ -80,7 +80,7 @@ def test_weights_of_another_width_are_refused(folder, tmp_path):
     """Weights of one SAE beside the config of another."""
     sh.SAE(9, 40).save(tmp_path / "other")
     config = json.loads((tmp_path / "other" / CONFIG).read_text())
-    config.pop("weights_sha256")
+    config.pop("weights_checksum")
     (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(FormatError, match="shape"):
         sh.load(folder)

@@ -49,6 +49,11 @@ class Activation(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not say how it selects: override rule()")
 
+    @property
+    def rank(self) -> Callable[[Tensor], Tensor] | None:
+        """What of the dense scores a top-k rule compares; None for the scores, of which only positive ones count."""
+        return None
+
     def values(self, scores: Tensor, support: Support) -> Tensor:
         """(nnz,) activations of the selected scores (nnz,), differentiable in them."""
         return scores.relu()

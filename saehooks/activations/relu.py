@@ -66,15 +66,24 @@ class JumpReLUActivation(Activation):
         threshold, bandwidth: in units of the scale of the activations (the root mean square of the norm of what is
             multiplied with the keys, taken from the first data; 1 before).
         start_l0: start the thresholds, from the first data, where this many latents of a row are active on average.
+        given: the thresholds are those of a file, in the buffer ``given_theta``, and exactly these until they are
+            trained: theta = given_theta * exp(log_theta), with log_theta 0 at first. They may be 0.
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
 
     name: ClassVar[str] = "jumprelu"
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"l0": 0.001})
     unit: Tensor
+    given_theta: Tensor
 
     def __init__(
-        self, d_sae: int, *, threshold: float = 0.001, bandwidth: float = 0.001, start_l0: float | None = None
+        self,
+        d_sae: int,
+        *,
+        threshold: float = 0.001,
+        bandwidth: float = 0.001,
+        start_l0: float | None = None,
+        given: bool = False,
     ) -> None:
         super().__init__(d_sae)
         if threshold <= 0 or bandwidth <= 0:
@@ -82,13 +91,17 @@ class JumpReLUActivation(Activation):
         if start_l0 is not None and not 0 < start_l0 <= d_sae:
             raise ConfigError(f"start_l0 must lie in 0 .. d_sae, got {start_l0} with d_sae={d_sae}")
         self.threshold, self.bandwidth, self.start_l0 = threshold, bandwidth, start_l0
-        self.log_theta = nn.Parameter(torch.full((d_sae,), math.log(threshold), dtype=torch.float32))
+        self.given = given
+        start = 0.0 if given else math.log(threshold)
+        self.log_theta = nn.Parameter(torch.full((d_sae,), start, dtype=torch.float32))
+        if given:
+            self.register_buffer("given_theta", torch.full((d_sae,), threshold, dtype=torch.float32))
         self.register_buffer("unit", torch.ones((), dtype=torch.float32))
 
     @property
     def theta(self) -> Tensor:
         """(d_sae,) thresholds."""
-        return self.log_theta.exp()
+        return self.given_theta * self.log_theta.exp() if self.given else self.log_theta.exp()
 
     @property
     def width(self) -> Tensor:
@@ -121,6 +134,8 @@ class JumpReLUActivation(Activation):
             kth = max(1, min(chunk.numel(), round(rate * chunk.numel())))
             start = chunk.kthvalue(kth).values.clamp(min=float(start))
         self.log_theta.fill_(float(start.log()))
+        if self.given:
+            self.given_theta.fill_(1.0)
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, threshold={self.threshold}, bandwidth={self.bandwidth}"

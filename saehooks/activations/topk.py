@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -24,22 +24,41 @@ def check_k(k: int, d_sae: int) -> int:
     return k
 
 
+RANKS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": torch.abs, "value": torch.clone}
+
+
 class TopKActivation(Activation):
-    """Select the k largest positive scores of each row. Source: Gao et al. 2024, arXiv:2406.04093."""
+    """Select the k largest positive scores of each row. Source: Gao et al. 2024, arXiv:2406.04093.
+
+    Args:
+        k: latents of a row.
+        negative: what becomes of negative scores. ``"drop"``: they are never selected; ``"magnitude"``: the k scores of
+            largest magnitude are selected and keep their sign (AbsTopK, arXiv:2510.00404; sparsify's ``signed``);
+            ``"value"``: the k largest are selected whatever their sign, and keep it (top-k without a relu).
+    """
 
     name: ClassVar[str] = "topk"
     takes_padding: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_k": 1 / 32})
 
-    def __init__(self, d_sae: int, *, k: int = 32) -> None:
+    def __init__(self, d_sae: int, *, k: int = 32, negative: str = "drop") -> None:
         super().__init__(d_sae)
-        self.k = check_k(k, d_sae)
+        if negative != "drop" and negative not in RANKS:
+            raise ConfigError(f"negative={negative!r}: negative scores are for 'drop', 'magnitude' or 'value'")
+        self.k, self.negative = check_k(k, d_sae), negative
 
     def rule(self, rows: int = 1, density: Tensor | None = None) -> TopK:
         return TopK(self.k)
 
+    @property
+    def rank(self) -> Callable[[Tensor], Tensor] | None:
+        return RANKS.get(self.negative)
+
+    def values(self, scores: Tensor, support: Support) -> Tensor:
+        return scores.relu() if self.negative == "drop" else scores
+
     def extra_repr(self) -> str:
-        return f"d_sae={self.d_sae}, k={self.k}"
+        return f"d_sae={self.d_sae}, k={self.k}, negative={self.negative!r}"
 
 
 class BatchTopKActivation(Activation):

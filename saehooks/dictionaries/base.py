@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from saehooks import kernels
-from saehooks.codes import Codes
+from saehooks.codes import Codes, offsets_of
 from saehooks.kernels import DEFAULT, BatchRule, RowRule, Step, Support
 
 
@@ -20,6 +20,8 @@ class Prepared(NamedTuple):
     """(rows, d), what is multiplied with the keys."""
     scale: Tensor | None
     """(rows,) multiplier of the reconstruction, or None for 1."""
+    shift: Tensor | None = None
+    """(rows, 1) or (rows, d_out) added to the reconstruction at last, or None: what no latent carries."""
 
 
 class Dictionary(nn.Module):
@@ -31,11 +33,14 @@ class Dictionary(nn.Module):
 
     name: ClassVar[str]
     d_in: int
+    d_out: int
     d_sae: int
+    scales_offset: bool = False
+    """Whether `offset` is in the units of the queries, so that a row's scale multiplies it too."""
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
 
     # ---- the parts a subclass defines
 
@@ -59,7 +64,7 @@ class Dictionary(nn.Module):
         raise TypeError(f"{type(self).__name__} must override table")
 
     def project(self, sums: Tensor) -> Tensor:
-        """(rows, d_in) from weighted sums of table rows (rows, d)."""
+        """(rows, d_out) from weighted sums of table rows (rows, d)."""
         return sums
 
     def project_adjoint(self, errors: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ class Dictionary(nn.Module):
 
     @property
     def offset(self) -> Tensor | None:
-        """(d_in,) added to every reconstruction, or None."""
+        """(d_out,) added to every reconstruction, or None."""
         return None
 
     def target(self, x: Tensor, prepared: Prepared) -> Tensor:
@@ -124,6 +129,26 @@ class Dictionary(nn.Module):
             support = support.renamed(among, self.d_sae)
         return support if silenced is None else support.with_scores(None)
 
+    def select_ranked(
+        self, prepared: Prepared, k: int, rank: Callable[[Tensor], Tensor], silenced: Tensor | None = None
+    ) -> Support:
+        """The k latents of each row whose scores rank highest, whatever their sign.
+
+        Args:
+            prepared: the rows.
+            k: latents of each row.
+            rank: what of the dense scores (chunk, d_sae) is compared, such as their magnitude.
+            silenced: (d_sae,) bool, latents whose score is taken to be 0; None for none.
+        """
+        parts = []
+        for scores in self.score_chunks(prepared):
+            scores = scores if silenced is None else scores.masked_fill(silenced, 0.0)
+            parts.append(rank(scores).topk(k, dim=1).indices.sort(dim=1).values)
+        chosen = torch.cat(parts) if parts else prepared.queries.new_zeros(0, k, dtype=torch.int64)
+        sizes = torch.full((len(chosen),), k, dtype=torch.int64, device=chosen.device)
+        threshold = prepared.queries.new_zeros(len(chosen))
+        return Support(chosen.reshape(-1), offsets_of(sizes), threshold).trusted(self.d_sae)
+
     def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
         """Dense scores (chunk, d_sae) of consecutive rows, without gradient; the next chunk overwrites the last."""
         return kernels.score_chunks(prepared.queries, self.keys, self.bias)
@@ -133,19 +158,24 @@ class Dictionary(nn.Module):
         return kernels.sddmm(prepared.queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
 
     def decode(self, codes: Codes, with_offset: bool = True, *, step: Step = DEFAULT) -> Tensor:
-        """(rows, d_in) reconstruction of codes, flattened; without the offset it is linear in the values."""
+        """(rows, d_out) reconstruction of codes, flattened; without the offset it is linear in the values."""
         support = codes.support or Support(codes.indices, codes.offsets)
         recons = self.project(kernels.spmm(codes.values, support, self.table, step=step))
+        offset = self.offset if with_offset else None
+        if offset is not None and self.scales_offset:
+            recons = recons + offset
         if codes.scale is not None:
             recons = recons * codes.scale[:, None]
-        return recons + self.offset if with_offset and self.offset is not None else recons
+        if offset is not None and not self.scales_offset:
+            recons = recons + offset
+        return recons + codes.shift if with_offset and codes.shift is not None else recons
 
     def forward(self, codes: Codes) -> Tensor:
         """Decode: so that a decoder with other parameters can be called functionally."""
         return self.decode(codes)
 
     def directions(self, latents: Tensor) -> Tensor:
-        """(n, d_in) what one unit of each latent adds to a reconstruction of scale 1."""
+        """(n, d_out) what one unit of each latent adds to a reconstruction of scale 1."""
         return self.project(self.table[latents])
 
     def direction_norms(self) -> Tensor:

@@ -1,64 +1,85 @@
-"""Reading SAEs from disk or a hub: the native folder here, one file for each third-party format."""
+"""Reading SAEs from disk, by repository or by release: our own folders, and those of other libraries.
+
+Nothing of a file is executed, nothing outside the folder is read, and nothing is read before its size is known. What a
+reader does not understand is an error that names it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from saehooks.errors import FormatError
-from saehooks.formats import dictionary_learning, gemma_scope, native, saelens, sparsemax_sae, sparsify
-from saehooks.sae import SAE
-from saehooks.storage import CONFIG, read_json
+from saehooks.formats import hub, releases
+from saehooks.formats.opening import Wanted, open_file, open_folder
+from saehooks.sae import SparseCoder
 
 
-def load(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-    """Load an SAE from a folder, or from a Hugging Face hub id such as ``"user/name"`` or ``"user/name/subfolder"``.
+def load(
+    source: str | Path,
+    sae_id: str | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    hook_name: str | None = None,
+    ignore: Iterable[str] = (),
+    input_scale: float | None = None,
+    table: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SparseCoder:
+    """Load an SAE or a transcoder, of this library or another, from disk, from a hub, or by a release's name.
 
-    Beside our own folders those of SAELens, sparsify, dictionary_learning and Gemma Scope are told apart by what they
-    hold, and files by their ending: ``.pt``, ``.pkl``, ``.pkl.gz`` are checkpoints of the Sparsemax SAE's authors.
+    Read are folders of saehooks, SAELens (of all versions), sparsify, dictionary_learning, Gemma Scope 1 and 2 and
+    OpenMOSS (Llama Scope), and files of OpenAI, PatchSAE, Prisma, saev, Goodfire, DeepSeek-R1, Qwen Scope,
+    circuit-tracer and of the authors of the Sparsemax SAE. They are told apart by what they hold.
 
     Args:
-        source: the folder or file, or the hub id when no such folder exists.
+        source: a folder or a file; a hub id such as ``"user/name"`` or ``"user/name/subfolder"`` when no such folder
+            exists; or a release in SAELens' table, such as ``"gpt2-small-res-jb"``.
+        sae_id: which SAE of the release or the folder, such as ``"blocks.8.hook_resid_pre"``.
+        subfolder: the same, for a repository.
+        revision: of the repository: a branch, a tag or a commit.
+        hook_name: its site, where the file does not say it, or in place of the one it says.
+        ignore: settings or tensors of the file that you know to change nothing; without it they are refused by name.
+        input_scale: the factor that scaled the activations in training, where a file says that there was one and does
+            not hold it.
+        table: a copy of SAELens' ``pretrained_saes.yaml``; that of an installed SAELens if not given.
         device: where to put it; the CPU if not given.
         dtype: what it should compute in; what it was trained in if not given.
     Raises:
         FormatError: nothing readable there, naming what was found and what was expected.
     """
+    known = {"ignore": tuple([ignore] if isinstance(ignore, str) else ignore), "input_scale": input_scale}
     path = Path(source)
-    if path.is_file() and path.name.endswith((".pt", ".pkl", ".pkl.gz")):
-        return sparsemax_sae.load(path).to(device=device, dtype=dtype)
+    if sae_id is not None and subfolder is not None:
+        raise FormatError(f"give sae_id={sae_id!r} or subfolder={subfolder!r}, not both")
+    below = sae_id if sae_id is not None else subfolder
+    if path.exists():
+        if below is not None:
+            path = hub.inside(path, below)
+        name = str(path.resolve())
+        sae = _open(path, Wanted(name, hook_name=hook_name, **known))
+    elif (release := releases.find(str(source), sae_id, table)) is not None:
+        path = hub.fetch(release.repository, release.path, revision)
+        scale = release.input_scale if input_scale is None else input_scale
+        known["input_scale"] = scale
+        name = f"{release.repository}/{release.path}"
+        sae = releases.read(release, path, Wanted(name, hook_name=hook_name, settings=release.settings, **known))
+    else:
+        repository, folder = hub.split(str(source), below)
+        path = hub.fetch(repository, folder, revision)
+        sae = _open(path, Wanted("/".join([repository, folder]).rstrip("/"), hook_name=hook_name, **known))
+    if hook_name is not None:
+        sae.cfg.metadata["hook_name"] = hook_name
+    return sae.to(device=device, dtype=dtype)
+
+
+def _open(path: Path, wanted: Wanted) -> SparseCoder:
     if path.is_file():
-        raise FormatError(
-            f"{str(source)!r} is a file; give the folder that holds it, or a file that ends in .pt or .pkl"
-        )
+        return open_file(path, wanted)
     if not path.is_dir():
-        path = _download(str(source))
-    return _load_folder(path).to(device=device, dtype=dtype)
-
-
-def _load_folder(folder: Path) -> SAE:
-    for module in (gemma_scope, dictionary_learning, sparsify):
-        if (folder / module.WEIGHTS).is_file():
-            return module.load(folder)
-    if (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
-        if "format" not in config and "architecture" in config:
-            return saelens.load(folder)
-    return native.load(folder)
-
-
-def _download(hub_id: str) -> Path:
-    parts = hub_id.split("/")
-    if len(parts) < 2 or hub_id.startswith((".", "/")) or not all(parts):
-        raise FormatError(f"no folder {hub_id!r}; give a folder that holds cfg.json, or a hub id such as 'user/name'")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FormatError(f"no folder {hub_id!r}, and huggingface_hub is not installed to look on the hub") from error
-    pattern = "/".join([*parts[2:], "*"])
-    try:
-        root = snapshot_download("/".join(parts[:2]), allow_patterns=[pattern])
-    except Exception as error:
-        raise FormatError(f"no folder {hub_id!r}, and the hub did not give it: {error}") from error
-    return Path(root, *parts[2:])
+        raise FormatError(f"no file or folder {str(path)!r}")
+    return open_folder(path, wanted)

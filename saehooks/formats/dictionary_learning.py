@@ -1,103 +1,193 @@
-"""SAEs of dictionary_learning: ``ae.pt``, a pickled state dict that is read without running it, and ``config.json``."""
+"""SAEs of dictionary_learning: ``ae.pt``, a pickled state dict that is read without running it, and ``config.json``.
+
+Read are the classes of all its trainers: standard, p-anneal, gated, jumprelu, top-k, batch top-k, matryoshka. TopK and
+BatchTopK have tensors of the same names: without a config the file does not say which it is, and is not read.
+Source: ``dictionary.py`` and ``trainers/*.py``, version 0.1.0 and the repository after it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from saehooks.errors import FormatError
-from saehooks.formats._linear import linear_sae, need
-from saehooks.formats.unpickling import read_pickle
-from saehooks.sae import SAE
-from saehooks.storage import read_json
+from saehooks.formats._linear import LinearParts, build_linear
+from saehooks.formats.archives import open_torch_file
+from saehooks.formats.contents import Contents
+from saehooks.formats.names import block_site, layer_in
+from saehooks.sae import SparseCoder
+from saehooks.storage import StoredTensor, read_json
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
-SUBTRACTED = {
-    "AutoEncoder": "bias",
-    "AutoEncoderTopK": "b_dec",
-    "BatchTopKSAE": "b_dec",
-    "GatedAutoEncoder": "decoder_bias",
+CLASSES = {
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "gated",
+    "JumpReluAutoEncoder": "jumprelu",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",
+    "MatroyshkaBatchTopKSAE": "batchtopk",
 }
-"""The classes that have an ``nn.Linear`` encoder, and the name of the bias they subtract before it."""
+TRAINING = """
+    anneal_end anneal_start auxk_alpha bandwidth beta1 beta2 compile dead_feature_threshold decay_start device
+    group_fractions group_sizes group_weights initialization initial_sparsity_penalty k_anneal_steps l1_penalty
+    l1_warmup_steps layer lm_name log_steps lr n_sparsity_updates norm_factor p_end p_start resample_steps seed
+    sparsity_function sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps submodule_name target_l0
+    temperature threshold_beta threshold_start_step top_k_aux trainer_class wandb_name warmup_steps weights_temperature
+"""
+"""Fields of their trainers' configs that change no number: activations that were scaled by ``norm_factor`` had the
+biases scaled back before the file was written."""
+
+KINDS = {"resid_post": "resid_post", "resid_out": "resid_post", "resid_pre": "resid_pre", "resid_mid": "resid_mid"}
+KINDS |= {"mlp_out": "mlp_out", "attn_out": "attn_out", "attention_out": "attn_out"}
 
 
-def load(folder: str | Path, *, hook_name: str | None = None) -> SAE:
-    """Load a dictionary_learning folder: the same codes and reconstructions.
+def load(
+    path: str | Path, *, hook_name: str | None = None, ignore: Iterable[str] = (), name: str | None = None
+) -> SparseCoder:
+    """Load a dictionary_learning SAE: the same reconstructions, and the codes of its ``encode``.
 
     Args:
-        folder: holds ae.pt and, to say which class it is, config.json.
-        hook_name: its site, which the folder does not say in our terms.
+        path: a folder of ae.pt and config.json, or the .pt file.
+        hook_name: its site, where neither config nor path says it.
+        ignore: settings or tensors that you know to change nothing.
+        name: where it came from, from which the site is told; the path if not given.
     Raises:
-        FormatError: not such a folder, or a class that is not read.
+        FormatError: not such a folder, or something in it that is not understood.
     """
-    folder, where = Path(folder), str(folder)
-    state = read_pickle(folder / WEIGHTS)
+    path = Path(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    config = next((p for p in (file.parent / CONFIG, file.parent.parent / CONFIG) if p.is_file()), None)
+    if config is not None and config.parent != file.parent and file.parent.name != "checkpoints":
+        config = None  # only a checkpoint has its config one folder up
+    return read(
+        open_torch_file(file),
+        read_json(config) if config else None,
+        str(path),
+        hook_name=hook_name,
+        ignore=ignore,
+        name=name or str(file.resolve()),
+    )
+
+
+def read(
+    state: Any,
+    config: Mapping[str, Any] | None,
+    where: str,
+    *,
+    hook_name: str | None = None,
+    ignore: Iterable[str] = (),
+    name: str = "",
+) -> SparseCoder:
+    """The SAE of such a state dict and such a config."""
     if not isinstance(state, dict):
         raise FormatError(f"{where}: {WEIGHTS} holds a {type(state).__name__}, expected a state dict")
-    trainer = read_json(folder / CONFIG).get("trainer", {}) if (folder / CONFIG).is_file() else {}
-    kind = trainer.get("dict_class") or _guess(state)
+    whole = Contents(where, config or {})
+    trainer = Contents(where, whole.group("trainer", {}), state, ignore)
+    buffer = Contents(where, whole.group("buffer", {}), ignore=ignore)
+    _check_buffer(buffer)
+    kind = trainer.one_of("dict_class", CLASSES, None)
+    if kind is None:
+        kind = _by_tensors(state, where)
+    for theirs, ours in (("activation_dim", "d_in"), ("dict_size", "d_sae")):
+        size = trainer.setting(theirs, int, None)
+        if size is not None:
+            trainer.size(ours, size, f"{theirs} in {CONFIG}")
+    settings: dict[str, Any] = {"apply_b_dec_to_input": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")}
+    parts = _parts(trainer, kind, settings)
+    facts = {n: value for n, value in trainer.known(TRAINING, "k").items() if value is not None}
     metadata = {
-        "hook_name": hook_name,
-        "model_name": trainer.get("lm_name"),
-        "source": {"format": "dictionary_learning", "dict_class": kind},
+        "hook_name": hook_name or _site(facts, name),
+        "model_name": trainer.check("lm_name", facts["lm_name"], str) if "lm_name" in facts else None,
+        "source": {"format": "dictionary_learning", "dict_class": kind, **facts},
     }
-    if kind == "JumpReluAutoEncoder":
-        return _jumprelu(where, state, metadata)
-    if kind not in SUBTRACTED:
-        raise FormatError(
-            f"{where}: class {kind!r}; what can be read: {', '.join([*SUBTRACTED, 'JumpReluAutoEncoder'])}"
+    return build_linear(trainer, CLASSES[kind], parts, metadata)
+
+
+def _check_buffer(buffer: Contents) -> None:
+    """What the config says of the activations: whether they are of one place."""
+    buffer.one_of("io", ("in", "out"), "out")  # "in_and_out" trains a transcoder of two places
+    buffer.known("d_submodule n_ctxs ctx_len refresh_batch_size out_batch_size device dataset hook add_special_tokens")
+    buffer.known("remove_bos remove_high_norm max_activation_norm_multiple")
+    buffer.finish()
+
+
+def _parts(trainer: Contents, kind: str, settings: dict[str, Any]) -> LinearParts:
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE", "MatroyshkaBatchTopKSAE"):
+        parts = LinearParts(
+            W_enc=trainer.tensor("W_enc", "d_in", "d_sae"),
+            W_dec=trainer.tensor("W_dec", "d_sae", "d_in"),
+            b_enc=trainer.tensor("b_enc", "d_sae"),
+            b_dec=trainer.tensor("b_dec", "d_in"),
+            settings=settings,
         )
-    weight, decoder, bias = need(state, ("encoder.weight", "decoder.weight", SUBTRACTED[kind]), where)
-    named: dict[str, Tensor] = {
-        "dictionary.W_enc": weight.T,
-        "dictionary.W_dec": decoder.T,
-        "dictionary.b_dec": bias,
-    }
-    activation, settings = _activation(kind, state, trainer, named, where)
-    return linear_sae(where, activation, named, metadata, **settings)
-
-
-def _activation(
-    kind: str, state: dict[str, Any], trainer: dict[str, Any], named: dict[str, Tensor], where: str
-) -> tuple[str, dict[str, Any]]:
-    """Our activation with its settings; its tensors are added to ``named``."""
+        if kind == "JumpReluAutoEncoder":
+            parts.threshold, parts.score_scale = trainer.tensor("threshold", "d_sae"), "decoder_norm"
+            return parts
+        trainer.skip("group_sizes")  # all groups are active once it is trained
+        return _batch_topk(trainer, parts)
+    subtracted = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    parts = LinearParts(
+        W_enc=trainer.tensor("encoder.weight", "d_sae", "d_in"),
+        W_dec=trainer.tensor("decoder.weight", "d_in", "d_sae"),
+        b_dec=trainer.tensor(subtracted.get(kind, "b_dec"), "d_in"),
+        encoder_rows=True,
+        decoder_columns=True,
+        settings=settings,
+    )
     if kind == "GatedAutoEncoder":
-        found = need(state, ("gate_bias", "mag_bias", "r_mag"), where)
-        named |= {f"activation.{n}": t for n, t in zip(("b_gate", "b_mag", "r_mag"), found, strict=True)}
-        return "gated", {}
-    (named["dictionary.b_enc"],) = need(state, ("encoder.bias",), where)
-    if kind == "AutoEncoder":
-        return "relu", {}
-    k = int(state["k"]) if "k" in state else int(need(trainer, ("k",), where)[0])
+        gate = tuple(trainer.tensor(name, "d_sae") for name in ("gate_bias", "mag_bias", "r_mag"))
+        parts.gate, parts.score_scale = gate, "decoder_norm"  # type: ignore[assignment]
+        return parts
+    parts.b_enc = trainer.tensor("encoder.bias", "d_sae")
+    if kind == "BatchTopKSAE":
+        return _batch_topk(trainer, parts)
     if kind == "AutoEncoderTopK":
-        return "topk", {"k": k}
-    (threshold,) = need(state, ("threshold",), where)
-    named["activation.threshold"] = threshold.reshape(())
-    return "batchtopk", {"k": k}
+        trainer.skip("threshold")  # for another way of encoding than theirs by default
+        settings["k"] = _k(trainer)
+    return parts
 
 
-def _jumprelu(where: str, state: dict[str, Any], metadata: dict[str, Any]) -> SAE:
-    """Their JumpReLU is in the layout of Gemma Scope; b_dec is not subtracted from the input."""
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    W_enc, b_enc, W_dec, b_dec, threshold = need(state, names, where)
-    named = {
-        "dictionary.W_enc": W_enc,
-        "dictionary.b_enc": b_enc,
-        "dictionary.W_dec": W_dec,
-        "dictionary.b_dec": b_dec,
-        "activation.log_theta": threshold.clamp(min=0).log(),
-    }
-    return linear_sae(where, "jumprelu", named, metadata, apply_b_dec_to_input=False)
+def _batch_topk(trainer: Contents, parts: LinearParts) -> LinearParts:
+    parts.threshold, parts.settings["k"] = trainer.tensor("threshold"), _k(trainer)
+    return parts
 
 
-def _guess(state: dict[str, Any]) -> str | None:
-    """The class by the tensors it has, where no config says it."""
+def _k(trainer: Contents) -> int:
+    """k, of the state dict if it is there: a training may move it."""
+    said = trainer.setting("k", int, None)
+    if not trainer.holds("k"):
+        if said is None:
+            raise FormatError(f"{trainer.where}: neither the state dict nor {CONFIG} says k")
+        return said
+    stored = trainer.tensor("k")
+    return int(stored.read())
+
+
+def _by_tensors(state: Mapping[str, Any], where: str) -> str:
+    """The class whose tensors these are, where one class alone has such tensors."""
+    shape = getattr(state.get("threshold"), "shape", None)
     if "gate_bias" in state:
         return "GatedAutoEncoder"
-    if "W_enc" in state and "threshold" in state:
+    if "group_sizes" in state:
+        return "MatryoshkaBatchTopKSAE"
+    if "W_enc" in state and isinstance(state.get("threshold"), StoredTensor) and shape is not None and len(shape) == 1:
         return "JumpReluAutoEncoder"
-    if "encoder.weight" not in state:
-        return None
-    return "AutoEncoder" if "bias" in state else "BatchTopKSAE" if "threshold" in state else "AutoEncoderTopK"
+    if "encoder.weight" in state and "bias" in state:
+        return "AutoEncoder"
+    if "encoder.weight" in state and "decoder.bias" in state:
+        return "AutoEncoderNew"
+    raise FormatError(
+        f"{where}: its tensors do not say which class it is (AutoEncoderTopK and BatchTopKSAE have the same ones): it "
+        f"needs the {CONFIG} that dictionary_learning writes beside {WEIGHTS}, whose dict_class says so"
+    )
+
+
+def _site(facts: Mapping[str, Any], name: str) -> str | None:
+    """The site, from the layer in the config and the kind of place that the config or the path names."""
+    place = str(facts.get("submodule_name") or name)
+    kind = next((ours for theirs, ours in KINDS.items() if theirs in place), None)
+    layer = facts["layer"] if isinstance(facts.get("layer"), int) else layer_in(name)
+    return block_site(layer, kind) if kind is not None and isinstance(layer, int) else None

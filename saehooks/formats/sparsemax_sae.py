@@ -8,20 +8,22 @@ Source: the authors' code, commit 2192e4c, ``src/sae_training/sparse_autoencoder
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saehooks.errors import FormatError
-from saehooks.formats.unpickling import attributes_of, read_pickle
-from saehooks.sae import SAE
+from saehooks.formats.archives import open_torch_file
+from saehooks.formats.contents import Contents
+from saehooks.formats.pickles import attributes_of
+from saehooks.sae import SAEConfig, SparseCoder, without_memory
 
-USED = ("concept", "k", "v")
+UNUSED = "W_enc b_enc W_dec b_dec log_threshold"
 
 
-def load(path: str | Path, *, hook_name: str | None = None, dtype: torch.dtype = torch.float32) -> SAE:
+def load(path: str | Path, *, hook_name: str | None = None, dtype: torch.dtype = torch.float32) -> SparseCoder:
     """Load a checkpoint (``.pt``, ``.pkl`` or ``.pkl.gz``) exactly: the same codes and reconstructions.
 
     Args:
@@ -33,41 +35,44 @@ def load(path: str | Path, *, hook_name: str | None = None, dtype: torch.dtype =
     Raises:
         FormatError: no such checkpoint, or its tensors do not fit one another. Nothing in the file is ever executed.
     """
-    found = read_pickle(path)
+    return read(open_torch_file(path), Path(path), hook_name=hook_name, dtype=dtype)
+
+
+def is_one(found: Any) -> bool:
+    """Whether what a file holds is such a checkpoint."""
+    state = found.get("state_dict") if isinstance(found, dict) else None
+    return isinstance(state, dict) and {"concept", "k", "v"} <= set(state)
+
+
+def read(
+    found: Any,
+    path: Path,
+    *,
+    hook_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    ignore: Iterable[str] = (),
+) -> SparseCoder:
+    """The SAE of what such a file holds."""
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise FormatError(f"{path} is no checkpoint of the Sparsemax SAE: expected a pickle of 'cfg' and 'state_dict'")
-    concept, k, v = (_tensor(found["state_dict"], name, path) for name in USED)
+    contents = Contents(str(path), {}, found["state_dict"], ignore)
+    concept = contents.tensor("concept", "d_sae", "d_in")
+    maps = [contents.tensor(name, "d_in", "d_in") for name in ("k", "v")]
+    contents.skip(UNUSED)
+    contents.finish()
+    values = attributes_of(found.get("cfg"))
+    cfg = {name: value for name, value in values.items() if isinstance(value, str | int | float | bool)}
+    site = hook_name or _site(cfg)
+    model = cfg.get("model_name") if isinstance(cfg.get("model_name"), str) else None
+    known = {"hook_name": site, "model_name": model}
+    metadata = {name: value for name, value in known.items() if value is not None}
+    metadata["source"] = {"format": "sparsemax_sae", "file": path.name, "cfg": cfg}
+    settings = {"center": False, "eps": 0.0, "values": "score"}
     d_sae, d_in = concept.shape
-    if k.shape != (d_in, d_in) or v.shape != (d_in, d_in):
-        raise FormatError(
-            f"{path}: concept is {tuple(concept.shape)}, so k and v must be {(d_in, d_in)}, "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    cfg = attributes_of(found.get("cfg"))
-    sae = SAE(d_in, d_sae, "concepts", "sparsemax", center=False, eps=0.0, values="score", dtype=dtype)
-    with torch.no_grad():
-        for parameter, tensor in ((sae.dictionary.C, concept), (sae.dictionary.W_k, k), (sae.dictionary.W_v, v)):
-            parameter.copy_(tensor)
-    sae.cfg.metadata = {
-        name: value
-        for name, value in {
-            "hook_name": hook_name or _site(cfg),
-            "model_name": cfg.get("model_name"),
-            "source": {"format": "sparsemax_sae", "file": Path(path).name, "cfg": cfg},
-        }.items()
-        if value is not None
-    }
-    sae.finished = True
-    return sae.eval()
-
-
-def _tensor(state: dict[str, Any], name: str, path: str | Path) -> Tensor:
-    tensor = state.get(name)
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-        raise FormatError(
-            f"{path}: its state_dict has no matrix {name!r}; found {', '.join(map(str, state)) or 'none'}"
-        )
-    return tensor
+    sae = without_memory(SAEConfig(d_in, d_sae, "concepts", "sparsemax", settings, str(dtype)[6:], metadata), str(path))
+    named = dict(zip(("C", "W_k", "W_v"), (concept, *maps), strict=True))
+    sae.adopt({f"dictionary.{name}": stored.read().to(dtype) for name, stored in named.items()}, str(path))
+    return sae
 
 
 def _site(cfg: dict[str, Any]) -> str | None:

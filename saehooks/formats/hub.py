@@ -1,0 +1,125 @@
+"""Files of a hub: fetched one by one, kept in the hub's own cache, and never looked for outside their repository."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from saehooks.errors import FormatError
+
+FILES = (
+    "cfg.json",
+    "config.json",
+    "hyperparams.json",
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "ae.pt",
+    "weights.pt",
+    "checkpoints/final.safetensors",
+    "checkpoints/pruned.safetensors",
+)
+"""What an SAE's folder may hold; nothing else of a repository is fetched."""
+
+
+def split(hub_id: str, below: str | None = None) -> tuple[str, str]:
+    """Repository and folder of an id such as ``"user/name/layers.5"``.
+
+    Raises:
+        FormatError: no such id.
+    """
+    parts = hub_id.split("/")
+    if len(parts) < 2 or hub_id.startswith((".", "/", "~")) or not all(parts):
+        raise FormatError(
+            f"no folder {hub_id!r}; give a folder that holds an SAE, a hub id such as 'user/name', or a release and "
+            "its SAE, such as ('gpt2-small-res-jb', 'blocks.8.hook_resid_pre')"
+        )
+    folder = "/".join([*parts[2:], *([below] if below else [])])
+    check_inside(folder, hub_id)
+    return "/".join(parts[:2]), folder
+
+
+def check_inside(path: str, where: str) -> None:
+    """Complain about a path that leaves the folder it is given for."""
+    parts = PurePosixPath(path).parts
+    if ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path or "\0" in path:
+        raise FormatError(f"{path!r} leads out of {where}, which is not followed")
+
+
+def inside(folder: Path, below: str) -> Path:
+    """A place in a folder.
+
+    Raises:
+        FormatError: it lies elsewhere, or does not exist.
+    """
+    check_inside(below, str(folder))
+    path = folder / below
+    if not path.exists():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+        raise FormatError(f"no {below!r} in {folder}; it holds {', '.join(found) or 'nothing'}")
+    return path
+
+
+def fetch(repository: str, path: str, revision: str | None = None) -> Path:
+    """A folder or a file of a repository, on disk.
+
+    Raises:
+        FormatError: the hub did not give it, saying what to do.
+    """
+    check_inside(path, repository)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FormatError(
+            f"no folder '{repository}', and huggingface_hub is not installed to look on the hub: pip install "
+            "huggingface_hub"
+        ) from error
+    is_file = PurePosixPath(path).suffix in (".pt", ".pth", ".npz", ".safetensors", ".gz", ".pkl", ".bin")
+    patterns = _file_patterns(path) if is_file else ["/".join(filter(None, [path, name])) for name in FILES]
+    try:
+        root = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise FormatError(_failed(repository, path, error)) from error
+    found = root.joinpath(*PurePosixPath(path).parts)
+    if not found.exists():
+        raise FormatError(
+            f"the repository {repository} holds no {path!r} with an SAE in it; see "
+            f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
+        )
+    return found
+
+
+def _file_patterns(path: str) -> list[str]:
+    """The file, and the configs that may stand beside it."""
+    parent = str(PurePosixPath(path).parent)
+    beside = [name if parent == "." else f"{parent}/{name}" for name in ("config.json", "cfg.json", "config.yaml")]
+    return [path, path.removesuffix(".pt") + "_cfg.json", *beside]
+
+
+def _failed(repository: str, path: str, error: Exception) -> str:
+    """What happened, and what to do."""
+    kind, what = type(error).__name__, f"{repository}/{path}".rstrip("/")
+    offline = ("LocalEntryNotFound", "OfflineMode", "ConnectionError", "ConnectError", "Timeout")
+    if any(word in kind for word in offline):
+        return (
+            f"no folder {what!r}, and the hub could not be asked ({kind}). Without a network, download it elsewhere "
+            f"(huggingface-cli download {repository} --local-dir FOLDER) and write sh.load('FOLDER/{path}')"
+        )
+    if "GatedRepo" in kind:
+        return f"{repository} asks for an agreement first: accept it at https://huggingface.co/{repository}, and log in"
+    if "RepositoryNotFound" in kind or "RevisionNotFound" in kind:
+        return f"no folder {what!r}, and the hub has no such repository or revision ({error})"
+    return f"no folder {what!r}, and the hub did not give it: {error}"
+
+
+def publish(folder: Path, repository: str, *, private: bool = False, message: str = "", **options: Any) -> str:
+    """Upload the files of a folder; the page that then shows them."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise FormatError("huggingface_hub is not installed: pip install huggingface_hub") from error
+    api = HfApi(**options)
+    api.create_repo(repository, private=private, exist_ok=True)
+    info = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message or "Upload an SAE")
+    return str(info)

@@ -1,0 +1,360 @@
+"""A dictionary times an activation: what SAEs and transcoders share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from saehooks import kernels
+from saehooks.activations import ACTIVATIONS, LatentDensity
+from saehooks.codes import Codes
+from saehooks.dictionaries import DICTIONARIES, Prepared
+from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
+from saehooks.kernels import Step, Support
+from saehooks.refinement import Refinement
+from saehooks.sae_config import SAEConfig
+from saehooks.storage import write_folder
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the block autocast is off on a device: an SAE computes in its own dtype, wherever it is called."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _in_own_dtype(method: Method) -> Method:
+    """A method of an SAE that runs with `autocast_off`."""
+
+    @wraps(method)
+    def called(self: SparseCoder, *args: Any, **kwargs: Any) -> Any:
+        with autocast_off(self.device):
+            return method(self, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+class SAEOutput(NamedTuple):
+    """What calling an SAE gives."""
+
+    recons: Tensor
+    """(*shape, d_in), the reconstruction."""
+    codes: Codes
+    """The sparse latent activations."""
+
+
+class Encoded(NamedTuple):
+    """The stages of encoding, for losses that need more than the codes."""
+
+    prepared: Prepared
+    support: Support
+    scores: Tensor
+    """(nnz,) scores of the selected latents, differentiable."""
+    candidates: Codes
+    """Codes of all that was selected: what training decodes, so that gradients reach what is not active too."""
+    codes: Codes
+    """Codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
+
+
+class SparseCoder(nn.Module):
+    """What an SAE and a transcoder share: activations of width d_in in, sparse codes, a reconstruction out."""
+
+    cfg: SAEConfig
+
+    def __init__(self, cfg: SAEConfig, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        for name, size in (("d_in", cfg.d_in), ("d_sae", cfg.d_sae)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        self.cfg = cfg
+        kinds = _known("dictionary", cfg.dictionary, DICTIONARIES), _known("activation", cfg.activation, ACTIVATIONS)
+        for_dictionary, for_activation, for_density, for_refinement = _route(
+            cfg.settings, *kinds, LatentDensity, Refinement
+        )
+        for_density["track_density"] = for_density.get("track_density", False) or kinds[1].tracks_density
+        # Parameters made under inference_mode could never be trained; a device in use as torch's default is the user's.
+        with torch.inference_mode(False), nullcontext() if device is None else torch.device(device):
+            self.dictionary = kinds[0](cfg.d_in, cfg.d_sae, dtype=dtype, **for_dictionary)
+            self.activation = kinds[1](cfg.d_sae, **for_activation)
+            self.density = LatentDensity(cfg.d_sae, **for_density)
+            self.refinement = Refinement(**for_refinement)
+            self.to(device=device, dtype=dtype)
+        self._finished = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the weights say something already (loaded, trained, or set from data): training then goes on from
+        them and never sets them from data again. Set it where you filled the parameters yourself in other ways than
+        in place."""
+        return self._finished or any(p._version for p in self.parameters())
+
+    @finished.setter
+    def finished(self, value: bool) -> None:
+        self._finished = value
+
+    # ------------------------------------------------------------------- use
+
+    def encode(self, x: Tensor, *, step: Step | None = None) -> Codes:
+        """Codes of activations (*shape, d_in); differentiable in x and in the parameters.
+
+        Args:
+            x: (*shape, d_in), floating; computed in the dtype of the SAE.
+            step: what the kernels know beside the tensors, such as a `Capacity`; None: exact sizes, by device.
+        Raises:
+            WidthError: the last axis is not d_in.
+        """
+        return self.encode_stages(x, step=step).codes
+
+    @_in_own_dtype
+    def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
+        """Encode and keep what losses need on the way."""
+        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
+            raise WidthError(
+                f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
+            )
+        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        prepared = self.dictionary.prepare(flat)
+        step = step or kernels.DEFAULT
+        with torch.no_grad():
+            rule = self.activation.rule(flat.shape[0], self.density.mean)
+            silenced = self.density.silenced
+            selecting, rank = step if self.activation.takes_padding else step.exact(), self.activation.rank
+            if rank is None:
+                support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)
+            else:
+                support = self.dictionary.select_ranked(prepared, rule.k, rank, silenced)
+        scores = self.dictionary.scores(prepared, support, step=step)
+        if silenced is not None:
+            scores = scores.masked_fill(silenced[support.indices], 0.0)
+        values, active = self.activation.values(scores, support), self.activation.active(scores, support)
+        values = self.refinement(self.dictionary, flat, prepared, support, values, active, step=step)
+        codes = candidates = Codes(
+            support.indices,
+            values,
+            support.offsets,
+            tuple(x.shape[:-1]),
+            self.cfg.d_sae,
+            prepared.scale,
+            support.pattern(),
+            prepared.shift,
+        )
+        if active is not None:
+            codes = candidates.keep(active)
+        if self.training:
+            self.activation.observe(scores.detach(), support)
+            if self.density.tracked:
+                self.density.update(codes.counts(), flat.shape[0])
+        return Encoded(prepared, support, scores, candidates, codes)
+
+    def decode(self, codes: Codes, *, step: Step | None = None) -> Tensor:
+        """(*shape, d_out) reconstruction of codes.
+
+        Raises:
+            WidthError: codes over another number of latents.
+            LatentError: codes with a latent out of range.
+        """
+        return self._decode(codes, with_offset=True, step=step)
+
+    def decode_delta(self, codes: Codes) -> Tensor:
+        """(*shape, d_out) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
+        return self._decode(codes, with_offset=False)
+
+    @_in_own_dtype
+    def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
+        if codes.d_sae != self.cfg.d_sae:
+            raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
+        decoded = self.dictionary.decode(codes, with_offset, step=step or kernels.DEFAULT)
+        return decoded.reshape(*codes.shape, self.d_out)
+
+    def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
+        """Encode and decode activations (*shape, d_in)."""
+        stages = self.encode_stages(x, step=step)
+        return SAEOutput(self.decode(stages.candidates, step=step), stages.codes)
+
+    @torch.no_grad()
+    @_in_own_dtype
+    def initialise(self, x: Tensor) -> None:
+        """Set what is best set from data, before training, from a sample (rows, d_in); see `finished`."""
+        self.finished = True
+        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        self.dictionary.initialise(flat)
+        prepared = self.dictionary.prepare(flat)
+        self.activation.initialise(prepared.queries, lambda: self.dictionary.score_chunks(prepared))
+
+    @_in_own_dtype
+    def directions(self, latents: int | list[int] | Tensor) -> Tensor:
+        """(n, d_out) what one unit of each latent adds to a reconstruction of scale 1.
+
+        Raises:
+            LatentError: a latent outside ``0 .. d_sae - 1``.
+        """
+        wanted = torch.as_tensor(latents, device=self.device).reshape(-1)
+        if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
+            raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
+        return self.dictionary.directions(wanted)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; the SAE counts as `finished` from then on."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        self.finished = True
+        return found
+
+    def frozen(self) -> SparseCoder:
+        """The same SAE for use alone: in eval mode, its parameters without gradient.
+
+        It shares every tensor with this SAE, whose own mode and flags stay as they are: another thread may be training
+        it. Make a new one for each use; it does not see ``sae.to(...)``.
+        """
+        return _frozen(self)
+
+    # ----------------------------------------------------------- what it is
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.cfg.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.dictionary.d_out
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.cfg.d_sae
+
+    @property
+    def hook_name(self) -> str | None:
+        """The site it reads, if it knows."""
+        return self.cfg.metadata.get("hook_name")
+
+    @property
+    def hook_name_out(self) -> str | None:
+        """The site it writes: for an SAE the one that it reads."""
+        return self.hook_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the SAE computes in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``cfg.json`` and ``sae_weights.safetensors``; a crash at any moment leaves the old SAE or the new.
+
+        Args:
+            folder: made if missing; other files in it stay.
+            dtype: store the weights in fewer bits (float16 halves the file); loading casts back.
+        """
+        self.cfg.dtype = str(self.dtype)[6:]
+        tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in self.state_dict().items()}
+        write_folder(folder, self.cfg.to_dict(), tensors, in_order=True)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """Complain about tensors that do not fit.
+
+        Raises:
+            FormatError: tensors are missing, left over, or of another shape than the config says.
+        """
+        expected = self.state_dict()
+        wrong = sorted(set(expected) ^ set(shapes))
+        if wrong:
+            raise FormatError(f"{where}: tensors missing or left over: {', '.join(wrong)}")
+        for name, shape in shapes.items():
+            if tuple(shape) != tuple(expected[name].shape):
+                raise FormatError(
+                    f"{where}: {name} has shape {tuple(shape)}, the config (d_in={self.cfg.d_in}, "
+                    f"d_sae={self.cfg.d_sae}) says {tuple(expected[name].shape)}"
+                )
+
+    def adopt(self, tensors: Mapping[str, Tensor], where: str = "the given tensors") -> None:
+        """Take these tensors as parameters and buffers, in eval mode; those of our type and layout are not copied.
+
+        Raises:
+            FormatError: tensors are missing, left over, or of another shape than the config says.
+        """
+        self.check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+        state = self.state_dict()
+        self.load_state_dict({name: _laid_out(t, state[name]) for name, t in tensors.items()}, assign=True)
+        self.finished = True
+        self.eval()
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.cfg.settings.items())
+        sites = ("hook_name", "hook_name_out") if self.hook_name_out != self.hook_name else ("hook_name",)
+        site = "".join(f", {name}={getattr(self, name)!r}" for name in sites if getattr(self, name))
+        kind = f"{self.cfg.dictionary!r}, {self.cfg.activation!r}"
+        sizes = f"d_in={self.d_in}, d_sae={self.d_sae}"
+        return f"{type(self).__name__}({sizes}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the type and memory layout of a parameter, copied only where it has another."""
+    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+
+
+def _frozen(module: Any) -> Any:
+    """A module that shares its tensors with ``module``: in eval mode, with parameters that ask for no gradient."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(
+        module.__dict__,
+        training=False,
+        _parameters={name: None if p is None else p.detach() for name, p in module._parameters.items()},
+        _modules={name: None if one is None else _frozen(one) for name, one in module._modules.items()},
+    )
+    return twin
+
+
+def _known(what: str, name: str, registry: dict[str, type]) -> Any:
+    if name not in registry:
+        raise ConfigError(f"no {what} {name!r}; choose one of {', '.join(sorted(registry))}")
+    return registry[name]
+
+
+def settings_of(kind: type) -> set[str]:
+    """Names of the settings that a dictionary or an activation takes."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"dtype"}
+
+
+def _route(settings: dict[str, Any], *kinds: type) -> list[dict[str, Any]]:
+    """Split settings between those that take them; complain about one that none takes."""
+    parts = [{name: value for name, value in settings.items() if name in settings_of(kind)} for kind in kinds]
+    for kind, part in zip(kinds, parts, strict=True):
+        _check_settings(kind, part)
+    unknown = sorted(set(settings) - {name for part in parts for name in part})
+    if unknown:
+        known = sorted({name for kind in kinds for name in settings_of(kind)})
+        others = sorted(
+            name for name, kind in {**DICTIONARIES, **ACTIVATIONS}.items() if unknown[0] in settings_of(kind)
+        )
+        hint = f"; {unknown[0]} is a setting of {', '.join(others)}" if others else ""
+        raise ConfigError(f"unknown setting {', '.join(unknown)} for this SAE; it takes {', '.join(known)}{hint}")
+    return parts
+
+
+def _check_settings(kind: type, given: Mapping[str, Any]) -> None:
+    """Complain about a setting of another type than its default, before anything is computed from it."""
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    for name, value in given.items():
+        default = parameters[name].default
+        accepted = {bool: bool, int: Real, float: Real, str: str}.get(type(default))  # whole numbers check themselves
+        if accepted is not None and not isinstance(value, accepted):
+            raise ConfigError(f"{name}={value!r}: expected something like {default!r}")
