@@ -31,7 +31,7 @@ from saehooks.demo.open import open_model
 from saehooks.hosts import host
 from saehooks.metrics import token_nmse
 from saehooks.storage import read_safetensors
-from saehooks.streams import AFTER_FIRST, TokenBatches, harvest
+from saehooks.streams import TokenBatches, harvest
 from saehooks.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from saehooks.training.losses import LossConfig, default_loss
 from saehooks.training.trainer import TrainConfig, Trainer
@@ -273,7 +273,7 @@ def reference_ce(model, at: str, tokens: Tensor) -> dict[str, float]:
 
 
 def ce_of(model, sae: sh.SAE, at: str, tokens: Tensor) -> float:
-    with sh.splice(model, sae, at=at, where=AFTER_FIRST):
+    with sh.splice(model, sae, at=at, where=slice(1, None)):
         return cross_entropy(model, tokens)
 
 

@@ -19,7 +19,7 @@ from saehooks.trace import Trace
 from saehooks.training.fit import fit, train
 from saehooks.training.losses import LossConfig
 from saehooks.training.trainer import TrainConfig, Trainer
-from saehooks.where import last, not_special, positions
+from saehooks.where import everywhere, last, not_special, pooled, positions
 
 __all__ = [
     "SAE",
@@ -38,12 +38,14 @@ __all__ = [
     "causal",
     "clamp",
     "edits",
+    "everywhere",
     "fit",
     "harvest",
     "last",
     "load",
     "measure",
     "not_special",
+    "pooled",
     "positions",
     "rank_latents",
     "read",

@@ -114,6 +114,25 @@ class Codes:
         """The same support with other values, (nnz,)."""
         return replace(self, values=values)
 
+    def __mul__(self, factor: float | Tensor) -> Codes:
+        """Each value times a number, or times a tensor that broadcasts to the batch shape."""
+        if not isinstance(factor, Tensor):
+            return self.with_values(self.values * factor) if hasattr(factor, "__float__") else NotImplemented
+        try:
+            by_row = factor.to(self.values).expand(self.shape).reshape(-1)
+        except RuntimeError:
+            raise WidthError(
+                f"a factor of shape {tuple(factor.shape)} does not broadcast to the batch shape {tuple(self.shape)}"
+            ) from None
+        codes = self.trimmed()
+        return codes.with_values(codes.values * by_row[codes.rows])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Codes:
+        """Each value over a number, or over a tensor that broadcasts to the batch shape."""
+        return self * (1 / divisor)
+
     def keep(self, kept: Tensor) -> Codes:
         """Only some of the entries: ``kept`` (nnz,) bool; rows and their scale stay."""
         codes = self.trimmed()

@@ -42,8 +42,9 @@ class Context:
     """Name of the site, as in ``sh.sites(model)``."""
     tokens: Tensor | None
     """(batch, pos) int64 tokens of this forward, None for images and embeddings."""
-    positions: Tensor
-    """(pos,) int64, the absolute position of each column, also under a KV cache."""
+    positions: Tensor | None
+    """int64, the position of each column in its text, also under a KV cache: (pos,), or (batch, pos) in a padded batch
+    with -1 at padding; None where they cannot be known."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,6 +131,24 @@ def scale(factors: Mapping[int, Value]) -> Edit:
     return _edit("scale", chosen, function)
 
 
+def strongest(k: int) -> Edit:
+    """Keep the k strongest latents of each position, and set every other one to zero."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ConfigError(f"strongest(k) keeps k latents, at least 1; got {k!r}")
+
+    def function(codes: Codes) -> Codes:
+        codes = codes.trimmed()
+        rows = codes.rows
+        # By row, and in a row from the strongest: a stable sort keeps the lower latent first among equals.
+        order = codes.values.detach().sort(descending=True, stable=True).indices
+        order = order[rows[order].sort(stable=True).indices]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - codes.offsets[rows]
+        return codes.with_values(codes.values.masked_fill(rank >= k, 0.0))
+
+    return Edit(f"strongest({k})", (), lambda codes, context: function(codes))
+
+
 def compose(*edits: EditFunction) -> Edit:
     """Run edits one after the other, as one edit."""
     latents = tuple(dict.fromkeys(latent for edit in edits for latent in getattr(edit, "latents", ())))
@@ -146,10 +165,36 @@ def run(edits: Iterable[EditFunction], codes: Codes, context: Context | None = N
         if isinstance(edit, Edit):
             codes = edit(codes, context)
         else:
-            edited = edit(codes, context) if _takes_context(edit) else edit(codes)
+            copy = _copied(codes)
+            edited = edit(copy, context) if _takes_context(edit) else edit(copy)
+            if isinstance(edited, Codes):
+                edited = _as_before(edited, copy, codes)
             _check_edited(edit, edited, codes)
             codes = edited if edited.shift is codes.shift else replace(edited, shift=codes.shift)
     return codes
+
+
+def _copied(codes: Codes) -> Codes:
+    """A copy that an edit may write into."""
+    codes = codes.trimmed()
+    parts = {name: getattr(codes, name) for name in ("indices", "values", "offsets", "scale")}
+    return replace(codes, **{name: part.clone() for name, part in parts.items() if part is not None})
+
+
+def _as_before(edited: Codes, copy: Codes, codes: Codes) -> Codes:
+    """The edited codes, in which the parts of the copy that nobody wrote into are those of the original again."""
+    original = codes.trimmed()
+    names = [name for name in ("indices", "offsets", "scale") if getattr(edited, name) is getattr(copy, name)]
+    same = [name for name in names if _untouched(getattr(copy, name), getattr(original, name))]
+    return replace(edited, **{name: getattr(original, name) for name in same})
+
+
+def _untouched(part: Tensor | None, original: Tensor | None) -> bool:
+    """Whether nobody wrote into a clone of a tensor."""
+    if part is None or original is None:
+        return part is original
+    # A clone starts to count at 0; under inference mode nothing is counted.
+    return torch.equal(part, original) if part.is_inference() else part._version == 0
 
 
 def as_edits(edits: Any) -> tuple[EditFunction, ...]:

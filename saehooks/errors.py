@@ -9,6 +9,10 @@ class ConfigError(SaehooksError, ValueError):
     """A setting of an SAE, a trainer or a kernel that cannot work."""
 
 
+class UnknownKeywordError(ConfigError, TypeError):
+    """A keyword that a function does not have."""
+
+
 class SiteError(SaehooksError, ValueError):
     """A place in a model that does not exist, cannot carry an SAE, or was given twice."""
 

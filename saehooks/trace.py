@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from saehooks import metrics
 from saehooks.codes import Codes, Top
 from saehooks.errors import ConfigError, NeverFiredError
+from saehooks.hosts.sequences import Columns
 from saehooks.sae import SAE
+from saehooks.where import Where
 
 ROWS_SHOWN = 12
 """Tokens in a terminal repr."""
@@ -32,8 +34,8 @@ class Record:
     edited: Codes
     acts: Tensor
     """(batch, pos, d_in), the model's own tensor, detached and not copied."""
-    tokens: Tensor | None
-    start: int
+    columns: Columns
+    where: Where
     mask: Tensor | None
     tokenizer: Any
     grads: bool
@@ -121,38 +123,46 @@ class Forward:
 
     @property
     def nmse(self) -> float:
-        """Squared error over squared norm, of all positions; 0 is best."""
+        """Squared error over squared norm, of the positions where the attachment acts; 0 is best."""
         recons = self.recons
-        return metrics.nmse(self.acts.to(recons), recons)
+        acts = self.acts.to(recons)
+        if self.mask is not None:
+            acts, recons = acts[self.mask.to(acts.device)], recons[self.mask.to(acts.device)]
+        return metrics.nmse(acts, recons)
 
     @property
     def tokens(self) -> Tensor | None:
         """(batch, pos) int64, None for images and embeddings."""
-        return self._record.tokens
+        return self._record.columns.tokens
 
     @property
-    def start(self) -> int:
-        """Absolute position of the first column: not 0 under a KV cache."""
-        return self._record.start
+    def start(self) -> int | None:
+        """Absolute column of the first one: not 0 under a KV cache; None where it cannot be known."""
+        return self._record.columns.start
 
     @property
     def mask(self) -> Tensor | None:
-        """(batch, pos) bool, where the attachment acted; None for everywhere."""
+        """(batch, pos) bool, where the attachment acted; None for everywhere. Padding is always False."""
         return self._record.mask
 
     def token_strings(self, row: int = 0) -> list[str]:
         """The tokens of one row as text; their positions where there are none."""
         record = self._record
-        if record.tokens is None:
-            return [str(record.start + i) for i in range(record.codes.shape[1])]
-        ids = record.tokens[row].tolist()
+        tokens = record.columns.tokens
+        if tokens is None:
+            return [str((record.columns.start or 0) + i) for i in range(record.codes.shape[1])]
+        ids = tokens[row].tolist()
         return [str(i) if record.tokenizer is None else record.tokenizer.decode([i]) for i in ids]
 
     def __repr__(self) -> str:
         codes = self.codes
-        mean = float(codes.sizes.double().mean()) if codes.sizes.numel() else 0.0
+        sizes = codes.support_size if self.mask is None else codes.support_size[self.mask]
+        mean = float(sizes.double().mean()) if sizes.numel() else 0.0
         batch, pos = codes.shape
-        head = f"{type(self).__name__}('{self.site}', batch={batch}, pos={pos}, d_sae={codes.d_sae}, l0={mean:.1f})"
+        head = (
+            f"{type(self).__name__}('{self.site}', batch={batch}, pos={pos}, d_sae={codes.d_sae}, l0={mean:.1f}, "
+            f"where={self._record.where!r})"
+        )
         return head + (_table(self) if batch and pos else "")
 
     def _repr_html_(self) -> str:
@@ -193,6 +203,13 @@ class Trace(Forward):
         if not self.keep_all:
             self._records.clear()
         self._records.append(record)
+
+    def run_again(self, columns: Columns, edited: Codes) -> None:
+        """A recorded forward ran again to compute gradients: they reach these values where its own had no graph."""
+        for i, record in enumerate(self._records):
+            same = record.columns.text is columns.text and record.columns.number == columns.number
+            if same and not record.edited.values.requires_grad:
+                self._records[i] = replace(record, edited=edited)
 
     @property
     def site(self) -> str:
@@ -267,7 +284,7 @@ def _table(forward: Forward) -> str:
     for i, token in enumerate(forward.token_strings()[:ROWS_SHOWN]):
         pairs = zip(top.latents[0, i].tolist(), top.values[0, i].tolist(), strict=True)
         strongest = "  ".join(f"{latent} ({value:.3g})" for latent, value in pairs if latent >= 0)
-        lines.append(f"  {forward.start + i:>5}  {repr(token)[1:-1][:14]:<14} {sizes[i]:>7}  {strongest}")
+        lines.append(f"  {(forward.start or 0) + i:>5}  {repr(token)[1:-1][:14]:<14} {sizes[i]:>7}  {strongest}")
     if len(sizes) > ROWS_SHOWN:
         lines.append(f"  {'...':>5}  {len(sizes) - ROWS_SHOWN} more")
     return "\n".join(lines)

@@ -1,25 +1,28 @@
-"""Where an attachment acts: position masks, absolute also while generating with a KV cache.
+"""Where an attachment acts: positions of each text, the same for every way of calling a model.
 
 ``where=`` takes
 
-- ``sh.last``, ``sh.positions([0, 3])``, ``sh.positions(slice(1, None))``, ``sh.not_special(tokenizer)``,
-  and ``a & b``, ``a | b``, ``~a`` of them;
+- ``sh.last``, ``sh.pooled``, ``sh.everywhere``, ``sh.positions([0, 3])``, ``sh.positions(slice(1, None))``,
+  ``sh.not_special(tokenizer)``, and ``a & b``, ``a | b``, ``~a`` of them;
 - an int, a list of ints or a slice, as ``sh.positions`` takes them;
-- a boolean mask of shape (pos,) or (batch, pos);
+- a boolean mask of shape (pos,) or (batch, pos), by columns;
 - a function ``(tokens, codes) -> mask``.
 
-The *prompt* is the first forward of a sequence. A forward belongs to the sequence before it when it
-continues its KV cache, or when, without a cache, its tokens are those of the forward before it and one
-more column. Negative positions and ``sh.last`` count from the end of the prompt, so that a generation
-edits the same places with and without the cache. For images, position 0 is the CLS token. Positions are
-columns: in a batch padded on the left, position 0 of a short text is padding.
+Left out, an attachment acts where its SAE was trained.
+
+Positions count the real tokens of each text: padding has none, and nothing ever acts on it. Negative ones and
+``sh.last`` count from the end of the *prompt*: what ``generate`` was given, else the forward itself; a forward of
+several columns that continues a cache is a new turn, with a prompt of its own. For pictures, position 0 is the CLS
+token.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -27,53 +30,109 @@ from torch import Tensor
 
 from saehooks.codes import Codes
 from saehooks.errors import WhereError
-from saehooks.hosts.base import ForwardCall
+from saehooks.hosts.sequences import Columns
+from saehooks.sae import SAE
 
 
 @dataclass(frozen=True, eq=False)
 class View:
     """What a mask is made from: one forward, as one site sees it."""
 
+    columns: Columns
+    """Which positions of which texts they are."""
     codes: Codes
     """Codes of shape (batch, pos)."""
-    tokens: Tensor | None
-    """(batch, pos) int64, None where they are not known."""
-    start: int
-    """Absolute position of the first column: the length of the KV cache."""
-    prompt: int
-    """Length of the prompt: one more than the last absolute position of the sequence's first forward."""
-    last: int | Tensor
-    """The prompt's last position; (batch, 1) int64 where an attention mask told rows of different lengths."""
     tokenizer: Any = None
     """The model's own tokenizer, where it has one."""
 
     @property
-    def positions(self) -> Tensor:
-        """(pos,) int64, the absolute position of each column."""
-        return torch.arange(self.start, self.start + self.codes.shape[1], device=self.codes.indices.device)
+    def tokens(self) -> Tensor | None:
+        """(batch, pos) int64, None where they are not known."""
+        return self.columns.tokens
 
 
 class Where:
     """A rule that makes a mask, (pos,) or (batch, pos), for each forward."""
 
-    reach = -1
-    """The largest absolute position that is asked for by number: an error on leaving if it never came."""
+    asked: tuple[int, ...] = ()
+    """The positions that are asked for by number, negative ones from the end of the prompt: an error on leaving the
+    block if one of them never came."""
 
-    def mask(self, view: View) -> Tensor:
-        """Bool mask, (pos,) or (batch, pos)."""
+    def mask(self, view: View) -> Tensor | None:
+        """Bool mask, (pos,) or (batch, pos); None for everywhere. What it says of padding does not matter."""
         raise TypeError(f"{type(self).__name__} does not say where")
 
     def __and__(self, other: Any) -> Where:
         return Both(self, as_where(other))
 
     def __or__(self, other: Any) -> Where:
-        return ~(~self & ~as_where(other))
+        return Either(self, as_where(other))
 
     def __invert__(self) -> Where:
         return Not(self)
 
 
-@dataclass(frozen=True, eq=False)
+class Everywhere(Where):
+    """All positions of every text; never padding."""
+
+    def mask(self, view: View) -> Tensor | None:
+        return None
+
+    def __repr__(self) -> str:
+        return "sh.everywhere"
+
+
+everywhere = Everywhere()
+"""All positions of every text, the first included; never padding."""
+
+
+class PastFirst(Where):
+    """All but the first position of each text: an attention sink, whose norm can be a hundred times that of the others.
+    Of pictures nothing is left out."""
+
+    def mask(self, view: View) -> Tensor | None:
+        return None if view.columns.text.pictured else view.columns.place != 0
+
+    def __repr__(self) -> str:
+        return "all but the first"
+
+
+past_first = PastFirst()
+"""Where SAEs are trained unless something else is said."""
+
+
+class Last(Where):
+    """The last position of a text; while generating, the prompt's last and every one after it."""
+
+    def mask(self, view: View) -> Tensor:
+        return view.columns.place >= view.columns.length - 1
+
+    def __repr__(self) -> str:
+        return "sh.last"
+
+
+last = Last()
+"""The last position of each text, which in a CLIP's text tower is the end of the text.
+
+While generating: the position from which each new token is predicted, thus the prompt's last and all after it.
+"""
+
+
+class Pooled(Where):
+    """The position that the output of a CLIP's tower is read from."""
+
+    def mask(self, view: View) -> Tensor:
+        return view.columns.pooled()
+
+    def __repr__(self) -> str:
+        return "sh.pooled"
+
+
+pooled = Pooled()
+"""The position that the output of a CLIP's tower is read from: CLS of a picture, the end of a text."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Both(Where):
     """Where two rules both hold."""
 
@@ -81,98 +140,135 @@ class Both(Where):
     other: Where
 
     @property
-    def reach(self) -> int:  # type: ignore[override]
-        return max(self.one.reach, self.other.reach)
+    def asked(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.one.asked + self.other.asked
 
-    def mask(self, view: View) -> Tensor:
-        return self.one.mask(view) & self.other.mask(view)
+    def mask(self, view: View) -> Tensor | None:
+        one, other = self.one.mask(view), self.other.mask(view)
+        return other if one is None else one if other is None else one & other
+
+    def __repr__(self) -> str:
+        return f"({self.one!r} & {self.other!r})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
+class Either(Where):
+    """Where one of two rules holds, or both."""
+
+    one: Where
+    other: Where
+
+    @property
+    def asked(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.one.asked + self.other.asked
+
+    def mask(self, view: View) -> Tensor | None:
+        one, other = self.one.mask(view), self.other.mask(view)
+        return None if one is None or other is None else one | other
+
+    def __repr__(self) -> str:
+        return f"({self.one!r} | {self.other!r})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Not(Where):
-    """Where a rule does not hold."""
+    """Where a rule does not hold; a position that it excludes need not come."""
 
     rule: Where
 
-    @property
-    def reach(self) -> int:  # type: ignore[override]
-        return self.rule.reach
-
     def mask(self, view: View) -> Tensor:
-        return ~self.rule.mask(view)
-
-
-class Last(Where):
-    """The last position of a forward; while generating, the prompt's last and every one after it."""
-
-    def mask(self, view: View) -> Tensor:
-        positions = view.positions
-        return (positions == view.last) | (positions >= view.prompt)
+        found = self.rule.mask(view)
+        if found is None:
+            return torch.zeros(view.codes.shape[-1], dtype=torch.bool, device=view.codes.indices.device)
+        return ~found
 
     def __repr__(self) -> str:
-        return "sh.last"
+        return f"~{self.rule!r}"
 
 
-last = Last()
-"""The last position of a forward (the last that is not padding, where the model was given an attention mask).
-
-While generating: the position from which each new token is predicted, thus the prompt's last and all after it.
-"""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Positions(Where):
     """Positions listed one by one, negative ones from the end of the prompt."""
 
     listed: tuple[int, ...]
 
     @property
-    def reach(self) -> int:  # type: ignore[override]
-        return max(self.listed, default=-1)
+    def asked(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.listed
 
     def mask(self, view: View) -> Tensor:
-        low = min(self.listed, default=0)
-        if low < -view.prompt:
-            raise WhereError(f"position {low} is before the first: this forward has {view.prompt} positions")
-        places = [p + view.prompt if p < 0 else p for p in self.listed]
-        return torch.isin(view.positions, torch.tensor(places, dtype=torch.int64, device=view.positions.device))
+        place, length = view.columns.place, view.columns.length
+        found = [place == (p if p >= 0 else length + p) for p in self.listed]
+        return reduce(torch.logical_or, found) if found else torch.zeros_like(place, dtype=torch.bool)
+
+    def __repr__(self) -> str:
+        return f"sh.positions({list(self.listed)})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Span(Where):
     """A slice of positions, negative ends from the end of the prompt; an open end takes in generated positions."""
 
     span: slice
 
+    @property
+    def asked(self) -> tuple[int, ...]:  # type: ignore[override]
+        begin = self.span.start
+        return (begin,) if begin is not None and begin > 0 else ()
+
     def mask(self, view: View) -> Tensor:
-        begin, end = (e if e is None or e >= 0 else max(e + view.prompt, 0) for e in (self.span.start, self.span.stop))
-        positions, begin, step = view.positions, begin or 0, self.span.step or 1
-        inside = (positions >= begin) & ((positions - begin) % step == 0)
-        return inside if end is None else inside & (positions < end)
+        place = view.columns.place
+        begin, step = self._end(self.span.start, view) or 0, self.span.step or 1
+        inside = place >= begin
+        if step != 1:
+            inside = inside & ((place - begin) % step == 0)
+        end = self._end(self.span.stop, view)
+        return inside if end is None else inside & (place < end)
+
+    @staticmethod
+    def _end(end: int | None, view: View) -> Any:
+        if end is None or end >= 0:
+            return end
+        counted = view.columns.length + end
+        return counted.clamp(min=0) if isinstance(counted, Tensor) else max(counted, 0)
 
     def __repr__(self) -> str:
         ends = [self.span.start, self.span.stop, *([] if self.span.step is None else [self.span.step])]
-        return f"positions [{':'.join('' if end is None else str(end) for end in ends)}]"
+        return f"sh.positions(slice({', '.join(map(str, ends))}))"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Mask(Where):
-    """A given mask over the prompt, (pos,) or (batch, pos); positions generated after it are left alone."""
+    """A given mask over the prompt's columns, (pos,) or (batch, pos); positions generated after it are left alone."""
 
     given: Tensor
 
     def mask(self, view: View) -> Tensor:
-        batch, columns = view.codes.shape[0], view.positions
-        given = self.given.to(columns.device)
-        if given.shape[-1] != view.prompt or (given.dim() == 2 and given.shape[0] != batch):
+        columns, device = view.columns, view.codes.indices.device
+        (batch, pos), text = view.codes.shape, view.columns.text
+        if columns.start is None or text.prompt is None:
+            begin, prompt = 0, pos  # nothing is known of what comes before: the columns of this forward
+        else:
+            begin, prompt = columns.start, text.prompt
+        given = self.given.to(device)
+        if given.shape[-1] != prompt and given.shape[-1] == prompt - text.turn:
+            begin, prompt = begin - text.turn, prompt - text.turn
+        rows = given.shape[0] if given.dim() == 2 else 1
+        if given.shape[-1] != prompt or batch % rows or (rows not in (1, batch) and text.generation is None):
             raise WhereError(
-                f"where has shape {tuple(given.shape)}; expected ({view.prompt},) or ({batch}, {view.prompt}), "
+                f"where has shape {tuple(given.shape)}; expected ({prompt},) or ({batch}, {prompt}), "
                 "one column for each position of the forward; a function or a slice fits any length"
             )
-        return given[..., columns.clamp(max=view.prompt - 1)] & (columns < view.prompt)
+        if given.dim() == 2:
+            given = given.repeat_interleave(batch // rows, 0)
+        at = torch.arange(begin, begin + pos, device=device)
+        return given[..., at.clamp(max=prompt - 1)] & (at < prompt)
+
+    def __repr__(self) -> str:
+        return f"a mask of shape {tuple(self.given.shape)}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NotSpecial(Where):
     """Everywhere but on special tokens."""
 
@@ -181,19 +277,28 @@ class NotSpecial(Where):
     def mask(self, view: View) -> Tensor:
         if view.tokens is None:
             raise WhereError("not_special needs tokens, and this forward has none (images, or a call with embeddings)")
-        source = self.source if self.source is not None else view.tokenizer
+        source = self._tokenizer if self.source is not None else view.tokenizer
         if source is None:
             raise WhereError("this model carries no tokenizer: write sh.not_special(tokenizer)")
-        if not hasattr(source, "all_special_ids"):
-            source = getattr(source, "tokenizer", source)  # open_clip wraps the tokenizers of transformers
         ids, tokens = getattr(source, "all_special_ids", source), view.tokens
         ordinary = ~torch.isin(tokens, torch.tensor(list(ids), dtype=tokens.dtype, device=tokens.device))
         if hasattr(source, "eot_token_id"):  # CLIP pads with an ordinary token after the end of the text
             ordinary &= (tokens == source.eot_token_id).cumsum(-1) == 0
         return ordinary
 
+    @property
+    def _tokenizer(self) -> Any:
+        if hasattr(self.source, "all_special_ids"):
+            return self.source
+        return getattr(self.source, "tokenizer", self.source)  # open_clip wraps the tokenizers of transformers
 
-@dataclass(frozen=True, eq=False)
+    def __repr__(self) -> str:
+        if self.source is None:
+            return "sh.not_special()"
+        return f"sh.not_special({sorted(int(i) for i in getattr(self._tokenizer, 'all_special_ids', self._tokenizer))})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule(Where):
     """A function of the user's own: ``(tokens, codes) -> mask``."""
 
@@ -209,16 +314,25 @@ class Rule(Where):
             f"the where-function returned {what}; expected torch.bool of shape {expected} or {expected[-1:]}{unknown}"
         )
 
+    def __repr__(self) -> str:
+        return f"the function {getattr(self.function, '__name__', type(self.function).__name__)}"
+
+
+# ------------------------------------------------------------- what users write
+
 
 def positions(listed: int | Iterable[int] | slice) -> Where:
-    """Absolute positions: ``positions([0, 3])``, ``positions(slice(1, None))``, ``positions(-1)``.
+    """Positions of each text: ``positions([0, 3])``, ``positions(slice(1, None))``, ``positions(-1)``.
 
     Negative ones count from the end of the prompt, and an open slice takes in generated positions.
     """
     if isinstance(listed, slice):
         if listed.step is not None and listed.step < 1:
             raise WhereError(f"the step of {listed} must be positive")
-        return Span(listed)
+        ends = (listed.start, listed.stop, listed.step)
+        if not all(end is None or hasattr(end, "__index__") for end in ends):
+            raise WhereError(f"the ends of a slice must be whole numbers; got {listed!r}")
+        return Span(slice(*(None if end is None else end.__index__() for end in ends)))
     if hasattr(listed, "__index__"):
         listed = [listed]  # type: ignore[list-item]
     try:
@@ -247,22 +361,27 @@ def as_where(where: Any) -> Where:
         raise WhereError(
             f"where={where!r} is a text; write where=sh.last, positions as in [1, 2], a slice, a mask or a function"
         )
+    if isinstance(where, bool):
+        raise WhereError(f"where={where}: write sh.everywhere for all positions, or leave the block out for none")
+    if where is None:
+        raise WhereError("where=None is no rule: leave it out, or write sh.everywhere for all positions")
     if callable(where):
         return _rule(where)
     if hasattr(where, "__array__") or _all_bools(where):
         where = torch.as_tensor(where)
-    if isinstance(where, Tensor) and where.dtype == torch.bool:
+    if not isinstance(where, Tensor):
+        return positions(where)
+    if where.dtype == torch.bool:
         if where.dim() not in (1, 2):
             raise WhereError(f"where has shape {tuple(where.shape)}; expected (pos,) or (batch, pos)")
         return Mask(where)
-    if isinstance(where, Tensor):
-        if where.dim() > 1 or where.is_floating_point():
-            raise WhereError(
-                f"where is {where.dtype} of shape {tuple(where.shape)}; expected torch.bool of shape (pos,) or "
-                "(batch, pos): write mask.bool()"
-            )
-        where = where.reshape(-1).tolist()
-    return positions(where)
+    looks_like_mask = where.dim() == 1 and where.numel() > 2 and bool(((where == 0) | (where == 1)).all())
+    if where.dim() > 1 or where.is_floating_point() or looks_like_mask:
+        raise WhereError(
+            f"where is {where.dtype} of shape {tuple(where.shape)}{', all 0 and 1' if looks_like_mask else ''}; "
+            "expected torch.bool of shape (pos,) or (batch, pos): write mask.bool(), or positions as a list"
+        )
+    return positions(where.reshape(-1).tolist())
 
 
 def _rule(function: Callable[..., Any]) -> Rule:
@@ -279,58 +398,140 @@ def _all_bools(where: Any) -> bool:
     return isinstance(where, (list, tuple)) and len(where) > 0 and all(isinstance(w, bool) for w in where)
 
 
-# ----------------------------------------------------------- following forwards
+# ------------------------------------------------------------- where it was left out
 
 
-class Cursor:
-    """Follows the forwards of one block: absolute positions, and where each sequence's prompt ended."""
+@dataclass(frozen=True, eq=False, repr=False)
+class LeftOut(Where):
+    """A rule that nobody wrote: positions that it names need not come."""
 
-    def __init__(self) -> None:
-        self.call = ForwardCall(None)
-        self.calls = 0
-        self.highest = -1
-        self._prompt: int | None = None  # known at the first site of a sequence's first forward
-        self._last: int | Tensor = -1
-        self._end = 0
+    rule: Where
 
-    def begin(self, call: ForwardCall) -> None:
-        """Take note of a forward that begins."""
-        if not self._continues(call):
-            self._prompt = None
-        self.call, self.calls = call, self.calls + 1
+    def mask(self, view: View) -> Tensor | None:
+        return self.rule.mask(view)
 
-    def look(self, codes: Codes, tokenizer: Any = None) -> View:
-        """The forward under way, as a site with these codes sees it."""
-        tokens, start = self.call.tokens, self.call.start
-        self._end = start + codes.shape[1]
-        self.highest = max(self.highest, self._end - 1)
-        if self._prompt is None:
-            self._prompt, self._last = self._end, self._last_real()
-        if tokens is not None and tuple(tokens.shape) != codes.shape:
-            tokens = None
-        last = self._last.to(codes.indices.device) if isinstance(self._last, Tensor) else self._last
-        return View(codes, tokens, start, self._prompt, last, tokenizer)
-
-    def _last_real(self) -> int | Tensor:
-        """The prompt's last position, of each row where an attention mask says so."""
-        mask = self.call.attention_mask
-        if mask is None or mask.shape[-1] != self._end:
-            return self._end - 1
-        positions = torch.arange(self._end, device=mask.device)
-        return torch.where(mask.bool(), positions, 0).amax(-1, keepdim=True)
-
-    def _continues(self, call: ForwardCall) -> bool:
-        """Whether a forward goes on with the sequence of the one before it."""
-        if call.start:
-            return call.start == self._end
-        before, now = self.call.tokens, call.tokens
-        if self.call.start or before is None or now is None or now.shape[1] != before.shape[1] + 1:
-            return False
-        return now.device == before.device and torch.equal(now[:, :-1], before)
+    def __repr__(self) -> str:
+        return repr(self.rule)
 
 
-def full_mask(where: Where | None, view: View) -> Tensor | None:
-    """The mask of a forward, bool of the codes' batch shape; None for everywhere."""
-    if where is None:
+def where_of(sae: SAE, where: Any = None, *, training: bool = False) -> Where:
+    """The rule of an SAE: what was asked for; left out (None), where the SAE was trained, as its metadata say.
+
+    Args:
+        training: what does not say is trained on all but the first position, and otherwise acts everywhere.
+    Raises: WhereError for anything that is no rule.
+    """
+    if where is not None:
+        return as_where(where)
+    said = (sae.cfg.metadata.get("training") or {}).get("positions")
+    known = parse(said) if isinstance(said, str) else None
+    return LeftOut(known or (past_first if training else everywhere))
+
+
+_NAMES = {"everywhere": everywhere, "last": last, "pooled": pooled}
+
+
+def parse(text: str) -> Where | None:
+    """The rule that a repr, or the metadata of an SAE, tells; None where it tells none (a mask, a function).
+
+    >>> parse("sh.positions([0, 3]) & ~sh.last"), parse("all but the first"), parse("a mask of shape (4,)")
+    ((sh.positions([0, 3]) & ~sh.last), all but the first, None)
+    """
+    named = {"all but the first": past_first, "all": everywhere}.get(text)
+    if named is not None:
+        return named
+    older = text.replace("positions [", "sh.positions(slice[") if text.startswith("positions [") else text
+    try:
+        return _evaluate(ast.parse(older, mode="eval").body)
+    except (SyntaxError, ValueError, WhereError):
         return None
-    return where.mask(view).to(view.codes.indices.device).expand(view.codes.shape)
+
+
+def _evaluate(node: ast.AST) -> Where:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+        one, other = _evaluate(node.left), _evaluate(node.right)
+        return one & other if isinstance(node.op, ast.BitAnd) else one | other
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return ~_evaluate(node.operand)
+    call = node if isinstance(node, ast.Call) else None
+    name = node.func if call is not None else node
+    if not (isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name) and name.value.id == "sh"):
+        raise ValueError("no rule")
+    if call is None and name.attr in _NAMES:
+        return _NAMES[name.attr]
+    if call is not None and name.attr in ("positions", "not_special") and len(call.args) <= 1:
+        given = [_literal(one) for one in call.args]
+        return not_special(*given) if name.attr == "not_special" else positions(*given)
+    raise ValueError("no rule")
+
+
+def _literal(node: ast.AST) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "slice":
+        return slice(*(ast.literal_eval(one) for one in node.args))
+    return ast.literal_eval(node)
+
+
+# ------------------------------------------------------- over all of a block's forwards
+
+
+def full_mask(where: Where, view: View) -> Tensor | None:
+    """The mask of a forward, bool of the codes' batch shape, False at padding; None for everywhere."""
+    mask, device = where.mask(view), view.codes.indices.device
+    real = view.columns.real
+    if mask is None:
+        return real
+    mask = mask.to(device).expand(view.codes.shape)
+    return mask if real is None else mask & real
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Judged(Where):
+    """A rule in a block that is one of several: whether its positions came is asked of ``came``, after all of them."""
+
+    rule: Where
+    came: Came
+
+    def mask(self, view: View) -> Tensor | None:
+        self.came.add(view.columns)
+        return self.rule.mask(view)
+
+    def __repr__(self) -> str:
+        return repr(self.rule)
+
+
+class Came:
+    """Which of the positions that a rule asks for came, over all forwards past one site."""
+
+    def __init__(self, where: Where):
+        self._asked = tuple(dict.fromkeys(where.asked))
+        self._came: set[int] = set()
+        self._end = 0
+        self._told: Tensor | None = None  # the same, as padded batches told it: not waited for before the end
+
+    def add(self, columns: Columns) -> None:
+        """Take note of one forward."""
+        if len(self._came) == len(self._asked):
+            return
+        place, length = columns.place, columns.length
+        if isinstance(length, int) and place.dim() == 1:
+            begin, end = columns.start or 0, (columns.start or 0) + columns.shape[1]
+            self._came |= {p for p in self._asked if begin <= (p if p >= 0 else length + p) < end}
+            self._end = max(self._end, end)
+            return
+        real = place >= 0
+        came = [((place == (p if p >= 0 else length + p)) & real).any() for p in self._asked]
+        told = torch.stack([*came, place.max() + 1])
+        self._told = told if self._told is None else torch.maximum(self._told, told.to(self._told.device))
+
+    def check(self, site: str) -> None:
+        """Raise WhereError if a position that was asked for never came."""
+        if self._told is not None:
+            *came, end = self._told.tolist()
+            self._came |= {p for p, it_did in zip(self._asked, came, strict=True) if it_did}
+            self._end = max(self._end, end)
+        missing = [p for p in self._asked if p not in self._came]
+        if missing:
+            raise WhereError(
+                f"position {missing[0]} at '{site}' never came: the forwards of this block had positions "
+                f"0 to {self._end - 1}"
+            )

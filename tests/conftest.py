@@ -115,6 +115,25 @@ def tinyclip():
 
 
 @pytest.fixture
+def watched():
+    """``with watched(model, *sites) as seen:`` lists what is known of the positions of each forward at each site."""
+    from contextlib import contextmanager
+
+    from saehooks.hosts import host
+    from saehooks.hosts.sequences import SequenceWatch
+
+    @contextmanager
+    def watching(model, *names):
+        source, seen = host(model), []
+        watch = SequenceWatch(source)
+        sites = [source.site(name) for name in names]
+        with watch.watching((site, lambda acts, site=site: seen.append(watch.look(site, acts))) for site in sites):
+            yield seen
+
+    return watching
+
+
+@pytest.fixture
 def hooks_of():
     """A function that lists every hook of every module of a model, in order: equal lists are the same hooks."""
 

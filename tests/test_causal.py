@@ -10,6 +10,7 @@ import saehooks as sh
 from saehooks import causal
 from saehooks.causal.ranking import spearman
 from saehooks.errors import ConfigError, LatentError, NeverFiredError, NotFiniteError, SiteError
+from saehooks.where import everywhere
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -36,7 +37,7 @@ def linear_model():
 def small_sae(d_in, d_sae=24, seed=0, **settings):
     torch.manual_seed(seed)
     sae = sh.SAE(d_in=d_in, d_sae=d_sae, **settings)
-    sae.cfg.metadata["hook_name"] = SITE
+    sae.cfg.metadata |= {"hook_name": SITE, "training": {"positions": "all but the first"}}
     return sae.eval()
 
 
@@ -241,12 +242,12 @@ def test_order_of_the_ranking(linear_model):
 
 
 def test_position_0_is_left_out_by_default(tiny_bridge, tokens):
-    """An attention sink is not ablated unless ``where=None`` asks for it."""
+    """An attention sink is not ablated unless ``everywhere`` asks for it."""
     sae = small_sae(32)
-    default, everywhere = (
-        causal.rank_latents(tiny_bridge, sae, tokens, last_logit, **options) for options in ({}, {"where": None})
+    default, all_of_them = (
+        causal.rank_latents(tiny_bridge, sae, tokens, last_logit, **options) for options in ({}, {"where": everywhere})
     )
-    assert int(default.tokens.sum()) < int(everywhere.tokens.sum())
+    assert int(default.tokens.sum()) < int(all_of_them.tokens.sum())
 
 
 def test_prompts_of_different_lengths(tiny_hf_bridge):
@@ -409,7 +410,7 @@ def test_edges_by_hand(linear_model):
     tokens = torch.randint(0, 6, (4, 3), generator=torch.Generator().manual_seed(0))
     metric = lambda logits: logits[:, :, 1].sum(-1)  # noqa: E731
     saes = {"embed": early, "first": late}
-    found = causal.latent_graph(linear_model, saes, tokens, metric, where=None, n_sources=6, n_targets=6)
+    found = causal.latent_graph(linear_model, saes, tokens, metric, where=everywhere, n_sources=6, n_targets=6)
     with torch.no_grad():
         x = linear_model.embed(tokens)
         y = linear_model.first(x)

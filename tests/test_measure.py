@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from saehooks.attachments import read, splice
-from saehooks.errors import ConfigError, NeverFiredError, SiteError, WidthError
+from saehooks.errors import ConfigError, NeverFiredError, SiteError, WhereError, WidthError
 from saehooks.evaluation import Live, measure
 from saehooks.evaluation.language import LanguageModelComparison
 from saehooks.sae import SAE
-from saehooks.where import positions
+from saehooks.where import everywhere, positions
 
 LM_SITE = "blocks.1.hook_resid_post"
 CLIP_SITE = "visual.blocks.1.hook_resid_post"
@@ -89,7 +89,7 @@ def test_a_perfect_sae_loses_nothing(tiny_bridge, tokens):
     assert figures["ce_recovered"] == pytest.approx(1, abs=1e-3)
     assert figures["kl"] == pytest.approx(0, abs=1e-5)
     assert figures["nmse"] == pytest.approx(0, abs=1e-10)
-    assert figures["n_tokens"] == 3 * 8
+    assert figures["n_tokens"] == 3 * 9
     assert figures["n_predictions"] == 3 * 8
 
 
@@ -109,7 +109,7 @@ def test_an_sae_of_zeros_recovers_nothing(tiny_bridge, tokens):
 def test_figures_agree_with_the_blocks_a_user_would_write(tiny_bridge, tokens):
     """CE clean and spliced are the model's own losses, with ``splice`` at every position but the first."""
     sae = rough_sae(32)
-    with measure(tiny_bridge, sae, LM_SITE) as live:
+    with measure(tiny_bridge, sae, LM_SITE, where=AFTER_FIRST) as live:
         tiny_bridge(tokens)
     with splice(tiny_bridge, sae, at=LM_SITE, where=AFTER_FIRST) as trace, torch.no_grad():
         spliced = tiny_bridge(tokens)
@@ -162,17 +162,17 @@ def test_padding_counts_for_nothing(tiny_hf, tokens):
     with measure(tiny_hf, sae, site) as with_padding:
         tiny_hf(padded, attention_mask=mask)
     assert with_padding.summary() == pytest.approx(alone.summary(), rel=1e-4)
-    assert alone.summary()["n_tokens"] == 4
+    assert alone.summary()["n_tokens"] == 5
 
 
 def test_where_chooses_what_is_spliced_and_zeroed(tiny_bridge, tokens):
-    """``where=None`` takes in position 0; a rule takes only what it says."""
+    """Left out, it is where the SAE was trained; ``everywhere`` takes in position 0; a rule takes what it says."""
     sae, counts = rough_sae(32), []
-    for where in (None, positions([2, 3]), "default"):
+    for where in (everywhere, positions([2, 3]), None):
         with measure(tiny_bridge, sae, LM_SITE, where=where) as live:
             tiny_bridge(tokens)
         counts.append(live.summary()["n_tokens"])
-    assert counts == [27, 6, 24]
+    assert counts == [27, 6, 27]
 
 
 def test_dropout_goes_on_as_without_the_block(tokens):
@@ -227,13 +227,13 @@ def test_summary_is_a_plain_dict_of_numbers(tiny_bridge, tokens):
 
 
 def test_it_prints_and_shows_itself(tiny_bridge, tokens):
-    """The repr names the site, the raw three beside the ratio, and that position 0 was left out."""
-    with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:
+    """The repr names the site, the raw three beside the ratio, and where it measured."""
+    with measure(tiny_bridge, rough_sae(32), LM_SITE, where=AFTER_FIRST) as live:
         assert "nothing yet" in repr(live)
         assert "nothing yet" in live._repr_html_()
         tiny_bridge(tokens)
     for text in (repr(live), live._repr_html_()):
-        for part in (LM_SITE, "position 0 left out", "zero-ablated", "CE recovered", "5/50/95%", "24"):
+        for part in (LM_SITE, "sh.positions(slice(1, None))", "zero-ablated", "CE recovered", "5/50/95%", "24"):
             assert part in text
 
 
@@ -291,13 +291,13 @@ def test_clip_accuracy_by_prompts_and_labels(tiny_clip, images):
 
 
 def test_clip_text_tower(tiny_clip):
-    """The text tower is measured by ``encode_text``, its position 0 left out."""
-    text = torch.randint(1, 60, (2, 8))
+    """The text tower is measured by ``encode_text``, up to the end of each text."""
+    text = torch.tensor([[60, 5, 6, 63, 0, 0, 0, 0], [60, 7, 8, 9, 10, 11, 63, 0]])
     with measure(tiny_clip, rough_sae(24), "text.blocks.0.hook_resid_post") as live:
         clean = tiny_clip.encode_text(text)
     assert torch.equal(clean, tiny_clip.encode_text(text))
     assert live.summary()["n_texts"] == 2
-    assert live.summary()["n_tokens"] == 2 * 7
+    assert live.summary()["n_tokens"] == 4 + 7
 
 
 def test_prompts_as_text_and_as_groups(tinyclip):
@@ -355,7 +355,7 @@ def test_generating_inside_the_block_is_refused(tiny_hf):
         (rough_sae(32), {"at": "blocks.1.resid_post"}, SiteError, "did you mean"),
         (rough_sae(16), {"at": LM_SITE}, WidthError, "d_in=16.*32 wide"),
         (rough_sae(32), {"at": LM_SITE, "prompts": ["a"]}, ConfigError, "CLIP"),
-        (rough_sae(32), {"at": LM_SITE, "where": "first"}, ConfigError, "where='first'"),
+        (rough_sae(32), {"at": LM_SITE, "where": "first"}, WhereError, "where='first'"),
     ],
 )
 def test_what_cannot_work_is_refused_on_entering(tiny_bridge, sae, options, error, message):

@@ -7,6 +7,7 @@ import saehooks as sh
 from saehooks.errors import ConfigError, NotFiniteError, SiteError, WidthError
 from saehooks.hosts import host
 from saehooks.streams import ShuffleBuffer, TokenBatches, harvest, read_text
+from saehooks.where import everywhere
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -24,7 +25,7 @@ def test_harvest_gives_the_rows_that_run_with_cache_gives(tiny_bridge):
     rows = list(harvest(tiny_bridge, [tokens], SITE))
     assert len(rows) == 1
     assert torch.equal(rows[0], cache[name][:, 1:].reshape(-1, 32))
-    assert torch.equal(next(harvest(tiny_bridge, [tokens], SITE, where=None)), cache[name].reshape(-1, 32))
+    assert torch.equal(next(harvest(tiny_bridge, [tokens], SITE, where=everywhere)), cache[name].reshape(-1, 32))
 
 
 def test_harvest_leaves_no_hook_between_batches(tiny_bridge):

@@ -13,11 +13,12 @@ from saehooks import kernels
 from saehooks.attachments.resolve import check_width
 from saehooks.codes import Codes
 from saehooks.edits import Context, EditFunction
-from saehooks.errors import NeverFiredError, WhereError
+from saehooks.errors import NeverFiredError
 from saehooks.hosts.base import Host, Site
+from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.sae import SAE
 from saehooks.trace import Record, Trace
-from saehooks.where import Cursor, View, Where, full_mask
+from saehooks.where import Came, View, Where, full_mask
 
 FEW_SCORES = 2**19
 """Scores (tokens x d_sae) up to which codes may have room for every latent: 8 MB."""
@@ -31,11 +32,12 @@ class Attachment:
     site: Site
     sae: SAE
     edits: tuple[EditFunction, ...]
-    where: Where | None
+    where: Where
     error: Literal["keep", "drop"]
     grads: bool
     trace: Trace
-    cursor: Cursor
+    came: Came
+    """Which of the positions that ``where`` asks for came."""
     known: tuple[Codes, Tensor | None] | None = None
     """What the SAE gives the first time it fires and where it acts then, for a caller who knows both."""
 
@@ -44,16 +46,24 @@ class Attachment:
         """Whether the site may carry something else than the model put there."""
         return bool(self.edits) or self.error == "drop"
 
-    def __call__(self, acts: Tensor) -> Tensor | None:
-        """The hook: (batch, pos, d_in) in, its replacement out, or None to let the very same tensor flow."""
+    def __call__(self, watch: SequenceWatch, acts: Tensor) -> Tensor | None:
+        """The hook: what the site carries in, its replacement out, or None to let the very same tensor flow."""
         check_width(self.sae, self.site, acts.shape[-1])
+        columns = watch.look(self.site, acts)
+        if columns.again and not self.changes and not self.grads:
+            return None
+        new = self._replaced(columns, columns.arrange(acts))
+        return None if new is None else columns.restore(new, acts)
+
+    def _replaced(self, columns: Columns, acts: Tensor) -> Tensor | None:
+        """What takes the place of ``acts``, (batch, pos, d_in)."""
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
         exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
         sae = self.sae.frozen()
         with torch.set_grad_enabled(graph), exact:
             known = self.known if not self.trace.calls else None
             codes = sae.encode(acts, step=self._step(acts)) if known is None else known[0]
-            view = self.cursor.look(codes.detach(), self.host.tokenizer)
+            view = View(columns, codes.detach(), self.host.tokenizer)
             mask = full_mask(self.where, view) if known is None else known[1]
             original, edited = codes, self._edit(codes, view, mask)
             if graph and self.grads:
@@ -85,10 +95,16 @@ class Attachment:
         """The codes after the edits, where ``mask`` holds."""
         if not self.edits:
             return codes
-        edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, view.positions))
+        place = view.columns.place if view.columns.is_known else None
+        edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, place))
         return edited if mask is None else edit.merge_rows(codes, edited, mask)
 
     def _record(self, acts: Tensor, codes: Codes, edited: Codes, view: View, mask: Tensor | None) -> None:
+        if view.columns.again:
+            if self.grads:
+                self.trace.run_again(view.columns, edited)
+            return
+        self.came.add(view.columns)
         if not self.grads:
             codes, edited = codes.detach(), codes.detach() if edited is codes else edited.detach()
         self.trace.add(
@@ -98,8 +114,8 @@ class Attachment:
                 codes=codes,
                 edited=edited,
                 acts=acts.detach(),
-                tokens=view.tokens,
-                start=view.start,
+                columns=view.columns,
+                where=self.where,
                 mask=mask,
                 tokenizer=view.tokenizer,
                 grads=self.grads,
@@ -131,23 +147,24 @@ class Attachment:
         steps = [sae.decode_delta(part.select_rows(rows)) for part in parts]
         return _add_rows(acts, rows, steps[0] if len(steps) == 1 else steps[0] - steps[1])
 
-    def check_used(self) -> None:
-        """Complain on leaving about a site that never fired, or a position that never came."""
-        if not self.trace.calls:
-            raise NeverFiredError(f"no forward went through '{self.site.name}' inside the block: {self._why()}")
-        if self.where is not None and self.where.reach > self.cursor.highest:
-            raise WhereError(
-                f"position {self.where.reach} at '{self.site.name}' never came: the forwards of this block "
-                f"had positions 0 to {self.cursor.highest}"
-            )
+    def check_used(self, calls: int) -> None:
+        """Complain on leaving about a site that never fired, or a position that never came.
 
-    def _why(self) -> str:
+        Args:
+            calls: how often the model was called.
+        """
+        if not self.trace.calls:
+            raise NeverFiredError(f"no forward went through '{self.site.name}' inside the block: {self._why(calls)}")
+        self.came.check(self.site.name)
+
+    def _why(self, calls: int) -> str:
         tower = self.host.tower(self.site)
-        if not self.cursor.calls:
-            return "the model was not called"
         if tower is not None:
             call = "encode_image" if tower == "visual" else "encode_text"
-            return f"it lies in the {tower} tower, so call model.{call}(...)"
+            said = "" if calls else "the model was not called, or only its other tower: "
+            return f"{said}it lies in the {tower} tower, so call model.{call}(...)"
+        if not calls:
+            return "the model was not called"
         return "the model was called, but it stopped before the site or takes a path without it"
 
 

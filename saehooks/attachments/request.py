@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.resolve import check_width, name_of
 from saehooks.edits import Edit
-from saehooks.errors import ConfigError, SiteError
+from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
 from saehooks.hosts.base import Host, Site
 from saehooks.sae import SAE
 
@@ -33,6 +34,35 @@ def requested(saes: Any, at: str | None, head: int | None) -> dict[Any, tuple[st
             raise SiteError(f"two SAEs were given for the site {key!r}: a site carries one; nest two blocks instead")
         found[key] = name, own_head, sae
     return found
+
+
+MEANT = {
+    **dict.fromkeys(("hook_name", "hook_point", "hook", "site", "layer", "name", "module", "location"), "at"),
+    **dict.fromkeys(("positions", "position", "pos", "mask", "tokens", "token_positions"), "where"),
+    **dict.fromkeys(("edit", "interventions", "intervention", "fn", "function"), "edits"),
+    **dict.fromkeys(("keep_error", "drop_error", "error_term", "use_error_term", "errors"), "error"),
+    **dict.fromkeys(("all", "keep", "record_all"), "keep_all"),
+    **dict.fromkeys(("heads", "hook_head_index"), "head"),
+    **dict.fromkeys(("grad", "gradients", "requires_grad", "keep_grads"), "grads"),
+}
+"""What other tools call the keywords."""
+
+
+def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keywords that a function does not have, naming the one that was meant.
+
+    Raises:
+        UnknownKeywordError: there is one.
+
+    >>> refuse_unknown("attach", ["hook_name"], ["at", "where"])
+    Traceback (most recent call last):
+    saehooks.errors.UnknownKeywordError: attach has no keyword hook_name=; did you mean at=?
+    """
+    known = list(known)
+    for name in unknown:
+        near = MEANT.get(name) if MEANT.get(name) in known else next(iter(get_close_matches(name, known, 1)), None)
+        hint = f"did you mean {near}=?" if near else f"it takes {', '.join(one + '=' for one in known)}"
+        raise UnknownKeywordError(f"{function} has no keyword {name}=; {hint}")
 
 
 def _as_sae(sae: Any) -> SAE:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
 from saehooks import edits as edit
 from saehooks.attachments.attachment import Attachment
-from saehooks.attachments.request import check, requested, spread
+from saehooks.attachments.request import check, refuse_unknown, requested, spread
 from saehooks.edits import EditFunction, Value, as_edits
 from saehooks.errors import ConfigError
 from saehooks.hosts import host as host_of
+from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.sae import SAE
 from saehooks.trace import Trace, Traces
-from saehooks.where import Cursor, as_where
+from saehooks.where import Came, where_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,6 +136,7 @@ def attach(
     error: Literal["keep", "drop"] = "keep",
     keep_all: bool = False,
     grads: bool = False,
+    **unknown: Any,
 ) -> Iterator[Any]:
     """``with sh.attach(model, sae, edits=[sh.edits.zero([3]), mine]) as trace:`` the primitive under all verbs.
 
@@ -145,8 +148,9 @@ def attach(
         head: at a site with attention heads, the one to attach to; left out, the heads joined.
         edits: a function ``(codes) -> codes`` or ``(codes, context) -> codes``, or several, run in order.
             ``sh.edits`` makes the usual ones. With several SAEs, also a mapping by the keys of ``saes``.
-        where: the positions to act at, elsewhere nothing changes: see `saehooks.where`. With several SAEs, also a
-            mapping by the keys of ``saes``.
+        where: the positions to act at, elsewhere nothing changes: see `saehooks.where`. Left out, where the SAE was
+            trained: for ours, all but the first position of each text. With several SAEs, also a mapping by the keys
+            of ``saes``.
         error: ``"keep"`` adds what the edits change to the activation, ``"drop"`` puts the edited reconstruction in
             its place.
         keep_all: record every forward, in ``trace.forwards``; otherwise the last.
@@ -166,25 +170,25 @@ def attach(
     >>> trace.edited.of(3)[0, 0]
     tensor(2.)
     """
+    refuse_unknown("attach", unknown, AttachOptions.__annotations__ | Options.__annotations__)
     if error not in ("keep", "drop"):
         raise ConfigError(f"error={error!r}; expected 'keep' or 'drop'")
-    host, cursor = host_of(model), Cursor()
+    host = host_of(model)
     requests = requested(saes, at, head)
     edits_of = spread("edits", edits if isinstance(edits, Mapping) else as_edits(edits), requests, ())
-    where_of = spread("where", where, requests, None)
+    rules = spread("where", where, requests, None)
     attachments = {}
     for key, (name, which_head, sae) in requests.items():
         site = host.site(name, which_head).of_width(sae.d_in)
-        rule = None if where_of[key] is None else as_where(where_of[key])
+        rule, own_edits = where_of(sae, rules[key]), as_edits(edits_of[key])
         trace = Trace(site.name, keep_all)
-        attachments[key] = Attachment(host, site, sae, as_edits(edits_of[key]), rule, error, grads, trace, cursor)
+        attachments[key] = Attachment(host, site, sae, own_edits, rule, error, grads, trace, Came(rule))
     check(attachments.values())
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())
-        hooks.callback(host.watch(cursor.begin).remove)
-        for attachment in attachments.values():
-            hooks.callback(attachment.site.hook(attachment).remove)
+        watch = SequenceWatch(host)
+        hooks.enter_context(watch.watching((one.site, partial(one, watch)) for one in attachments.values()))
         traces = {key: attachment.trace for key, attachment in attachments.items()}
         yield traces[None] if isinstance(saes, SAE) else Traces(traces)
     for attachment in attachments.values():  # not reached when the block failed
-        attachment.check_used()
+        attachment.check_used(watch.calls)

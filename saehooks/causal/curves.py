@@ -13,7 +13,7 @@ from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
-from saehooks.causal.runs import DEFAULT, Place, as_data, runner
+from saehooks.causal.runs import Place, as_data, runner
 from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
@@ -68,7 +68,7 @@ def ablate_sets(
     keep: Mapping[str, Iterable[int]] | None = None,
     at: str | None = None,
     head: int | None = None,
-    where: Any = DEFAULT,
+    where: Any = None,
     error: Literal["keep", "drop"] = "keep",
     batch_size: int | None = None,
     run: Callable[[Tensor], Any] | None = None,
@@ -235,7 +235,7 @@ def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
     Args:
         options: ``at``, ``head``, ``where``, ``batch_size``, ``run``, as in `rank_latents`; others are ignored.
     """
-    place = Place(model, sae, options.get("at"), options.get("head"), options.get("where", DEFAULT))
+    place = Place(model, sae, options.get("at"), options.get("head"), options.get("where"))
     run = runner(place.host, options.get("run"))
     counts = torch.zeros(sae.d_sae, dtype=torch.int64)
     for part in as_data(place.host, tokens, options.get("batch_size")).batches:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
-from saehooks.causal.runs import DEFAULT, Data, Inputs, Place, Run, as_data, runner
+from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, runner
 from saehooks.causal.table import SHOWN, Table, named
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
@@ -83,7 +83,7 @@ def latent_graph(
     *,
     n_sources: int = 20,
     n_targets: int = 10,
-    where: Any = DEFAULT,
+    where: Any = None,
     batch_size: int | None = None,
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,

@@ -13,7 +13,7 @@ from saehooks.causal.ablation import Ablator
 from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
 from saehooks.causal.ranking import ORDERS, Ranking
-from saehooks.causal.runs import DEFAULT, Data, Place, as_data, runner
+from saehooks.causal.runs import Data, Place, as_data, runner
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -32,7 +32,7 @@ def rank_latents(
     *,
     at: str | None = None,
     head: int | None = None,
-    where: Any = DEFAULT,
+    where: Any = None,
     exact: int | Iterable[int] = 0,
     order: str = "absolute",
     steps: int | None = None,
@@ -55,8 +55,7 @@ def rank_latents(
         metric: ``"ce"``, ``"kl"``, ``"cosine"``, one of ``saehooks.causal``, or a function ``(output) -> (batch,)`` or
             ``(output, batch) -> (batch,)``.
         at, head: the site; the SAE's own by default.
-        where: the positions in which latents are ablated. By default all but position 0 where the model reads tokens
-            (an attention sink), and everywhere for images.
+        where: the positions in which latents are ablated; left out, where the SAE was trained. Never padding.
         exact: how many of the best by attribution to ablate exactly; or which latents.
         order: ``"absolute"``, ``"lowering"`` or ``"raising"``: which change of the metric comes first.
         steps: integrated gradients over this many points between all latents ablated and none, at as many passes; by

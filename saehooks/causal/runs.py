@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,21 +17,18 @@ from saehooks.attachments.resolve import find
 from saehooks.codes import Codes
 from saehooks.edits import EditFunction
 from saehooks.errors import ConfigError
-from saehooks.hosts import Host, Site
+from saehooks.hosts import Host
 from saehooks.hosts import host as host_of
+from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.sae import SAE
-from saehooks.streams import AFTER_FIRST
 from saehooks.trace import Trace
-from saehooks.where import Cursor, as_where
+from saehooks.where import Came, where_of
 
 TOKENS_AT_ONCE = 1024
 """Tokens in a forward by default: enough to keep two cores or a GPU busy, and logits within 200 MB."""
 
 IMAGES_AT_ONCE = 64
-
-DEFAULT = "default"
-"""``where=`` when nothing is said: all but position 0 where the model reads tokens, everywhere for images."""
 
 
 class Inputs(NamedTuple):
@@ -203,10 +201,9 @@ class Place:
     def __init__(self, model: Any, sae: SAE, at: str | None, head: int | None, where: Any) -> None:
         self.host = host_of(model)
         self.sae, self.site = sae, find(self.host, sae, at, head)
-        where = default_where(self.host, self.site, where)
-        self.where = None if where is None else as_where(where)
+        self.where = where_of(sae, where)
+        self._came, self._calls = Came(self.where), 0
         self._last: Attachment | None = None
-        self._highest = -1
 
     @contextmanager
     def attached(
@@ -221,28 +218,18 @@ class Place:
         Args:
             known: codes and mask of the first time it fires, where they are known.
         """
-        cursor, trace = Cursor(), Trace(self.site.name, keep_all=True)
-        attachment = Attachment(self.host, self.site, self.sae, edits, self.where, error, grads, trace, cursor, known)
+        watch, trace = SequenceWatch(self.host), Trace(self.site.name, keep_all=True)
+        asked = (self.where, error, grads)
+        attachment = Attachment(self.host, self.site, self.sae, edits, *asked, trace, self._came, known)
         check([attachment])
-        with ExitStack() as hooks:
-            hooks.enter_context(uncompiled())
-            hooks.callback(self.host.watch(cursor.begin).remove)
-            hooks.callback(self.site.hook(attachment).remove)
+        with uncompiled(), watch.watching([(self.site, partial(attachment, watch))]):
             yield trace
-        self._last, self._highest = attachment, max(self._highest, cursor.highest)
+        self._last, self._calls = attachment, self._calls + watch.calls
 
     def check_used(self) -> None:
         """Complain about a site that never fired, or a position that no forward of the data had."""
         if self._last is not None:
-            self._last.cursor.highest = self._highest
-            self._last.check_used()
-
-
-def default_where(host: Host, site: Site, where: Any) -> Any:
-    """All but position 0 by default where tokens are read, everywhere for images."""
-    if not (isinstance(where, str) and where == DEFAULT):
-        return where
-    return None if host.tower(site) == "visual" else AFTER_FIRST
+            self._last.check_used(self._calls)
 
 
 Run = Callable[[Tensor], Tensor]

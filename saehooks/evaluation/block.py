@@ -21,15 +21,13 @@ from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.evaluation.clip import ClipComparison
 from saehooks.evaluation.language import Call, Comparison, LanguageModelComparison
 from saehooks.evaluation.live import Live
-from saehooks.hosts import Host, Site
+from saehooks.hosts import ForwardCall, Host, Site
 from saehooks.hosts import host as host_of
 from saehooks.hosts.early_stop import replaced_method
+from saehooks.hosts.sequences import SequenceWatch
 from saehooks.metrics import ReconstructionMeter
 from saehooks.sae import SAE
-from saehooks.where import Cursor, Where, as_where, full_mask, positions
-
-DEFAULT = "default"
-"""``where=`` when nothing is said: all but position 0 where the model reads tokens, everywhere for images."""
+from saehooks.where import Came, View, Where, full_mask, where_of
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def measure(
     at: str | None = None,
     *,
     head: int | None = None,
-    where: Any = DEFAULT,
+    where: Any = None,
     prompts: Any = None,
     labels: Any = None,
     tokenizer: Any = None,
@@ -57,9 +55,7 @@ def measure(
         sae: the SAE to splice in.
         at: the site; the SAE's own ``hook_name`` by default.
         head: one head of a per-head site.
-        where: positions to splice and to zero, as in `attach`. By default all but position 0 where the model reads
-            tokens (an attention sink, whose norm can be a hundred times that of the others), and everywhere for
-            images; None for everywhere. Padding (``attention_mask`` 0) is always left out.
+        where: positions to splice and to zero, as in `attach`: left out, where the SAE was trained. Never padding.
         prompts: for zero-shot accuracy of CLIP images: for each class a prompt or a list of prompts; or token ids
             (classes, context); or embeddings (classes, embed_dim).
         labels: with prompts, the labels of all images in the order of the calls; or set ``live.labels`` before a call.
@@ -81,12 +77,11 @@ def measure(
         comparison = ClipComparison(model, tower, prompts, labels, tokenizer)
     elif prompts is not None or labels is not None:
         raise ConfigError("prompts= and labels= are for CLIP images; a language model is measured by its next tokens")
-    rule, note = _rule(where, tower)
-    result = Live(comparison, ReconstructionMeter(sae.d_in, sae.d_sae), site.name, note)
+    rule = where_of(sae, where)
+    result = Live(comparison, ReconstructionMeter(sae.d_in, sae.d_sae), site.name, f"where={rule!r}")
     probe = _Probe(host, site, sae, rule, comparison)
     with ExitStack() as stack:
-        stack.callback(host.watch(probe.cursor.begin).remove)
-        stack.callback(site.hook(probe.hook).remove)
+        stack.enter_context(probe.watch.watching([(site, probe.hook)]))
         panel = stack.enter_context(_panel(result, live))
         report = _reporter(result, probe, panel)
         for owner, name in comparison.entry_points():
@@ -94,21 +89,22 @@ def measure(
         yield result
     if not result.calls:  # not reached when the block failed
         raise NeverFiredError(f"nothing was measured at '{site.name}': {comparison.how_to_call()}")
+    probe.came.check(site.name)
 
 
 class _Seen:
     """What the spliced run saw at the site: the rows that were spliced."""
 
-    def __init__(self, acts: Tensor, mask: Tensor, codes: Codes, recons: Tensor) -> None:
-        self.acts, self.mask, self.codes, self.recons = acts, mask, codes, recons
+    def __init__(self, acts: Tensor, mask: Tensor, codes: Codes, recons: Tensor, call: ForwardCall) -> None:
+        self.acts, self.mask, self.codes, self.recons, self.call = acts, mask, codes, recons, call
 
 
 class _Probe:
     """One hook at the site that does nothing, splices or zeroes, and the wrapper around calls of the model."""
 
-    def __init__(self, host: Host, site: Site, sae: SAE, where: Where | None, comparison: Comparison) -> None:
+    def __init__(self, host: Host, site: Site, sae: SAE, where: Where, comparison: Comparison) -> None:
         self.host, self.site, self.sae, self.where, self.comparison = host, site, sae, where, comparison
-        self.cursor = Cursor()
+        self.watch, self.came = SequenceWatch(host), Came(where)
         self.seen: _Seen | None = None
         self._mode = "off"
         self._running = False
@@ -144,7 +140,7 @@ class _Probe:
         clean = self.comparison.read(call, output)
         with torch.no_grad():
             clean = self._rerun(call, "off") if clean is None else clean.detach()
-            self.comparison.add(self.cursor.call, clean, spliced, zero)
+            self.comparison.add(self.seen.call, clean, spliced, zero)
         report()
         return output
 
@@ -166,20 +162,18 @@ class _Probe:
         check_width(self.sae, self.site, acts.shape[-1])
         sae = self.sae.frozen()
         codes = sae.encode(acts)
-        view = self.cursor.look(codes, self.host.tokenizer)
-        mask = full_mask(self.where, view)
+        columns = self.watch.look(self.site, acts)
+        self.came.add(columns)
+        mask = full_mask(self.where, View(columns, codes, self.host.tokenizer))
         mask = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device) if mask is None else mask
-        mask = self._without_padding(mask.to(acts.device))
+        mask = mask.to(acts.device)
         rows = mask.reshape(-1).nonzero()[:, 0]
         kept = codes.select_rows(rows.to(codes.indices.device))
         recons = sae.decode(kept)
         flat = acts.reshape(-1, acts.shape[-1])
-        self.seen = _Seen(flat[rows].to(recons), mask, kept, recons)
+        call = ForwardCall(columns.tokens, columns.start or 0, columns.real)
+        self.seen = _Seen(flat[rows].to(recons), mask, kept, recons, call)
         return flat.index_copy(0, rows, recons.to(flat)).reshape(acts.shape)
-
-    def _without_padding(self, mask: Tensor) -> Tensor:
-        real = self.cursor.call.attention_mask
-        return mask & real.to(mask.device).bool() if real is not None and real.shape == mask.shape else mask
 
 
 def _refuse_empty(call: Call) -> None:
@@ -203,17 +197,6 @@ def _reporter(result: Live, probe: _Probe, panel: rich_live.Live | None) -> Call
             shown[0] = time.monotonic()
 
     return report
-
-
-def _rule(where: Any, tower: str | None) -> tuple[Where | None, str]:
-    """The rule of ``where=``, and what to say about it."""
-    if not isinstance(where, str):
-        return (None, "") if where is None else (as_where(where), "at the positions of where= only")
-    if where != DEFAULT:
-        raise ConfigError(f"where={where!r}; write a rule such as sh.positions(slice(1, None)), or leave it out")
-    if tower == "visual":
-        return None, ""
-    return positions(slice(1, None)), "position 0 left out of splicing, zeroing, NMSE and L0"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from saehooks.errors import ConfigError
 from saehooks.hosts import ForwardCall, Host
-from saehooks.hosts.module import is_cache
+from saehooks.hosts.caches import find_cache
 
 ROWS_AT_ONCE = 256
 """Rows of logits turned into log-probabilities at a time, so that memory stays at rows x vocabulary."""
@@ -86,7 +86,7 @@ class LanguageModelComparison(Comparison):
                 options |= options.pop(name, {})
         if any(options.get(name) is not None for name in ("stop_at_layer", "start_at_layer")):
             raise ConfigError("measure needs whole forward passes, from tokens to logits: leave out stop_at_layer=")
-        if any(is_cache(value) for value in options.values()):
+        if find_cache(options.items()) is not None:
             raise ConfigError(
                 "measure runs each call three times, which a KV cache does not survive: call model(tokens) on whole "
                 "sequences, and generate outside the block"

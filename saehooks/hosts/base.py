@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from saehooks.errors import SiteError, WidthError
 from saehooks.hosts.early_stop import stopping
 from saehooks.hosts.hooks import Slot, hook_module
 from saehooks.hosts.layout import View, first_tensor, with_first_tensor
+from saehooks.hosts.sequences import Columns, SequenceWatch, ancestors
 
 HookFn = Callable[[Tensor], "Tensor | None"]
 
@@ -194,9 +195,22 @@ class Host(ABC):
     def list(self) -> list[SiteInfo]:
         """Every site an SAE can be attached to, in the order of the model."""
 
-    @abstractmethod
-    def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
-        """Call ``fn`` each time a forward pass of the model (or of one tower of a CLIP) begins."""
+    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
+        """The modules whose calls tell which text passes some sites: all that hold one of them, outermost first."""
+        found = [one for site in sites for one in ancestors([self.model], site.module)]
+        return list({id(one): one for one in found}.values())
+
+    def watching(self, watch: SequenceWatch) -> AbstractContextManager[None]:
+        """Tell a watch, inside the block, of calls that no module's hook sees."""
+        return nullcontext()
+
+    def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
+        """(batch, pos) bool, False at padding that the model itself knows, of a call of ``module`` without a mask."""
+        return None
+
+    def pooled(self, site: Site, columns: Columns) -> Tensor | None:
+        """(pos,) or (batch, pos) bool: what the output of a CLIP's tower is read from; None where nobody says."""
+        return None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head, is_tokens
-from saehooks.hosts.hooks import hook_module
+from saehooks.hosts.base import Host, Site, SiteInfo, check_head
+from saehooks.hosts.calls import is_pos_first
 from saehooks.hosts.layout import View
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.widths import OutputWidths, channels_axis
@@ -48,7 +49,7 @@ class ModuleHost(Host):
             module=module,
             width=width,
             aliases=self._aliases(found),
-            view=map_view(found, module, width),
+            view=replace(map_view(found, module, width), batch_first=not self._is_pos_first(found)),
         )
 
     def list(self) -> list[SiteInfo]:
@@ -73,13 +74,16 @@ class ModuleHost(Host):
         path = self.prefix + self._modules.path_of(self._modules[name])
         return () if path == name else (path,)
 
+    def _is_pos_first(self, name: str) -> bool:
+        """Whether a module is, or lies in, one of torch's layers that take (pos, batch, width)."""
+        parts = name.split(".")
+        inside = (self._modules.get(".".join(parts[:i])) for i in range(len(parts) + 1))
+        return any(one is not None and is_pos_first(one) for one in inside)
+
     def _is_block(self, name: str) -> bool:
         """Whether a module is one of a list of blocks, whose width only a forward pass may tell."""
         above = self._modules.get(name.rpartition(".")[0])
         return isinstance(above, nn.ModuleList) and any(True for _ in self._modules[name].parameters())
-
-    def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
-        return watch_module(self.model, fn)
 
     def describe(self) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
@@ -141,48 +145,3 @@ def refuse_uncalled(name: str, modules: ModuleNames) -> None:
     why = why_uncalled(name, modules)
     if why is not None:
         raise SiteError(f"site '{name}' never fires: {why}")
-
-
-def watch_module(model: nn.Module, fn: Callable[[ForwardCall], None]) -> Handle:
-    """Call ``fn`` when ``model`` is called in the Hugging Face way: tokens, attention_mask, a KV cache."""
-
-    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fn(forward_call(module, args, kwargs))
-
-    return hook_module(model, "in", announce)
-
-
-def forward_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
-    """Read tokens and their first absolute position from the arguments of a call."""
-    if len(args) > 1:
-        names = list(inspect.signature(module.forward).parameters)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    mask = kwargs.get("attention_mask")
-    return ForwardCall(
-        tokens=tokens if is_tokens(tokens) else None,
-        start=cached_positions(next(filter(is_cache, kwargs.values()), None)),
-        attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-    )
-
-
-def is_cache(value: Any) -> bool:
-    """Whether an argument is a KV cache, by what it offers: its name differs from release to release."""
-    if hasattr(value, "get_seq_length"):
-        return True
-    layers = getattr(value, "entries", value)
-    if not isinstance(layers, (list, tuple)) or not layers:
-        return False
-    keys = layers[0][0] if isinstance(layers[0], (list, tuple)) and layers[0] else None
-    return hasattr(layers[0], "past_keys") or (isinstance(keys, Tensor) and keys.dim() == 4)
-
-
-def cached_positions(cache: Any) -> int:
-    """How many positions a KV cache already holds: Hugging Face's, old or new, or TransformerLens's."""
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    layers = getattr(cache, "entries", cache)
-    if not layers:
-        return 0
-    keys = getattr(layers[0], "past_keys", None)
-    return int(layers[0][0].shape[-2]) if keys is None else int(keys.shape[1])

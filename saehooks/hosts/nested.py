@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from saehooks.errors import SiteError
 from saehooks.hosts.base import Host, Site, SiteInfo
 from saehooks.hosts.module import ModuleHost
+from saehooks.hosts.sequences import Columns, SequenceWatch
 
 
 class NestedHost(ModuleHost):
@@ -56,6 +57,29 @@ class NestedHost(ModuleHost):
                 name, other = (info.name, full) if len(self._parts) == 1 else (full, info.name)
                 own.append(info._replace(name=name, aliases=(*info.aliases, other)))
         return own
+
+    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
+        sites = list(sites)
+        found = super().around(sites)
+        for part in self._parts.values():
+            found += part.around([site for site in sites if self._part_of(site) is part])
+        return list({id(one): one for one in found}.values())
+
+    @contextmanager
+    def watching(self, watch: SequenceWatch) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self._parts.values():
+                stack.enter_context(part.watching(watch))
+            yield
+
+    def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
+        found = (p for p in self._parts.values() if any(one is module for one in p.model.modules()))
+        part = next(found, None)
+        return None if part is None else part.padding(module, tokens)
+
+    def pooled(self, site: Site, columns: Columns) -> Tensor | None:
+        part = self._part_of(site)
+        return None if part is None else part.pooled(site, columns)
 
     def describe(self) -> dict[str, Any]:
         parts = [*self._parts.values()]

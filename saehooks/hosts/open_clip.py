@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import ForwardCall, Handle, Handles, Host, Site, SiteInfo, check_head, is_tokens
-from saehooks.hosts.hooks import Slot, hook_module
+from saehooks.hosts.base import Host, Site, SiteInfo, check_head, is_tokens
+from saehooks.hosts.calls import parameter_names, read_call
+from saehooks.hosts.hooks import Slot
+from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.module import map_view, refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.widths import OutputWidths, module_widths
 from saehooks.hosts.wrappers import ModuleNames
 
@@ -87,15 +92,56 @@ class OpenClipHost(Host):
         start = "" if self._alone else f"{self._tower_of(path)}."
         return self._block_of(path) is not None or (bool(path) and start not in self._stacks)
 
-    def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
-        def begins(tower: str) -> Callable[..., None]:
-            def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                tokens = next((value for value in (*args, *kwargs.values()) if is_tokens(value)), None)
-                fn(ForwardCall(tokens, tower=tower))
+    @contextmanager
+    def watching(self, watch: SequenceWatch) -> Iterator[None]:
+        model = self.model
+        if self._alone or isinstance(getattr(model, "text", None), nn.Module):
+            yield  # the tower is a module, which is called with the tokens
+            return
 
-            return announce
+        def around(encode_text: Callable[..., Any]) -> Callable[..., Any]:
+            names = parameter_names(encode_text)
 
-        return Handles([hook_module(module, "in", begins(tower)) for tower, module in self._towers.items()])
+            @wraps(encode_text)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                with watch.calling(model, read_call(model, names, args, kwargs)):
+                    return encode_text(*args, **kwargs)
+
+            return watched
+
+        with replaced_method(model, "encode_text", around):
+            yield
+
+    def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
+        end = self._end_of_text(tokens)
+        return None if end is None else torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+
+    def pooled(self, site: Site, columns: Columns) -> Tensor | None:
+        pos = torch.arange(columns.shape[1], device=columns.device)
+        if self.tower(site) == "visual":
+            visual: Any = getattr(self.model, "visual", self.model)
+            trunk = getattr(visual, "trunk", None)
+            kind = getattr(visual, "pool_type", "tok") if trunk is None else getattr(trunk, "global_pool", None)
+            if kind in ("tok", "token"):
+                return pos == 0
+            return pos >= getattr(trunk, "num_prefix_tokens", 1) if kind == "avg" else None
+        kind = self._text("pool_type", "argmax")
+        if kind in ("first", "last"):
+            return pos == (0 if kind == "first" else columns.shape[1] - 1)
+        end = None if columns.tokens is None else self._end_of_text(columns.tokens)
+        return None if end is None else pos == end[:, None]
+
+    def _text(self, name: str, default: Any) -> Any:
+        """A setting of the text tower, wherever it is kept."""
+        text: Any = getattr(self.model, "text", self.model)
+        return getattr(self.model, f"text_{name}", getattr(text, name, default))
+
+    def _end_of_text(self, tokens: Tensor) -> Tensor | None:
+        """(batch,) int64, where each text ends, which is where the tower's output is read; None where it is not."""
+        kind = self._text("pool_type", "argmax")
+        if kind == "argmax":
+            return tokens.argmax(-1)
+        return (tokens == self._text("eos_id", 2)).int().argmax(-1) if kind == "eos" else None
 
     def describe(self) -> dict[str, Any]:
         return {"family": self.family, "model_name": type(self.model).__name__, "processing": {}}

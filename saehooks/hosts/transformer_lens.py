@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from torch import nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo, check_head
-from saehooks.hosts.hooked_transformer import watch_hooked
+from saehooks.hosts.base import Host, Site, SiteInfo, check_head
+from saehooks.hosts.hooked_transformer import watching_methods
 from saehooks.hosts.layout import View
-from saehooks.hosts.module import watch_module
 from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.sequences import SequenceWatch, ancestors
 from saehooks.hosts.widths import module_widths
 
 GATES = {
@@ -98,10 +99,15 @@ class TransformerLensHost(Host):
             infos.append(SiteInfo(portable, aliases, width, shape, self._note(names, point)))
         return infos
 
-    def watch(self, fn: Callable[[ForwardCall], None]) -> Handle:
-        # A bridge is entered by calls, by .forward and by hf_generate; all of them call the model inside it.
+    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
         inner = getattr(self.model, "original_model", None)
-        return watch_hooked(self.model, fn) if inner is None else watch_module(inner, fn)
+        roots = [self.model] if inner is None else [self.model, inner]
+        found = [one for site in sites for one in ancestors(roots, site.module)]
+        # The model itself is entered by its methods too, past all hooks.
+        return list({id(one): one for one in found if one is not self.model}.values())
+
+    def watching(self, watch: SequenceWatch) -> AbstractContextManager[None]:
+        return watching_methods(self.model, watch)
 
     def describe(self) -> dict[str, Any]:
         return {"family": self.family, "model_name": self._model_name, "processing": processing(self.model)}

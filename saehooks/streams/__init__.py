@@ -1,21 +1,18 @@
 """Tokens, images and activations on their way into training: batches, early-stopped forwards, a shuffle buffer."""
 
 from saehooks.streams.fingerprint import Fingerprint
-from saehooks.streams.harvest import AFTER_FIRST, DEFAULT, Tap, checked_batches, default_where, harvest, harvest_sites
+from saehooks.streams.harvest import Tap, checked_batches, harvest, harvest_sites
 from saehooks.streams.images import ImageBatches
 from saehooks.streams.shuffle_buffer import ShuffleBuffer
 from saehooks.streams.tokens import TokenBatches, read_text
 
 __all__ = [
-    "AFTER_FIRST",
-    "DEFAULT",
     "Fingerprint",
     "ImageBatches",
     "ShuffleBuffer",
     "Tap",
     "TokenBatches",
     "checked_batches",
-    "default_where",
     "harvest",
     "harvest_sites",
     "read_text",

@@ -12,64 +12,49 @@ from torch import Tensor
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
+from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
-from saehooks.where import Cursor, Where, as_where, full_mask, positions
+from saehooks.where import View, as_where, full_mask, past_first
 
-AFTER_FIRST = positions(slice(1, None))
-"""All positions but the first: an attention sink, whose norm can be a hundred times that of the others."""
-
-
-DEFAULT: Any = "default"
-"""Where activations are taken when ``where=`` is left out: see `default_where`."""
 ACTIVATIONS = "to train on activations of your own leave the model out: sh.fit(activations, sae)"
-
-
-def default_where(source: Host, site: Site, where: Any = DEFAULT) -> Any:
-    """The rule of ``where=``: left out, all positions of images, and all but the first of texts."""
-    if where is not DEFAULT:
-        return where
-    return None if source.tower(site) == "visual" else AFTER_FIRST
 
 
 class Tap:
     """Passes on what flows through one site: the rows of the wanted positions, detached, never a copy of the model's.
 
     Args:
-        where: which positions, None for all.
+        where: which positions; all but the first of each text by default. Never padding.
         receive: called with (n, width) rows at each forward.
     """
 
-    def __init__(self, host: Host, site: Site, receive: Callable[[Tensor], None], where: Any) -> None:
+    def __init__(self, host: Host, site: Site, receive: Callable[[Tensor], None], where: Any = None) -> None:
         self.host, self.site, self.receive = host, site, receive
-        self.where: Where | None = None if where is None else as_where(where)
+        self.where = past_first if where is None else as_where(where)
         self.fired = 0
 
     @contextmanager
     def attached(self) -> Iterator[Tap]:
         """The tap's hooks exist inside the block only."""
-        cursor = Cursor()
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled())
-            stack.callback(self.host.watch(cursor.begin).remove)
-            stack.callback(self.site.hook(lambda acts: self._take(acts.detach(), cursor)).remove)
+        watch = SequenceWatch(self.host)
+        with uncompiled(), watch.watching([(self.site, lambda acts: self._take(acts.detach(), watch))]):
             yield self
 
-    def _take(self, acts: Tensor, cursor: Cursor) -> None:
+    def _take(self, acts: Tensor, watch: SequenceWatch) -> None:
+        columns = watch.look(self.site, acts)
+        if columns.again:
+            return  # the same forward, run again to compute gradients
         self.fired += 1
-        if self.where is None:
-            rows = acts.reshape(-1, acts.shape[-1])
-        else:
-            # A mask is made from where a forward is, not from codes: there are none yet.
-            none = acts.new_zeros(0, dtype=torch.int64)
-            offsets = none.new_zeros(acts.shape[0] * acts.shape[1] + 1)
-            place = Codes(none, acts.new_zeros(0), offsets, tuple(acts.shape[:2]), 0)
-            mask = full_mask(self.where, cursor.look(place, self.host.tokenizer))
-            rows = acts[mask]
-        self.receive(rows)
+        acts = columns.arrange(acts)
+        # A mask is made from where a forward is, not from codes: there are none yet.
+        none = acts.new_zeros(0, dtype=torch.int64)
+        offsets = none.new_zeros(acts.shape[0] * acts.shape[1] + 1)
+        place = Codes(none, acts.new_zeros(0), offsets, tuple(acts.shape[:2]), 0)
+        mask = full_mask(self.where, View(columns, place, self.host.tokenizer))
+        self.receive(acts.reshape(-1, acts.shape[-1]) if mask is None else acts[mask])
 
 
 def harvest(
-    model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = DEFAULT
+    model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = None
 ) -> Iterator[Tensor]:
     """Activations of a site, batch by batch, each forward stopped at the site.
 
@@ -78,7 +63,7 @@ def harvest(
         batches: token tensors (batch, pos), images, or dicts of arguments; moved to the model's device.
         at: the site.
         head: one head of a per-head site.
-        where: which positions; by default all of images, and all but the first of texts; None for all.
+        where: which positions; all but the first of each text by default, ``sh.everywhere`` for all. Never padding.
     Yields:
         (n, width) rows, in the dtype and on the device of the model. Between two of them the model carries no hook.
     Raises:
@@ -87,7 +72,7 @@ def harvest(
     """
     source = host(model)
     site = source.site(at, head)
-    for (rows,) in harvest_sites(source, checked_batches(batches), {site: default_where(source, site, where)}):
+    for (rows,) in harvest_sites(source, checked_batches(batches), {site: where}):
         yield rows
 
 

@@ -15,11 +15,12 @@ from saehooks.attachments.resolve import find
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts import Site, host
 from saehooks.sae import SAE
-from saehooks.streams import AFTER_FIRST, DEFAULT, Tap, checked_batches, default_where, harvest_sites
+from saehooks.streams import Tap, checked_batches, harvest_sites
 from saehooks.training.data import Data, ModelData, OwnData, is_activations
 from saehooks.training.job import Job, check_trained
 from saehooks.training.loop import run_jobs
 from saehooks.training.trainer import TrainConfig, Trainer
+from saehooks.where import Where, everywhere, where_of
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def train(
     at: str | None = None,
     *,
     head: int | None = None,
-    where: Any = DEFAULT,
+    where: Any = None,
     config: TrainConfig | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
@@ -42,7 +43,8 @@ def train(
         sae: trained in place.
         at: the site; the SAE's own if not given.
         head: one head of a per-head site.
-        where: which positions; by default all of images, and all but the first of texts; None for all.
+        where: which positions; left out, all but the first of each text, or where the SAE was trained before. Never
+            padding.
         config: settings; single ones may be given by name instead, such as ``lr=4e-4``.
     Raises:
         SiteError, WidthError: on entering, when the site does not exist or does not fit.
@@ -52,9 +54,9 @@ def train(
     """
     source = host(model)
     site = find(source, sae, at, head)
-    where = default_where(source, site, where)
+    rule = where_of(sae, where, training=True)
     trainer = Trainer(sae, _config(config, settings))
-    tap = Tap(source, site, lambda rows: None if trainer.finished else trainer.push(rows), where)
+    tap = Tap(source, site, lambda rows: None if trainer.finished else trainer.push(rows), rule)
     with tap.attached():
         yield trainer
     if not tap.fired:
@@ -83,7 +85,7 @@ def fit(
     at: str | None = None,
     *,
     head: int | None = None,
-    where: Any = DEFAULT,
+    where: Any = None,
     out: str | Path | None = None,
     resume: bool = False,
     eval_batches: Iterable[Any] | None = None,
@@ -154,14 +156,14 @@ def _target(model: Any, sae: SAE, at: str | None, head: int | None, where: Any) 
     if is_activations(model):
         described = getattr(model, "described", {})
         site = {} if at is None and head is None else {"hook_name": at, "head": head}
-        if where is not DEFAULT:
+        if where is not None:
             raise ConfigError("activations of your own have no positions: leave out where=")
         return Target(None, None, None, lambda trainer: _remember(trainer, {**described, **site}))
     source = host(model)
     found = find(source, sae, at, head)
-    where = default_where(source, found, where)
+    rule = where_of(sae, where, training=True)
     known = {**source.describe(), "hook_name": found.name, "head": found.head}
-    return Target(found.key, found, where, lambda trainer: _remember(trainer, known, where))
+    return Target(found.key, found, rule, lambda trainer: _remember(trainer, known, rule))
 
 
 def _sites(targets: Iterable[Target]) -> dict[Site, Any]:
@@ -196,10 +198,10 @@ def _config(
     return replace(config or TrainConfig(), **settings)
 
 
-def _remember(trainer: Trainer, known: Mapping[str, Any], where: Any = None) -> None:
+def _remember(trainer: Trainer, known: Mapping[str, Any], where: Where = everywhere) -> None:
     """Write into the SAE where it belongs and how it was trained; leave it ready for use."""
     trainer.sae.eval()
-    positions = "all but the first" if where is AFTER_FIRST else "all" if where is None else repr(where)
+    positions = "all" if where is everywhere else repr(where)
     settings = asdict(replace(trainer.config, loss=trainer.loss_config))
     trainer.sae.cfg.metadata.update(
         known, training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions}

@@ -122,7 +122,7 @@ def check_trained(trainer: Trainer) -> None:
     if not trainer.rows_seen:
         raise ConfigError(
             "no activation came, so nothing was trained: there are no batches (a generator that was used up before?), "
-            "or where= leaves out every position (by default the first; where=None takes all)"
+            "or where= leaves out every position (by default the first; where=sh.everywhere takes all)"
         )
     if not trainer.steps:
         raise ConfigError(

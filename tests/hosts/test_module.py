@@ -46,12 +46,12 @@ def test_the_table_knows_the_widths_of_a_hugging_face_model(tiny_hf):
     assert "model.layers" not in widths
 
 
-def test_generation_counts_positions(tiny_hf):
+def test_generation_counts_positions(tiny_hf, watched):
     """While generating with the KV cache, ``start`` is the absolute position of the new token."""
-    calls = []
-    host(tiny_hf).watch(lambda call: calls.append((tuple(call.tokens.shape), call.start)))
-    tiny_hf.generate(TOKENS, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(TOKENS))
-    assert calls == [((2, 5), 0), ((2, 1), 5), ((2, 1), 6)]
+    with watched(tiny_hf, "model.layers.2.mlp") as seen:
+        tiny_hf.generate(TOKENS, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(TOKENS))
+    found = [(tuple(columns.tokens.shape), columns.start, columns.length) for columns in seen]
+    assert found == [((2, 5), 0, 5), ((2, 1), 5, 5), ((2, 1), 6, 5)]
 
 
 @pytest.mark.parametrize(

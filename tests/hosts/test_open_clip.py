@@ -154,20 +154,16 @@ def test_heads_are_refused(tiny_clip):
         host(tiny_clip).site("visual.blocks.1.hook_attn_out", head=1)
 
 
-def test_each_tower_announces_its_calls(clip):
-    """encode_image, encode_text and forward announce the towers they run, text with its tokens."""
-    calls = []
-    handle = host(clip).watch(
-        lambda call: calls.append((call.tower, None if call.tokens is None else call.tokens.tolist()))
-    )
-    embed(clip, "visual")
-    embed(clip, "text")
-    with torch.no_grad():
-        clip(images_for(clip), TEXT)
-    assert calls == [("visual", None), ("text", TEXT.tolist())] * 2
-    handle.remove()
-    embed(clip, "visual")
-    assert len(calls) == 4
+def test_each_tower_knows_its_text(clip, watched):
+    """encode_image, encode_text and forward show what the towers run on, text with its tokens."""
+    names = [next(one for one in sites(clip).names if one.startswith(tower)) for tower in ("visual", "text")]
+    with watched(clip, *names) as seen:
+        embed(clip, "visual")
+        embed(clip, "text")
+        with torch.no_grad():
+            clip(images_for(clip), TEXT)
+    found = [None if columns.tokens is None else columns.tokens.tolist() for columns in seen]
+    assert found == [None, TEXT.tolist()] * 2
 
 
 def test_half_precision_model_takes_a_float32_result(tiny_clip):
@@ -183,7 +179,6 @@ def test_removed_hooks_leave_nothing(tiny_clip, hooks_of):
     tiny_clip.visual.register_forward_hook(lambda *_: None)
     before = hooks_of(tiny_clip)
     handles = [host(tiny_clip).site(name).hook(lambda acts: acts * 2) for name in sites(tiny_clip).names]
-    handles.append(host(tiny_clip).watch(lambda call: None))
     embed(tiny_clip, "visual")
     for handle in handles:
         handle.remove()
@@ -196,10 +191,6 @@ def test_one_tower_by_itself(tiny_clip):
     site = alone.site("blocks.1.hook_resid_post")
     assert site.key == host(tiny_clip).site("visual.blocks.1.hook_resid_post").key
     assert (site.width, alone.tower(site), "transformer.resblocks.1" in site.aliases) == (32, "visual", True)
-    calls = []
-    alone.watch(calls.append)
-    alone.run(IMAGES)
-    assert [call.tower for call in calls] == ["visual"]
 
 
 def test_running_a_batch(tiny_clip):

@@ -85,39 +85,41 @@ def test_hooks_are_gone_after_remove_and_survive_reset(model, hooks_of):
     run(model)
     before, kept, own = hooks_of(model), run(model), set(vars(model))
     fired = []
-    handles = [
-        host(model).site("blocks.1.hook_resid_pre").hook(lambda acts: fired.append("site")),
-        host(model).watch(lambda call: fired.append("call")),
-    ]
+    handle = host(model).site("blocks.1.hook_resid_pre").hook(lambda acts: fired.append("site"))
     model.reset_hooks()
     run(model)
-    assert fired == ["call", "site"]
-    for handle in handles:
-        handle.remove()
+    assert fired == ["site"]
+    handle.remove()
     assert (hooks_of(model), set(vars(model))) == (before, own)
     assert torch.equal(run(model), kept)
 
 
-def test_calls_know_tokens_and_absolute_positions(model):
-    """With and without KV cache, ``generate`` announces each pass with its tokens and their first position."""
-    calls = []
-    handle = host(model).watch(lambda call: calls.append((call.tokens.tolist(), call.start)))
+def test_calls_know_tokens_and_absolute_positions(model, watched):
+    """With and without KV cache, each pass of ``generate`` shows its tokens and their first position."""
+
+    def ran(call):
+        with watched(model, "blocks.1.hook_resid_post") as seen:
+            out = call()
+        return out, [(columns.tokens.tolist(), columns.start) for columns in seen]
+
     kwargs = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "return_type": "tokens", "stop_at_eos": False}
     prompt = torch.tensor([[0, 4, 5, 6]])
-    tokens = model.generate(prompt, **kwargs)
+    tokens, found = ran(lambda: model.generate(prompt, **kwargs))
     a, b, _ = tokens[0, 4:].tolist()
-    assert calls == [([[0, 4, 5, 6]], 0), ([[a]], 4), ([[b]], 5)]
-    calls.clear()
-    assert torch.equal(model.generate(prompt, use_past_kv_cache=False, **kwargs), tokens)
-    assert calls == [([[0, 4, 5, 6]], 0), ([[0, 4, 5, 6, a]], 0), ([[0, 4, 5, 6, a, b]], 0)]
-    calls.clear()
-    model("w1 w2 w3")
-    model.run_with_cache("w1 w2 w3")
-    model.run_with_hooks("w1 w2 w3", fwd_hooks=[])
-    assert calls == [([[0, 4, 5, 6]], 0)] * 3
-    handle.remove()
-    model("w1 w2 w3")
-    assert len(calls) == 3
+    assert found == [([[0, 4, 5, 6]], 0), ([[a]], 4), ([[b]], 5)]
+    again, found = ran(lambda: model.generate(prompt, use_past_kv_cache=False, **kwargs))
+    assert torch.equal(again, tokens)
+    assert found == [([[0, 4, 5, 6]], 0), ([[0, 4, 5, 6, a]], 0), ([[0, 4, 5, 6, a, b]], 0)]
+    for call in (model, model.run_with_cache, lambda text: model.run_with_hooks(text, fwd_hooks=[])):
+        assert ran(lambda call=call: call("w1 w2 w3"))[1] == [([[0, 4, 5, 6]], 0)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_shown(model, watched, side):
+    """A list of strings shows which columns were padded, on either side."""
+    with watched(model, "blocks.1.hook_resid_post") as seen:
+        model(["w1 w2 w3", "w4"], padding_side=side)
+    assert seen[0].real.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1] if side == "left" else [1, 1, 0, 0]]
 
 
 def test_a_pass_stops_at_the_site(model, hooks_of):
