@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from saehooks.cli import demo, fit, info, measure, sites
+from saehooks.cli import demo, doctor, fit, info, measure, sites
 from saehooks.errors import SaehooksError
 
 TOP = """\
@@ -16,6 +16,7 @@ examples:
   saehooks fit --model smollm2 --at blocks.15.hook_resid_post --d-sae 4608 --out saes/mine
   saehooks info saes/mine                                  what an SAE is and how it was trained
   saehooks measure saes/mine --model smollm2               what splicing it in costs the model
+  saehooks doctor                                          whether this environment is right; for bug reports
 
 In Python:
   import saehooks as sh
@@ -23,7 +24,7 @@ In Python:
       model(tokens)
 """
 
-COMMANDS = (demo, fit, measure, sites, info)
+COMMANDS = (demo, fit, measure, sites, info, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class Version(argparse.Action):
+    """Looks the release up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from importlib.metadata import version
+
+        print(f"saehooks {version('saehooks')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="saehooks",
@@ -49,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=TOP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the release and leave")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for one in COMMANDS:
         one.register(commands)

@@ -18,6 +18,7 @@ from saehooks.hosts.layout import View
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.sequences import SequenceWatch, ancestors
 from saehooks.hosts.widths import module_widths
+from saehooks.known_bad import warn_of_known_bad
 
 GATES = {
     "attn.hook_result": "use_attn_result",
@@ -55,6 +56,11 @@ class TransformerLensHost(Host):
     """A HookedTransformer or a TransformerBridge, whose sites are its hook points."""
 
     family = "transformer_lens"
+
+    def __init__(self, model: nn.Module, prefix: str = ""):
+        super().__init__(model, prefix)
+        if hasattr(model, "original_model"):  # a bridge, which runs transformers' own model
+            warn_of_known_bad(("transformer-lens", "transformers"))
 
     def site(self, name: str, head: int | None = None) -> Site:
         check_name(name)
