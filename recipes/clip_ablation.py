@@ -31,7 +31,7 @@ from saehooks import causal
 from saehooks.demo.data import ASSETS
 from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
-from saehooks.evaluation.clip import class_embeddings
+from saehooks.evaluation.embeddings import class_embeddings
 from saehooks.show import html
 
 COUNTS = (1, 2, 5, 10, 20)

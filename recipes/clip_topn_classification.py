@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import saehooks as sh
 from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
-from saehooks.evaluation.clip import class_embeddings
+from saehooks.evaluation.embeddings import class_embeddings
 from saehooks.hosts import host
 from saehooks.metrics import ReconstructionMeter
 from saehooks.show import figures

@@ -28,13 +28,13 @@ from torch import Tensor
 import saehooks as sh
 from saehooks import presets
 from saehooks.demo.open import open_model
-from saehooks.hosts import host
 from saehooks.metrics import token_nmse
 from saehooks.storage import read_safetensors
 from saehooks.streams import TokenBatches, harvest
 from saehooks.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from saehooks.training.losses import LossConfig, default_loss
 from saehooks.training.trainer import TrainConfig, Trainer
+from saehooks.where import past_first
 
 # One line an arm: preset, settings of the SAE ("k" stands for --k), terms of the loss that differ from the preset's.
 ARMS = {
@@ -252,31 +252,6 @@ def encode_ms(sae: sh.SAE, rows: Tensor, n: int = 1024) -> float:
     return 1000 * min(times)
 
 
-@torch.no_grad()
-def cross_entropy(model, tokens: Tensor) -> float:
-    losses = [float(model(part, return_type="loss")) * len(part) for part in tokens.split(8)]
-    return sum(losses) / len(tokens)
-
-
-def reference_ce(model, at: str, tokens: Tensor) -> dict[str, float]:
-    """Cross-entropy of the untouched model, and with zeros at the site (but for the first position)."""
-
-    def zero(acts: Tensor) -> Tensor:
-        return torch.cat([acts[:, :1], torch.zeros_like(acts[:, 1:])], dim=1)
-
-    clean = cross_entropy(model, tokens)
-    handle = host(model).site(at).hook(zero)
-    try:
-        return {"ce_clean": clean, "ce_zero": cross_entropy(model, tokens)}
-    finally:
-        handle.remove()
-
-
-def ce_of(model, sae: sh.SAE, at: str, tokens: Tensor) -> float:
-    with sh.splice(model, sae, at=at, where=slice(1, None)):
-        return cross_entropy(model, tokens)
-
-
 # ---------------------------------------------------------------------- all of it
 
 
@@ -295,19 +270,16 @@ def main() -> None:
     arms = [make_arm(name, d_sae, d_in, steps, sample, options) for d_sae in options.d_sae for name in options.arms]
     train(arms, train_rows, steps, options)
 
-    tokens = torch.cat(list(eval_batches(opened, options)))
-    references = reference_ce(opened.model, options.at, tokens)
+    batches = list(eval_batches(opened, options))
     rows = []
     for arm in arms:
         file = arm.folder / "result.json"
         if not file.exists():
             peak = peak_mb(arm, eval_rows, options)
-            spliced = ce_of(opened.model, arm.trainer.sae, options.at, tokens)
-            file.write_text(json.dumps({"ce_spliced": spliced, "peak_mb": peak}))
+            cost = sh.measure(opened.model, arm.trainer.sae, batches, options.at, where=past_first)
+            kept = {name: value for name, value in cost.items() if name.startswith("ce_")}
+            file.write_text(json.dumps({**kept, "peak_mb": peak}))
         row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **evaluate(arm, eval_rows)}
-        row |= references
-        row["ce_degradation"] = row["ce_spliced"] - row["ce_clean"]
-        row["ce_recovered"] = (row["ce_zero"] - row["ce_spliced"]) / (row["ce_zero"] - row["ce_clean"])
         rows.append(row)
         figures = f"NMSE {row['nmse']:.4f}  L0 {row['l0']:.1f}  CE +{row['ce_degradation']:.4f}"
         print(f"{arm.name:32s} {arm.d_sae:6d}  {figures}", flush=True)
@@ -316,8 +288,8 @@ def main() -> None:
         "model": f"{options.model}, {options.at}, positions 1..",
         "training": f"{len(train_rows)} tokens, {options.passes} passes, {steps} steps of {options.batch_size}, "
         f"Adam lr {options.lr}, k {options.k}",
-        "held out": f"{len(eval_rows)} tokens; cross-entropy on {tokens.numel()} tokens: "
-        + ", ".join(f"{name} {value:.4f}" for name, value in references.items()),
+        "held out": f"{len(eval_rows)} tokens; cross-entropy on {sum(batch.numel() for batch in batches)} tokens: "
+        + ", ".join(f"{name} {rows[0][name]:.4f}" for name in ("ce_clean", "ce_zero")),
         "topk_...": "the same figure for TopK at this row's own L0, from its three arms",
         "token_nmse": "mean over tokens of squared error over squared norm; nmse is one ratio of sums, so that the few "
         "tokens of huge norm weigh most in it",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from saehooks.codes import Codes
 from saehooks.errors import WidthError
@@ -47,6 +48,31 @@ def explained_variance(x: Tensor, recons: Tensor) -> float:
     return 1.0 - fvu(x, recons)
 
 
+def cosine(x: Tensor, recons: Tensor) -> float:
+    """Mean over rows of the cosine of a row and its reconstruction; 1 is best, and 0 for a reconstruction of zeros.
+
+    Source: ``cossim`` of SAEBench's core evaluation.
+    """
+    return float(F.cosine_similarity(*_flat(x, recons), dim=-1).mean())
+
+
+def shrinkage(x: Tensor, recons: Tensor) -> float:
+    """Mean over rows of the reconstruction's norm over the row's; 1 is best, below 1 the SAE shrinks.
+
+    Source: ``l2_ratio`` of SAEBench's core evaluation.
+    """
+    return float(_norm_ratios(*_flat(x, recons)).mean())
+
+
+def reconstruction_bias(x: Tensor, recons: Tensor) -> float:
+    """``sum |recons|^2 / sum x . recons``: 1 where no common factor would improve the reconstructions.
+
+    Source: ``relative_reconstruction_bias`` of SAEBench's core evaluation; gamma in Gated SAEs (arXiv 2404.16014).
+    """
+    x, recons = _flat(x, recons)
+    return float(recons.square().sum() / (x * recons).sum())
+
+
 class SupportSizes(NamedTuple):
     """How many latents tokens use."""
 
@@ -85,8 +111,21 @@ def _same_shape(x: Tensor, recons: Tensor) -> None:
         raise WidthError(f"activations {tuple(x.shape)} and reconstructions {tuple(recons.shape)} must have one shape")
 
 
+def _flat(x: Tensor, recons: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, d_in) float64, both."""
+    _same_shape(x, recons)
+    width = x.shape[-1]
+    return x.detach().double().reshape(-1, width), recons.detach().double().reshape(-1, width)
+
+
+def _norm_ratios(x: Tensor, recons: Tensor) -> Tensor:
+    """(rows,) norm of the reconstruction over the row's; where the row is zeros, the reconstruction's own norm."""
+    norms = x.norm(dim=-1)
+    return recons.norm(dim=-1) / torch.where(norms == 0, 1.0, norms)
+
+
 class ReconstructionMeter:
-    """NMSE, fraction of variance unexplained, L0 and dead latents over a stream of batches, in memory of d_in + d_sae.
+    """Errors, cosine, shrinkage, L0 and dead latents over a stream of batches, in memory of d_in + d_sae.
 
     >>> meter = ReconstructionMeter(d_in=2, d_sae=3)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -99,15 +138,17 @@ class ReconstructionMeter:
         self._sum = torch.zeros(d_in, dtype=torch.float64)
         self._counts = torch.zeros(d_sae, dtype=torch.int64)
         self._sizes = torch.zeros(d_sae + 1, dtype=torch.int64)
-        self._error = self._energy = 0.0
+        self._sums = torch.zeros(
+            6, dtype=torch.float64
+        )  # |error|^2, |x|^2, |recons|^2, x . recons, cosines, norm ratios
         self.rows = 0
 
     def update(self, x: Tensor, recons: Tensor, codes: Codes) -> None:
         """Add rows: x and recons (*shape, d_in), codes of the same rows."""
-        _same_shape(x, recons)
-        flat = x.detach().double().reshape(-1, x.shape[-1])
-        self._error += float((recons.detach().double().reshape(flat.shape) - flat).square().sum())
-        self._energy += float(flat.square().sum())
+        flat, made = _flat(x, recons)
+        squares = [(made - flat).square().sum(), flat.square().sum(), made.square().sum(), (flat * made).sum()]
+        ratios = [F.cosine_similarity(flat, made, dim=-1).sum(), _norm_ratios(flat, made).sum()]
+        self._sums += torch.stack([*squares, *ratios]).cpu()
         self._sum += flat.sum(0).cpu()
         self._counts += codes.counts().cpu()
         self._sizes += torch.bincount(codes.sizes.cpu(), minlength=self._sizes.numel())
@@ -124,23 +165,27 @@ class ReconstructionMeter:
         return self._sizes
 
     def summary(self) -> dict[str, float]:
-        """nmse, fvu, l0, l0_q05, l0_median, l0_q95, dead (latents that never fired in these rows), rows."""
-        if not self.rows:
-            return {name: float("nan") for name in ("nmse", "fvu", "l0", "l0_q05", "l0_median", "l0_q95")} | {
-                "dead": self._counts.numel(),
-                "rows": 0,
-            }
-        variance = self._energy - float(self._sum.square().sum()) / self.rows
-        reached = self._sizes.cumsum(0).double() / self.rows
-        q05, median, q95 = (int((reached < q).sum()) for q in (0.05, 0.5, 0.95))
+        """nmse, fvu, cosine, shrinkage, reconstruction_bias, l0, l0_q05, l0_median, l0_q95, dead (latents that never
+        fired in these rows), rows; NaN where there was nothing to divide by."""
+        error, energy, made, product, cosines, ratios = self._sums.tolist()
+        rows, variance = self.rows, energy - float(self._sum.square().sum()) / max(1, self.rows)
+        reached = self._sizes.cumsum(0).double() / max(1, rows)
+        q05, median, q95 = (int((reached < q).sum()) if rows else float("nan") for q in (0.05, 0.5, 0.95))
         sizes = torch.arange(self._sizes.numel()) * self._sizes
         return {
-            "nmse": self._error / self._energy if self._energy else float("nan"),
-            "fvu": self._error / variance if variance > 0 else float("nan"),
-            "l0": float(sizes.sum()) / self.rows,
+            "nmse": _ratio(error, energy),
+            "fvu": _ratio(error, max(0.0, variance)),
+            "cosine": _ratio(cosines, rows),
+            "shrinkage": _ratio(ratios, rows),
+            "reconstruction_bias": _ratio(made, product),
+            "l0": _ratio(float(sizes.sum()), rows),
             "l0_q05": q05,
             "l0_median": median,
             "l0_q95": q95,
             "dead": int((self._counts == 0).sum()),
-            "rows": self.rows,
+            "rows": rows,
         }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")

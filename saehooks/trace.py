@@ -136,6 +136,11 @@ class Forward:
         return self._record.columns.tokens
 
     @property
+    def columns(self) -> Columns:
+        """The columns of this forward: which texts they belong to, and where in them they are."""
+        return self._record.columns
+
+    @property
     def start(self) -> int | None:
         """Absolute column of the first one: not 0 under a KV cache; None where it cannot be known."""
         return self._record.columns.start

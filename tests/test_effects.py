@@ -330,3 +330,48 @@ def test_a_model_in_train_mode(part, said):
         assert len(heard) == (training and said is not None)
         assert all(said in one and "eval()" in one for one in heard)
         assert model.training is training
+
+
+def test_the_next_token_of_a_model_that_does_not_predict_it():
+    """Ranking a masked language model by next-token cross-entropy is refused; by a metric of one's own it works."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, intermediate_size=48, initializer_range=0.3)
+    model, sae, at = transformers.BertForMaskedLM(config).eval(), relu_sae(), "bert.encoder.layer.0"
+    ids = torch.tensor([[3, 5, 6, 4, 8, 9]])
+    for use in (
+        lambda: causal.rank_latents(model, sae, ids, at=at),
+        lambda: causal.ablate_sets(model, sae, ids, ablate={"a": [1]}, at=at),
+        lambda: causal.latent_graph(model, {at: sae, "bert.encoder.layer.1": relu_sae(seed=2)}, ids),
+    ):
+        with pytest.raises(ConfigError, match="BertForMaskedLM does not predict the next token"):
+            use()
+    found = causal.rank_latents(model, sae, ids, lambda logits: logits[:, 3, 7], at=at, exact=2)
+    with torch.no_grad(), ablated(model.bert.encoder.layer[0], sae, found.top(1)[0], slice(None)):
+        right = float(model(ids).logits[0, 3, 7]) - found.clean
+    assert found.of(found.top(1)[0])["exact"] == pytest.approx(right, abs=2e-6)
+
+
+def test_images_on_a_hugging_face_clip():
+    """A CLIP of Hugging Face is ranked by its image features."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    both = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": WIDTH}
+    config = transformers.CLIPConfig(
+        text_config=both | {"vocab_size": WORDS}, vision_config=both | {"image_size": 16, "patch_size": 4}
+    )
+    model, sae, at = transformers.CLIPModel(config).eval(), relu_sae(), "vision_model.encoder.layers.0"
+    images, target = torch.randn(3, 3, 16, 16), torch.randn(512)
+    found = causal.rank_latents(
+        model, sae, {"pixel_values": images}, causal.embedding_cosine(target), at=at, where=sh.everywhere, exact=2
+    )
+
+    def cosine():
+        return F.cosine_similarity(model.get_image_features(pixel_values=images).pooler_output, target[None]).mean()
+
+    with torch.no_grad():
+        clean = cosine()
+        with ablated(model.get_submodule(at), sae, found.top(1)[0], slice(None)):
+            right = float(cosine() - clean)
+    assert found.of(found.top(1)[0])["exact"] == pytest.approx(right, abs=1e-6)

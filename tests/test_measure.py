@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from saehooks.attachments import read, splice
 from saehooks.errors import ConfigError, NeverFiredError, SiteError, WhereError, WidthError
-from saehooks.evaluation import Live, measure
-from saehooks.evaluation.language import LanguageModelComparison
+from saehooks.evaluation import Measurement, measure
+from saehooks.evaluation.logits import LogitsComparison
+from saehooks.hosts import host
 from saehooks.sae import SAE
 from saehooks.where import everywhere, positions
 
@@ -89,6 +90,8 @@ def test_a_perfect_sae_loses_nothing(tiny_bridge, tokens):
     assert figures["ce_recovered"] == pytest.approx(1, abs=1e-3)
     assert figures["kl"] == pytest.approx(0, abs=1e-5)
     assert figures["nmse"] == pytest.approx(0, abs=1e-10)
+    assert figures["cosine"] == pytest.approx(1)
+    assert figures["shrinkage"] == pytest.approx(1)
     assert figures["n_tokens"] == 3 * 9
     assert figures["n_predictions"] == 3 * 8
 
@@ -208,7 +211,7 @@ def test_other_blocks_end_up_with_the_clean_run(tiny_bridge, tokens):
 
 def test_history_holds_one_row_for_each_call_and_stays_bounded(tiny_bridge, tokens, monkeypatch):
     """The last row is the summary; a long run is thinned, not kept whole."""
-    monkeypatch.setattr(sys.modules["saehooks.evaluation.live"], "HISTORY", 4)  # saehooks.evaluation is the verb
+    monkeypatch.setattr(sys.modules["saehooks.evaluation.measurement"], "HISTORY", 4)
     with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:
         for _ in range(4):
             tiny_bridge(tokens)
@@ -302,7 +305,7 @@ def test_clip_text_tower(tiny_clip):
 
 def test_prompts_as_text_and_as_groups(tinyclip):
     """Prompts may be text, and several prompts of a class are averaged."""
-    from saehooks.evaluation.clip import class_embeddings
+    from saehooks.evaluation.embeddings import class_embeddings
 
     single = class_embeddings(tinyclip, ["a photo of a cat.", "a photo of a dog."])
     grouped = class_embeddings(tinyclip, [["a photo of a cat.", "a photo of a cat."], ["a photo of a dog."]])
@@ -328,7 +331,7 @@ def test_a_block_without_a_call_is_an_error(tiny_bridge, tiny_clip, images):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m: m(torch.zeros(2, 1, dtype=torch.long)), ConfigError, "at least 2 tokens"),
+        (lambda m: m(torch.zeros(2, 1, dtype=torch.long)), NeverFiredError, "at least 2 tokens"),
         (lambda m: m(torch.zeros(2, 5, dtype=torch.long), stop_at_layer=2), ConfigError, "stop_at_layer"),
         (lambda m: m(torch.zeros(0, 5, dtype=torch.long)), ConfigError, "empty batch"),
     ],
@@ -406,7 +409,7 @@ def test_a_failing_call_leaves_figures_and_hooks_as_they_were(tiny_bridge, token
 def test_labels_belong_to_images(tiny_bridge, tokens):
     """Labels for a language model are refused."""
     with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:
-        assert isinstance(live, Live)
+        assert isinstance(live, Measurement)
         assert live.labels is None
         with pytest.raises(ConfigError, match="images"):
             live.labels = [1]
@@ -415,9 +418,9 @@ def test_labels_belong_to_images(tiny_bridge, tokens):
 
 def test_logits_are_found_in_every_kind_of_output(tiny_bridge):
     """A tensor, a tuple with a loss before the logits, an object with logits; not a loss."""
-    comparison, logits = LanguageModelComparison(None), torch.zeros(2, 3, 4)
-    assert comparison._logits(logits) is logits
-    assert comparison._logits((torch.tensor(1.0), logits)) is logits
-    assert comparison._logits(type("Output", (), {"logits": logits})()) is logits
-    assert comparison._logits(torch.tensor(1.0)) is None
-    assert comparison._logits(None) is None
+    comparison, logits = LogitsComparison(host(tiny_bridge)), torch.zeros(2, 3, 4)
+    assert comparison.compared(logits) is logits
+    assert comparison.compared((torch.tensor(1.0), logits)) is logits
+    assert comparison.compared(type("Output", (), {"logits": logits})()) is logits
+    assert comparison.compared(torch.tensor(1.0)) is None
+    assert comparison.compared(None) is None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from saehooks.causal.metric import Batch, Metric
-from saehooks.causal.runs import Data, Inputs, Place, Run, rows_at_once
+from saehooks.causal.runs import Data, Inputs, Place, Run
 from saehooks.codes import Codes
+from saehooks.evaluation.batches import rows_at_once
 from saehooks.hosts.partial_forward import CachedPrefix
 from saehooks.show.progress import Bar
 

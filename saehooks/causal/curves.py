@@ -13,7 +13,7 @@ from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
-from saehooks.causal.runs import Place, as_data, runner
+from saehooks.causal.runs import Place, as_data, check_metric, runner
 from saehooks.causal.table import Table
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
@@ -88,6 +88,7 @@ def ablate_sets(
         raise ConfigError(f"error={error!r}; expected 'keep' or 'drop'")
     place, measured = Place(model, sae, at, head, where), as_metric(metric)
     table, names = _table(sae, ablate or {}, keep or {})
+    check_metric(place, measured)
     warn_in_train_mode(place.host.model, "ablating sets of latents")
     data = as_data(place.host, tokens, batch_size)
     measure = Ablator(place, measured, runner(place.host, run), error=error, batch_size=batch_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
-from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, runner
+from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, check_metric, runner
 from saehooks.causal.table import SHOWN, Table, named
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
@@ -111,6 +111,7 @@ def latent_graph(
     host = places[early].host
     if places[early].site.key == places[late].site.key:
         raise ConfigError(f"a graph goes from one site to another: '{early}' and '{late}' are the same place")
+    check_metric(places[early], measured)
     warn_in_train_mode(host.model, "drawing a graph of latents")
     data, call = as_data(host, tokens, batch_size), runner(host, run)
     walk = _Walk(places, measured, call, data)

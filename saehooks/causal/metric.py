@@ -48,6 +48,8 @@ class Metric:
     flat: bool = False
     """Whether its gradient is zero at the clean run, as that of a divergence is: then only integrated gradients see
     anything."""
+    next_token: bool = False
+    """Whether it compares each logit with the token after it."""
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         """(batch,) values.
@@ -109,7 +111,7 @@ def ce() -> Metric:
             [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, tokens, strict=True)]
         )
 
-    return Metric("ce", function)
+    return Metric("ce", function, next_token=True)
 
 
 def logit_difference(answers: Any, others: Any, *, position: int = -1) -> Metric:

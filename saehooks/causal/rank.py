@@ -13,7 +13,7 @@ from saehooks.causal.ablation import Ablator
 from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
 from saehooks.causal.ranking import ORDERS, Ranking
-from saehooks.causal.runs import Data, Place, as_data, runner
+from saehooks.causal.runs import Data, Place, as_data, check_metric, runner
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -81,6 +81,7 @@ def rank_latents(
     count, listed = _exact_as_asked(exact, sae)
     wanted = None if latents is None else _listed(latents, sae)
     place, measured = Place(model, sae, at, head, where), as_metric(metric)
+    check_metric(place, measured)
     warn_in_train_mode(place.host.model, "ranking latents")
     data, call = as_data(place.host, tokens, batch_size), runner(place.host, run)
     steps = STEPS if steps is None and measured.flat else steps

@@ -14,21 +14,21 @@ from torch import Tensor
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.request import check
 from saehooks.attachments.resolve import find
+from saehooks.causal.metric import Metric
 from saehooks.codes import Codes
 from saehooks.edits import EditFunction
 from saehooks.errors import ConfigError
+from saehooks.evaluation.batches import rows_at_once
+from saehooks.evaluation.embeddings import embedding_of
+from saehooks.evaluation.objective import Objective
 from saehooks.hosts import Host
 from saehooks.hosts import host as host_of
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
+from saehooks.hosts.towers import two_towers
 from saehooks.sae import SAE
 from saehooks.trace import Trace
 from saehooks.where import Came, where_of
-
-TOKENS_AT_ONCE = 1024
-"""Tokens in a forward by default: enough to keep two cores or a GPU busy, and logits within 200 MB."""
-
-IMAGES_AT_ONCE = 64
 
 
 class Inputs(NamedTuple):
@@ -74,11 +74,6 @@ def as_data(host: Host, given: Any, batch_size: int | None = None) -> Data:
             part = rows[start : start + size]
             batches.append(Inputs(torch.stack([pieces[row] for row in part]), torch.tensor(part)))
     return Data(batches, len(pieces))
-
-
-def rows_at_once(shape: tuple[int, ...]) -> int:
-    """Sequences of one shape in a forward, when nothing is said."""
-    return max(1, TOKENS_AT_ONCE // shape[0]) if len(shape) == 1 else IMAGES_AT_ONCE
 
 
 def _pieces(host: Host, given: Any) -> Iterator[Tensor]:
@@ -243,7 +238,7 @@ def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Run:
         call: Callable[[Tensor], Any] = run
     elif host.family == "transformer_lens":
         call = lambda inputs: model(inputs, return_type="logits")  # noqa: E731
-    elif host.family == "open_clip":
+    elif host.family == "open_clip" or two_towers(model) is not None:
         call = host.run
     else:
         options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -254,9 +249,20 @@ def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Run:
 def _tensor_of(output: Any) -> Tensor:
     found = getattr(output, "logits", output)
     candidates = found if isinstance(found, (tuple, list)) else (found,)
-    tensor = next((one for one in candidates if isinstance(one, Tensor)), None)
+    tensor = next((one for one in candidates if isinstance(one, Tensor)), embedding_of(output))
     if tensor is None:
         raise ConfigError(
             f"the model returned {type(output).__name__} without a tensor; pass run=, a function from inputs to output"
         )
     return tensor
+
+
+def check_metric(place: Place, metric: Metric) -> None:
+    """Refuse the next token's cross-entropy of a model that does not predict the next token.
+
+    Raises:
+        ConfigError: its class says so.
+    """
+    why = Objective(place.host.model).why_labels
+    if metric.next_token and why is not None:
+        raise ConfigError(f"metric {metric.name} is of the next token, but {why}: give a metric of your own")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saehooks.attachments import ablate, read, steer
+from saehooks.causal import log_prob, rank_latents
 from saehooks.codes import Codes
 from saehooks.demo.data import text
 from saehooks.demo.report import Report
@@ -180,7 +181,10 @@ class Language:
         before = self.next_probs(tokens)
         answer = int(before.argmax())
         effects = {}
-        for latent in self._attributed(tokens, answer)[: self.budget.candidates]:
+        ranked = rank_latents(
+            self.model, self.sae, tokens, log_prob([answer]), order="lowering", where=slice(1, None), progress=False
+        )
+        for latent in ranked.top(self.budget.candidates):
             with ablate(self.model, self.sae, [latent]):
                 effects[latent] = float((self.next_probs(tokens)[answer] / before[answer]).log())
         worst = sorted(effects, key=lambda latent: effects[latent])
@@ -209,14 +213,6 @@ class Language:
             f"latents {', '.join(map(str, together))} ablated together",
         )
         self.report.quotes({"clean": self.generated(PROMPT), "ablated": changed})
-
-    def _attributed(self, tokens: Tensor, answer: int) -> list[int]:
-        """Latents by how much of the answer's log-probability a first-order estimate gives to them."""
-        with read(self.model, self.sae, grads=True) as trace:
-            self.model(tokens)[0, -1].float().log_softmax(-1)[answer].backward()
-        codes, grads = trace.codes.detach()[:, 1:], trace.grads[:, 1:]
-        credit = torch.zeros(self.sae.d_sae).index_add_(0, codes.indices, (codes.values * grads.values).float().cpu())
-        return credit.argsort(descending=True).tolist()
 
     def steering(self, survey: Survey) -> None:
         """Push one latent, and read what the model then writes."""

@@ -14,7 +14,7 @@ from saehooks.demo.data import Photos, photos
 from saehooks.demo.language import Budget
 from saehooks.demo.report import Report
 from saehooks.evaluation import measure
-from saehooks.evaluation.clip import class_embeddings
+from saehooks.evaluation.embeddings import class_embeddings
 from saehooks.sae import SAE
 from saehooks.show import figures
 

@@ -1,6 +1,6 @@
-"""What splicing an SAE in costs the model, measured live on ordinary calls."""
+"""What splicing an SAE in costs the model, measured on ordinary calls of it."""
 
 from saehooks.evaluation.block import measure
-from saehooks.evaluation.live import Live
+from saehooks.evaluation.measurement import Measurement
 
-__all__ = ["Live", "measure"]
+__all__ = ["Measurement", "measure"]

@@ -1,39 +1,46 @@
-"""The `measure` block: each ordinary call of the model is run again spliced and zero-ablated."""
+"""`measure`: each ordinary call of the model is run again with the reconstruction at the site, and with zeros there."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, overload
 
 import torch
-from rich import live as rich_live
-from rich.console import Console
-from rich.errors import LiveError
-from rich.panel import Panel
-from torch import Tensor
 
-from saehooks.attachments.resolve import check_width, find
-from saehooks.codes import Codes
+from saehooks.attachments.request import check
 from saehooks.errors import ConfigError, NeverFiredError
-from saehooks.evaluation.clip import ClipComparison
-from saehooks.evaluation.language import Call, Comparison, LanguageModelComparison
-from saehooks.evaluation.live import Live
-from saehooks.hosts import ForwardCall, Host, Site
+from saehooks.evaluation.batches import as_batches, run_batch
+from saehooks.evaluation.comparison import Comparison
+from saehooks.evaluation.embeddings import EmbeddingComparison
+from saehooks.evaluation.logits import LogitsComparison
+from saehooks.evaluation.measurement import Measurement
+from saehooks.evaluation.three_runs import ThreeRuns
+from saehooks.hosts import Host, Site
 from saehooks.hosts import host as host_of
-from saehooks.hosts.early_stop import replaced_method
-from saehooks.hosts.sequences import SequenceWatch
+from saehooks.hosts.method_wrapper import replaced_method
+from saehooks.hosts.reruns import is_rerun
+from saehooks.hosts.torch_compile import uncompiled
+from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.metrics import ReconstructionMeter
 from saehooks.sae import SAE
-from saehooks.where import Came, View, Where, full_mask, where_of
+from saehooks.show.progress import panel
+from saehooks.streams import checked_batches
 
 
-@contextmanager
+@overload
+def measure(
+    model: Any, sae: SAE, batches: str | None = None, at: str | None = None, **options: Any
+) -> AbstractContextManager[Measurement]: ...
+@overload
+def measure(
+    model: Any, sae: SAE, batches: Iterable[Any], at: str | None = None, **options: Any
+) -> dict[str, float]: ...
 def measure(
     model: Any,
     sae: SAE,
+    batches: Iterable[Any] | str | None = None,
     at: str | None = None,
     *,
     head: int | None = None,
@@ -42,182 +49,110 @@ def measure(
     labels: Any = None,
     tokenizer: Any = None,
     live: bool | None = None,
-) -> Iterator[Live]:
-    """``with sh.measure(model, sae) as live:`` measures each ordinary call of the model inside the block.
+) -> Any:
+    """Measure what an SAE costs a model: ``sh.measure(model, sae, batches)``, or a block around calls of your own.
 
-    The call returns exactly what it returns without the block. Before it, the same forward runs twice without
-    gradients: with the reconstruction at the site, then with zeros there. Hooks of your own fire in those runs too,
-    in the clean one last. The state of the random number generators is put back, so dropout goes on as without the
-    block. A call that does not give logits itself (``return_type="loss"``) costs one run more.
+    ``with sh.measure(model, sae) as live:`` measures each ordinary call of the model inside the block. The call returns
+    exactly what it returns without the block. Before it, the same forward runs twice without gradients: with the
+    reconstruction at the site, as `splice` puts it there, then with zeros, for which the layers before the site are not
+    run again. Hooks of your own fire in those runs too, in your own call last; other blocks of saehooks edit them and
+    do not record them. A call that does not give logits itself (``return_type="loss"``) costs one run more.
+
+    Logits are compared by the next token of each text, or by the labels of the call, counted as the model's own loss
+    counts them (``-100`` left out, shifted or not). Models that do not predict the next token, such as masked language
+    models, encoder-decoders and classifiers, need labels. Embeddings are compared by their cosine.
 
     Args:
-        model: a TransformerLens model, an open_clip model, or a Hugging Face language model.
+        model: a language model or a CLIP of any family that saehooks knows, or any model that puts out logits.
         sae: the SAE to splice in.
-        at: the site; the SAE's own ``hook_name`` by default.
+        batches: tokens (batch, pos), images, or dicts of arguments: the model is run on each, and the summary is
+            returned. Left out, a block is.
+        at: the site; the SAE's own ``hook_name`` by default. May stand in the place of ``batches``.
         head: one head of a per-head site.
-        where: positions to splice and to zero, as in `attach`: left out, where the SAE was trained. Never padding.
+        where: positions to splice and to zero, as in `attach`: left out, where the SAE was trained.
         prompts: for zero-shot accuracy of CLIP images: for each class a prompt or a list of prompts; or token ids
             (classes, context); or embeddings (classes, embed_dim).
         labels: with prompts, the labels of all images in the order of the calls; or set ``live.labels`` before a call.
         tokenizer: for prompts given as text; open_clip's own by default.
         live: show a panel that follows the calls; by default only in an interactive terminal.
     Returns:
-        A context manager that gives a `Live`.
+        The summary of `Measurement.summary`, or a context manager that gives the `Measurement`.
     Raises:
         SiteError, WidthError, ConfigError: on entering, or at the first call where only then it can be known.
-        NeverFiredError: on leaving, when no call of the model went through the site.
+        NeverFiredError: on leaving, when no call of the model went through the site, or nothing was predicted.
+        WhereError: on leaving, when a position that was asked for never came.
 
-    Source: CE recovered as in Gated SAEs (arXiv 2404.16014), with the raw figures beside it.
+    Source: CE recovered as in Gated SAEs (arXiv 2404.16014), with the raw figures beside it; cosine and shrinkage as in
+    SAEBench's core evaluation.
     """
-    host = host_of(model)
-    site = find(host, sae, at, head)
-    tower = host.tower(site)
-    comparison: Comparison = LanguageModelComparison(host)
-    if tower is not None:
-        comparison = ClipComparison(model, tower, prompts, labels, tokenizer)
-    elif prompts is not None or labels is not None:
-        raise ConfigError("prompts= and labels= are for CLIP images; a language model is measured by its next tokens")
-    rule = where_of(sae, where)
-    result = Live(comparison, ReconstructionMeter(sae.d_in, sae.d_sae), site.name, f"where={rule!r}")
-    probe = _Probe(host, site, sae, rule, comparison)
-    with ExitStack() as stack:
-        stack.enter_context(probe.watch.watching([(site, probe.hook)]))
-        panel = stack.enter_context(_panel(result, live))
-        report = _reporter(result, probe, panel)
-        for owner, name in comparison.entry_points():
-            stack.enter_context(replaced_method(owner, name, probe.around(report)))
-        yield result
-    if not result.calls:  # not reached when the block failed
-        raise NeverFiredError(f"nothing was measured at '{site.name}': {comparison.how_to_call()}")
-    probe.came.check(site.name)
-
-
-class _Seen:
-    """What the spliced run saw at the site: the rows that were spliced."""
-
-    def __init__(self, acts: Tensor, mask: Tensor, codes: Codes, recons: Tensor, call: ForwardCall) -> None:
-        self.acts, self.mask, self.codes, self.recons, self.call = acts, mask, codes, recons, call
-
-
-class _Probe:
-    """One hook at the site that does nothing, splices or zeroes, and the wrapper around calls of the model."""
-
-    def __init__(self, host: Host, site: Site, sae: SAE, where: Where, comparison: Comparison) -> None:
-        self.host, self.site, self.sae, self.where, self.comparison = host, site, sae, where, comparison
-        self.watch, self.came = SequenceWatch(host), Came(where)
-        self.seen: _Seen | None = None
-        self._mode = "off"
-        self._running = False
-
-    def around(self, report: Callable[[], None]) -> Callable[[Callable[..., Any]], Any]:
-        """Wrap a method of the model so that each outermost call of it is measured."""
-
-        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            @wraps(forward)
-            def measured_forward(*args: Any, **kwargs: Any) -> Any:
-                if self._running:
-                    return forward(*args, **kwargs)
-                self._running = True
-                try:
-                    return self._measured(Call(forward, args, kwargs), report)
-                finally:
-                    self._running, self._mode, self.seen = False, "off", None
-
-            return measured_forward
-
-        return wrap
-
-    def _measured(self, call: Call, report: Callable[[], None]) -> Any:
-        """Run a call spliced, zero-ablated and clean; compare; return what the clean one returned."""
-        _refuse_empty(call)
-        self.comparison.check(call)
-        spliced = self._rerun(call, "spliced")
-        if self.seen is None:  # another path through the model: nothing to compare
-            return call.forward(*call.args, **call.kwargs)
-        zero = self._rerun(call, "zero")
-        self._mode = "off"
-        output = call.forward(*call.args, **call.kwargs)
-        clean = self.comparison.read(call, output)
-        with torch.no_grad():
-            clean = self._rerun(call, "off") if clean is None else clean.detach()
-            self.comparison.add(self.seen.call, clean, spliced, zero)
-        report()
-        return output
-
-    def _rerun(self, call: Call, mode: str) -> Tensor:
-        self._mode = mode
-        devices = {p.device for p in self.host.model.parameters() if p.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
-            return self.comparison.rerun(call)
-
-    def hook(self, acts: Tensor) -> Tensor | None:
-        """The hook at the site: (batch, pos, width) in, its replacement out."""
-        if self._mode == "spliced":
-            return self._splice(acts)
-        if self._mode == "zero" and self.seen is not None:
-            return acts.masked_fill(self.seen.mask.to(acts.device)[..., None], 0.0)
-        return None
-
-    def _splice(self, acts: Tensor) -> Tensor:
-        check_width(self.sae, self.site, acts.shape[-1])
-        sae = self.sae.frozen()
-        codes = sae.encode(acts)
-        columns = self.watch.look(self.site, acts)
-        self.came.add(columns)
-        mask = full_mask(self.where, View(columns, codes, self.host.tokenizer))
-        mask = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device) if mask is None else mask
-        mask = mask.to(acts.device)
-        rows = mask.reshape(-1).nonzero()[:, 0]
-        kept = codes.select_rows(rows.to(codes.indices.device))
-        recons = sae.decode(kept)
-        flat = acts.reshape(-1, acts.shape[-1])
-        call = ForwardCall(columns.tokens, columns.start or 0, columns.real)
-        self.seen = _Seen(flat[rows].to(recons), mask, kept, recons, call)
-        return flat.index_copy(0, rows, recons.to(flat)).reshape(acts.shape)
-
-
-def _refuse_empty(call: Call) -> None:
-    empty = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and not v.numel()]
-    if empty:
-        raise ConfigError(f"nothing to measure in an empty batch: got a tensor of shape {tuple(empty[0].shape)}")
-
-
-def _reporter(result: Live, probe: _Probe, panel: rich_live.Live | None) -> Callable[[], None]:
-    """What happens after each measured call: sums, history, panel."""
-    meter, shown = result._meter, [0.0]
-
-    def report() -> None:
-        seen = probe.seen
-        if seen is None:
-            return
-        meter.update(seen.acts, seen.recons, seen.codes)
-        result.after_call()
-        if panel is not None and time.monotonic() - shown[0] > 0.2:
-            panel.update(_framed(result), refresh=True)
-            shown[0] = time.monotonic()
-
-    return report
+    if isinstance(batches, str):
+        if at is not None:
+            checked_batches(batches)  # a text is no batches
+        batches, at = None, batches
+    block = _block(model, sae, at, head, where, prompts, labels, tokenizer, live, own_calls=batches is not None)
+    if batches is None:
+        return block
+    with torch.no_grad(), block as found:
+        for batch in as_batches(batches):
+            run_batch(model, found, batch)
+    return found.summary()
 
 
 @contextmanager
-def _panel(result: Live, wanted: bool | None) -> Iterator[rich_live.Live | None]:
-    """A panel in the terminal that follows the figures, where it is wanted and possible."""
-    console = Console()
-    if not (wanted or (wanted is None and console.is_interactive and not console.is_jupyter)):
-        yield None
-        return
-    panel = rich_live.Live(_framed(result), console=console, auto_refresh=False)
-    try:
-        panel.start()
-    except LiveError:  # a display of the user's own is running
-        yield None
-        return
-    try:
-        yield panel
-    finally:
-        panel.update(_framed(result), refresh=True)
-        panel.stop()
+def _block(
+    model: Any,
+    sae: SAE,
+    at: str | None,
+    head: int | None,
+    where: Any,
+    prompts: Any,
+    labels: Any,
+    tokenizer: Any,
+    live: bool | None,
+    own_calls: bool,
+) -> Iterator[Measurement]:
+    host = host_of(model)
+    runs = ThreeRuns(host, sae, at, head, where, resume_clean=own_calls)
+    check([runs.attachment])
+    comparison = _comparison(host, runs.site, prompts, labels, tokenizer)
+    warn_in_train_mode(host.model, "measuring", stacklevel=5)
+    result = Measurement(comparison, ReconstructionMeter(sae.d_in, sae.d_sae), runs.site.name, runs.note)
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled())
+        stack.enter_context(runs.watching())
+        show = stack.enter_context(panel(result, lambda: f"measure · {result.calls} calls", live))
+        for owner, name in comparison.entry_points():
+            stack.enter_context(replaced_method(owner, name, _measured(runs, result, show)))
+        yield result
+    if not result.calls:  # not reached when the block failed
+        raise NeverFiredError(f"nothing was measured at '{result.site}': {result.comparison.how_to_call()}")
+    runs.check_used()
+    if result.comparison.nothing_compared is not None:
+        raise NeverFiredError(f"nothing was measured at '{result.site}': {result.comparison.nothing_compared}")
 
 
-def _framed(result: Live) -> Panel:
-    return Panel(result, title=f"measure · {result.calls} calls", expand=False)
+def _measured(runs: ThreeRuns, result: Measurement, show: Any) -> Any:
+    """Wrap a method of the model so that each outermost call of it is measured."""
+
+    def around(forward: Any) -> Any:
+        @wraps(forward)
+        def measured_forward(*args: Any, **kwargs: Any) -> Any:
+            if is_rerun() or runs.is_running:
+                return forward(*args, **kwargs)
+            output = runs.measured(forward, args, kwargs, result)
+            show()
+            return output
+
+        return measured_forward
+
+    return around
+
+
+def _comparison(host: Host, site: Site, prompts: Any, labels: Any, tokenizer: Any) -> Comparison:
+    """By embeddings in a CLIP, by logits elsewhere, until a call shows that the model has none."""
+    tower = host.tower(site)
+    if tower is not None:
+        return EmbeddingComparison(host, tower, prompts, labels, tokenizer)
+    if prompts is not None or labels is not None:
+        raise ConfigError("prompts= and labels= are for CLIP images; a language model is measured by its next tokens")
+    return LogitsComparison(host)

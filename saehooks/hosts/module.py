@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from saehooks.errors import SiteError
 from saehooks.hosts.base import Host, Site, SiteInfo, check_head
 from saehooks.hosts.calls import is_pos_first
 from saehooks.hosts.layout import View
 from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.towers import tower_calls, tower_of, two_towers
 from saehooks.hosts.widths import OutputWidths, channels_axis
 from saehooks.hosts.wrappers import ModuleNames
 
@@ -92,6 +93,10 @@ class ModuleHost(Host):
 
     def entry_points(self) -> Iterator[tuple[nn.Module, str]]:
         yield self.model, "forward"
+        yield from tower_calls(self.model)
+
+    def tower(self, site: Site) -> str | None:
+        return tower_of(self.model, site.module)
 
     def run(self, batch: Any) -> Any:
         known = inspect.signature(self.model.forward).parameters
@@ -99,6 +104,11 @@ class ModuleHost(Host):
         kwargs = {name: value for name, value in cheap.items() if name in known}
         if isinstance(batch, Mapping):
             return self.model(**{**kwargs, **batch})
+        clip = two_towers(self.model)
+        if clip is not None and isinstance(batch, Tensor):
+            side = "image" if batch.is_floating_point() else "text"
+            encode: Any = getattr(clip, f"get_{side}_features", None) or getattr(clip, f"encode_{side}")
+            return encode(batch)
         return self.model(batch, **kwargs)
 
     def _unknown(self, name: str) -> SiteError:

@@ -129,7 +129,7 @@ class CachedPrefix:
                 resumed = run(inputs[rows])
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, _BoundToBatch):
             return False  # a model whose code around its modules is bound to the batch: it runs whole
-        return _equal_up_to_rounding(resumed, whole)
+        return equal_up_to_rounding(resumed, whole)
 
 
 def _resumer(queue: deque[tuple[Any, Any]], rows: Tensor | None) -> Callable[[Callable[..., Any]], Any]:
@@ -217,7 +217,8 @@ def _changed(output: Any, leaves: list[Any]) -> Any:
     return leaves.pop(0)
 
 
-def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
+def equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are the same but for the order in which their sums were made."""
     if one.shape != other.shape:
         return False
     tolerance = min(0.05, ROUNDING * torch.finfo(other.dtype).eps)

@@ -24,6 +24,7 @@ from saehooks.hosts.caches import CacheMemory, Kept, cached_positions, find_cach
 from saehooks.hosts.calls import Given, parameter_names, read_call
 from saehooks.hosts.hooks import hook_module
 from saehooks.hosts.method_wrapper import replaced_method
+from saehooks.hosts.reruns import is_rerun
 
 if TYPE_CHECKING:
     from saehooks.hosts.base import HookFn, Host, Site
@@ -285,6 +286,10 @@ class _Thread(threading.local):
 class SequenceWatch:
     """Watches the stacks above some sites for the length of a block, and calls each site's hook.
 
+    Args:
+        host: the model.
+        of_reruns: take the forwards that `measure` adds for what they are; otherwise they are the user's call again.
+
     >>> from saehooks.hosts import host
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
     >>> site, places, watch = host(model).site("1"), [], SequenceWatch(host(model))
@@ -294,8 +299,8 @@ class SequenceWatch:
     [tensor([0, 1, 2])]
     """
 
-    def __init__(self, host: Host):
-        self._host = host
+    def __init__(self, host: Host, of_reruns: bool = False):
+        self._host, self._of_reruns = host, of_reruns
         self._memory = CacheMemory()
         self._here = _Thread()
         self._seen: OrderedDict[Any, Columns] = OrderedDict()
@@ -336,10 +341,10 @@ class SequenceWatch:
         frames, regions = self._alive(sys._getframe(1))
         places = self._places(regions, (site.key, *self._shape(acts)))
         columns = self._before(places, frames) if _in_backward() else None
-        again = columns is not None
+        again = columns is not None or (is_rerun() and not self._of_reruns)
         if columns is None:
             number = self._fired.get(site.key, 0)
-            self._fired[site.key] = number + 1
+            self._fired[site.key] = number + (not again)
             columns = self._columns(site, acts, frames[-1].text if frames else Text(), number)
         for place in places:
             self._seen[place] = columns

@@ -1,15 +1,21 @@
-"""A progress bar for loops over batches."""
+"""Displays that follow what goes on: a progress bar, and a panel around something that changes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.errors import LiveError
+from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN = 0.2
+"""How often a panel is drawn again, at most."""
 
 
 class Bar:
@@ -42,12 +48,51 @@ def bar(enabled: bool | None = None) -> Iterator[Bar]:
         return
     columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    with started(progress) as running:
+        yield Bar(progress if running else None)
+
+
+@contextmanager
+def panel(content: Any, title: Callable[[], str], enabled: bool | None = None) -> Iterator[Callable[[], None]]:
+    """A panel on standard output that follows something that changes; gives the function that draws it again.
+
+    Args:
+        content: anything that rich can show.
+        title: above it, as it is at the moment.
+        enabled: by default only in an interactive terminal.
+    """
+    console = Console()
+    if not (enabled or (enabled is None and console.is_interactive and not console.is_jupyter)):
+        yield lambda: None
+        return
+
+    def framed() -> Panel:
+        return Panel(content, title=title(), expand=False)
+
+    display, drawn = Live(framed(), console=console, auto_refresh=False), [0.0]
+
+    def draw() -> None:
+        if running and time.monotonic() - drawn[0] > SECONDS_BETWEEN:
+            display.update(framed(), refresh=True)
+            drawn[0] = time.monotonic()
+
+    with started(display) as running:
+        try:
+            yield draw
+        finally:
+            if running:
+                display.update(framed(), refresh=True)
+
+
+@contextmanager
+def started(display: Any) -> Iterator[bool]:
+    """Run a display of rich inside the block; gives False, and leaves it out, where another one is running."""
     try:
-        progress.start()
-    except LiveError:  # another live display is running: leave it alone
-        yield Bar()
+        display.start()
+    except LiveError:
+        yield False
         return
     try:
-        yield Bar(progress)
+        yield True
     finally:
-        progress.stop()
+        display.stop()

@@ -14,6 +14,7 @@ from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
+from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.where import View, as_where, full_mask, past_first
 
 ACTIVATIONS = "to train on activations of your own leave the model out: sh.fit(activations, sae)"
@@ -86,6 +87,7 @@ def harvest_sites(source: Host, batches: Iterable[Any], sites: Mapping[Site, Any
     Yields:
         (n, width) rows of each site, in the order given. Between two of them the model carries no hook.
     """
+    warn_in_train_mode(source.model, "taking activations", stacklevel=4)
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     taps = [Tap(source, site, rows[site].append, where) for site, where in sites.items()]
     last = next(iter(sites)) if len(sites) == 1 else None

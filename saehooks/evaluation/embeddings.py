@@ -1,8 +1,8 @@
-"""CLIP's comparison: how far embeddings move, and zero-shot accuracy."""
+"""The comparison of models that put out embeddings: how far they move, and zero-shot accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,42 +10,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saehooks.errors import ConfigError
-from saehooks.evaluation.language import Call, Comparison
-from saehooks.hosts import ForwardCall
+from saehooks.evaluation.comparison import Call, Comparison, Passage
+from saehooks.hosts import Host
 
 RUNS = ("clean", "spliced", "zero")
+SIDES = {"visual": ("image_embeds", "image_features"), "text": ("text_embeds", "text_features")}
+"""What the two embeddings are called in an output that holds both."""
 
 
-class ClipComparison(Comparison):
+class EmbeddingComparison(Comparison):
     """Cosine with the clean embedding and, given prompts and labels, zero-shot accuracy.
 
     Args:
-        model: the CLIP.
-        tower: ``"visual"`` or ``"text"``, whichever the site is in.
+        host: the model.
+        tower: ``"visual"`` or ``"text"``, whichever the site is in; None for a model of one tower.
         prompts, labels, tokenizer: as in `saehooks.evaluation`.
     """
 
-    def __init__(self, model: Any, tower: str, prompts: Any, labels: Any, tokenizer: Any) -> None:
-        self.model, self.tower = model, tower
+    def __init__(self, host: Host, tower: str | None, prompts: Any, labels: Any, tokenizer: Any) -> None:
+        self.host, self.model, self.tower = host, host.model, tower
         self.labels: Tensor | None = None
         """Labels of the next call's images."""
         if prompts is None and labels is not None:
             raise ConfigError("labels= needs prompts=, one for each class, to classify by")
-        if prompts is not None and tower != "visual":
+        if prompts is not None and tower == "text":
             raise ConfigError("zero-shot accuracy is about images; leave out prompts= at a site of the text tower")
-        self._classes = None if prompts is None else class_embeddings(model, prompts, tokenizer)
+        self._classes = None if prompts is None else class_embeddings(self.model, prompts, tokenizer)
         self._all_labels = None if labels is None else torch.as_tensor(labels).reshape(-1)
         self._sums = torch.zeros(5, dtype=torch.float64)  # cosine spliced, cosine zero, hits of the three runs
         self._rows = 0
 
     def entry_points(self) -> Iterable[tuple[nn.Module, str]]:
-        inner = getattr(self.model, "visual" if self.tower == "visual" else "text", None)
-        yield self.model, "encode_image" if self.tower == "visual" else "encode_text"
-        if isinstance(inner, nn.Module):
-            yield inner, "forward"
+        return self.host.entry_points()
 
     def check(self, call: Call) -> None:
-        inputs = next((value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)), None)
+        inputs = next((value for value in call.tensors if value.dim() == 4), None)
         if inputs is None or self._classes is None:
             return
         labels = self._labels_of(len(inputs))
@@ -68,32 +67,43 @@ class ClipComparison(Comparison):
             return self.labels
         return None if self._all_labels is None else self._all_labels[self._rows : self._rows + n]
 
-    def rerun(self, call: Call) -> Tensor:
-        embedding = self.read(call, call.forward(*call.args, **call.kwargs))
-        if embedding is None:
-            raise ConfigError(
-                "this call gave no embedding of shape (batch, embed_dim): call encode_image or encode_text"
-            )
-        return embedding
+    def rerun(self, call: Call) -> Any:
+        output = call()
+        if self.compared(output) is None:
+            encode = "encode_text" if self.tower == "text" else "encode_image"
+            raise ConfigError(f"this call gave no embedding of shape (batch, embed_dim): call {encode}")
+        return output
 
-    def read(self, call: Call, output: Any) -> Tensor | None:
-        if isinstance(output, (tuple, list)) and output:
-            output = output[0]
-        return output if isinstance(output, Tensor) and output.dim() == 2 else None
+    def compared(self, output: Any) -> Tensor | None:
+        return embedding_of(output, self.tower)
 
-    def add(self, began: ForwardCall, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
+    def targets(self, call: Call, passage: Passage, output: Any) -> Tensor | None:
+        """(batch,) int64 labels of the images, None without prompts."""
+        embedding = self.compared(output)
+        return None if self._classes is None or embedding is None else self._labels_of(len(embedding))
+
+    def reduce(self, output: Tensor, targets: Any) -> Tensor:
+        return output
+
+    def add(self, targets: Tensor | None, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
         runs = [F.normalize(run.detach().float(), dim=-1) for run in (clean, spliced, zero)]
         sums = [(runs[0] * run).sum() for run in runs[1:]]
-        if self._classes is not None:
-            labels = self._labels_of(len(clean))
+        if self._classes is not None and targets is not None:
             classes = self._classes.to(clean.device)
-            hits = [((run @ classes.T).argmax(-1) == labels.to(clean.device)).sum() for run in runs]  # type: ignore[union-attr]
-            sums += hits
+            sums += [((run @ classes.T).argmax(-1) == targets.to(clean.device)).sum() for run in runs]
             self.labels = None  # stale labels must not be used for the next images
         else:
             sums += [sums[0].new_zeros(())] * 3
         self._sums += torch.stack([value.double().cpu() for value in sums])
         self._rows += len(clean)
+
+    def set_labels(self, labels: Any) -> None:
+        self.labels = torch.as_tensor(labels)
+
+    def offer_labels(self, labels: Any) -> None:
+        """Take what a loader gives beside its images, where accuracy is asked for and nothing else gave labels."""
+        if self._classes is not None and self._all_labels is None:
+            self.set_labels(labels)
 
     def summary(self) -> dict[str, float]:
         n = max(1, self._rows)
@@ -105,7 +115,7 @@ class ClipComparison(Comparison):
 
     @property
     def _inputs(self) -> str:
-        return "images" if self.tower == "visual" else "texts"
+        return "texts" if self.tower == "text" else "images"
 
     def rows(self) -> list[dict[str, Any]]:
         s = self.summary()
@@ -123,8 +133,28 @@ class ClipComparison(Comparison):
         return {self._inputs: self._rows}
 
     def how_to_call(self) -> str:
-        call = "encode_image(images)" if self.tower == "visual" else "encode_text(tokens)"
+        if self.tower is None:
+            return "call model(images) inside the block"
+        call = "encode_text(tokens)" if self.tower == "text" else "encode_image(images)"
         return f"the site is in the {self.tower} tower, so call model.{call} inside the block"
+
+
+def embedding_of(output: Any, tower: str | None = None) -> Tensor | None:
+    """(batch, embed_dim): the embedding in what a model returned; None if there is none.
+
+    Args:
+        output: a tensor; or an output that holds one, or those of both towers.
+        tower: whose embedding to take where both are there.
+    """
+    for name in (*SIDES.get(tower or "", ()), "pooler_output", "logits"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor) and found.dim() == 2:
+            return found
+    if isinstance(output, (tuple, list)):
+        pooled = [one for one in output if isinstance(one, Tensor) and one.dim() == 2]
+        # CLIP.forward gives (image, text, scale); a tower alone its embedding, perhaps with the tokens behind it.
+        output = pooled[1] if tower == "text" and len(pooled) > 1 else next(iter(pooled), None)
+    return output if isinstance(output, Tensor) and output.dim() == 2 else None
 
 
 def class_embeddings(model: Any, prompts: Any, tokenizer: Any = None) -> Tensor:
@@ -147,21 +177,36 @@ def class_embeddings(model: Any, prompts: Any, tokenizer: Any = None) -> Tensor:
     groups = [[one] if isinstance(one, str) else list(one) for one in prompts]
     if not groups or not all(groups):
         raise ConfigError("prompts= is empty: give one prompt, or a list of prompts, for each class")
-    tokens = _tokenizer(model, tokenizer)([prompt for group in groups for prompt in group])
+    every = [prompt for group in groups for prompt in group]
+    read = _tokenizer(model, tokenizer)
+    tokens = read(every, padding=True, return_tensors="pt") if hasattr(read, "pad_token") else read(every)
     parts = _embed(model, tokens).split([len(group) for group in groups])
     return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
 
 
-def _embed(model: Any, tokens: Tensor) -> Tensor:
+def _embed(model: Any, tokens: Any) -> Tensor:
+    """(texts, embed_dim) unit embeddings of token ids, or of what a Hugging Face tokenizer returns."""
     device = next(model.parameters()).device
+    given = {name: value.to(device) for name, value in tokens.items()} if isinstance(tokens, Mapping) else None
     with torch.no_grad():
-        return F.normalize(model.encode_text(tokens.to(device)).float(), dim=-1)
+        if hasattr(model, "encode_text"):
+            found = model.encode_text(tokens.to(device) if given is None else given["input_ids"])
+        elif hasattr(model, "get_text_features"):
+            found = (
+                model.get_text_features(**given) if given is not None else model.get_text_features(tokens.to(device))
+            )
+        else:
+            raise ConfigError("prompts= need a model with a text tower; give embeddings (classes, embed_dim) instead")
+    found = getattr(found, "pooler_output", found)  # of transformers 5
+    return F.normalize(found.float(), dim=-1)
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> Any:
     """The tokenizer given, or open_clip's own where the model's vocabulary is the one it writes."""
     if tokenizer is not None:
-        return tokenizer
+        return getattr(tokenizer, "tokenizer", tokenizer) if hasattr(tokenizer, "image_processor") else tokenizer
+    if hasattr(model, "get_text_features"):
+        raise ConfigError("prompts as text need tokenizer=, or a processor, of this model")
     vocabulary = getattr(model, "vocab_size", None) or getattr(getattr(model, "text", None), "vocab_size", None)
     if vocabulary != 49408:
         raise ConfigError(
