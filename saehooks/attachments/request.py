@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from saehooks.attachments.attachment import Attachment
+from saehooks.attachments.foreign import warn_if_foreign
 from saehooks.attachments.resolve import check_width, name_of
 from saehooks.edits import Edit
 from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
-from saehooks.hosts.base import Host, Site
+from saehooks.hosts.base import Site
 from saehooks.sae import SAE
 
 
@@ -103,26 +103,4 @@ def check(attachments: Iterable[Attachment]) -> None:
         for one in attachment.edits:
             if isinstance(one, Edit):
                 one.check(sae.d_sae)
-        _warn_if_foreign(sae, attachment.host)
-
-
-def _warn_if_foreign(sae: SAE, host: Host) -> None:
-    """Warn when the SAE remembers another model, or another processing of its weights, than this one."""
-    here, metadata = host.describe(), sae.cfg.metadata
-    then, now = metadata.get("model_name"), here.get("model_name")
-    if then and now and _bare(then) != _bare(now):
-        warnings.warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}", stacklevel=5)
-    then, now = metadata.get("processing") or {}, here.get("processing") or {}
-    known = [k for k in then if then[k] is not None and now.get(k) is not None]
-    differing = [f"{k}={then[k]!r} there, {now[k]!r} here" for k in known if then[k] != now[k]]
-    if differing:
-        warnings.warn(
-            "this SAE was trained on a model whose weights were processed differently, which changes the activations: "
-            + "; ".join(differing),
-            stacklevel=5,
-        )
-
-
-def _bare(model_name: str) -> str:
-    """A model's name without its organisation."""
-    return str(model_name).rstrip("/").rsplit("/", 1)[-1].lower()
+        warn_if_foreign(sae, attachment.host, site)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from saehooks.errors import SiteError, WidthError
 from saehooks.hosts.early_stop import stopping
 from saehooks.hosts.hooks import Slot, hook_module
 from saehooks.hosts.layout import View, first_tensor, with_first_tensor
+from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.sequences import Columns, SequenceWatch, ancestors
 
 HookFn = Callable[[Tensor], "Tensor | None"]
@@ -73,6 +74,16 @@ class Handles:
             self._handles.pop().remove()
 
 
+class _Entered:
+    """What was entered together, as one handle."""
+
+    def __init__(self, stack: ExitStack):
+        self._stack = stack
+
+    def remove(self) -> None:
+        self._stack.close()
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place in one model, through which activations of shape (batch, pos, width) flow.
@@ -124,7 +135,11 @@ class Site:
                 returned has another shape.
         """
         hook = self._pre_hook(fn) if self.slot == "in" else self._post_hook(fn)
-        return hook_module(self.module, self.slot, hook)
+        with ExitStack() as stack:
+            if callable(getattr(type(self.module), "has_hooks", None)):
+                stack.enter_context(replaced_method(self.module, "has_hooks", _with_listener))
+            stack.callback(hook_module(self.module, self.slot, hook).remove)
+            return _Entered(stack.pop_all())
 
     def _post_hook(self, fn: HookFn) -> Callable[..., Any]:
         def post_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -163,6 +178,15 @@ class Site:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise WidthError(f"a hook at '{self.name}' returned {got}, but must return {tuple(acts.shape)} or None")
         return self.view.write(new.to(dtype=raw.dtype, device=raw.device), raw)
+
+
+def _with_listener(has_hooks: Callable[..., bool]) -> Callable[..., bool]:
+    """A bridge passes by some points that nobody listens to: there is somebody who listens to forward passes."""
+
+    def heard(dir: str = "both", *args: Any, **kwargs: Any) -> bool:
+        return dir != "bwd" or has_hooks(dir, *args, **kwargs)
+
+    return heard
 
 
 class Host(ABC):

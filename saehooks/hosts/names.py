@@ -9,6 +9,9 @@ from typing import Any
 
 from saehooks.errors import SiteError
 
+SEVERAL = re.compile(r"\{(\d+)[-,\d]*\}")
+"""How a table of sites writes the numbers of a name."""
+
 LAYER = re.compile(r"(?<=\.)-?\d+(?=\.|$)")
 
 
@@ -20,6 +23,9 @@ def check_name(name: Any) -> None:
     """
     if not isinstance(name, str) or not name:
         raise SiteError(f"a site is a name such as 'blocks.8.hook_resid_pre', got {name!r}")
+    if SEVERAL.search(name):
+        one = SEVERAL.sub(r"\1", name)
+        raise SiteError(f"'{name}' stands for several sites: take one of its numbers, such as '{one}'")
 
 
 def unknown_site(name: str, known: Iterable[str]) -> SiteError:
@@ -37,7 +43,7 @@ def unknown_site(name: str, known: Iterable[str]) -> SiteError:
         return SiteError(f"no site '{name}': '{pattern}' exists for N in {min(layers)} .. {max(layers)}")
     near = suggestions(name, names)
     if not near:
-        return SiteError(f"no site '{name}'; saehooks.hosts(model) lists all {len(names)}")
+        return SiteError(f"no site '{name}'; sh.sites(model) lists all {len(names)}")
     return SiteError(f"no site '{name}'; did you mean {' or '.join(repr(one) for one in near)}?")
 
 

@@ -186,3 +186,28 @@ def test_the_table_reads_as_text_and_html():
     assert repr(table.find("nothing")) == "no sites"
     assert table[1:].names == ["d"]
     assert table.__rich__().row_count == 2
+
+
+def test_a_table_has_one_row_for_the_same_place_in_all_blocks():
+    """Numbers are shown together only where every combination exists and nothing else differs; the page ends."""
+    names = [f"{stage}.blocks.{i}.{part}" for stage in (0, 1) for i in (0, 1, 2) for part in ("mlp", "norm")]
+    names = [name for name in names if name != "1.blocks.2.norm"]
+    infos = [
+        SiteInfo(name, (name + ".alias", "other.0"), 8 if "mlp" in name else 9, "batch pos width") for name in names
+    ]
+    table = SiteTable([*infos, SiteInfo("head", (), None, "batch pos width")])
+    rows = [line.split()[0] for line in repr(table).splitlines()[1:]]
+    assert rows == ["{0-1}.blocks.{0-2}.mlp", "{0-1}.blocks.{0-1}.norm", "0.blocks.2.norm", "head"]
+    assert "{0-1}.blocks.{0-2}.mlp.alias, other.0" in repr(table)
+    assert table.names == [*names, "head"]
+    long = SiteTable([SiteInfo(f"layer_{i}x.mlp", (), 8, "batch pos width") for i in range(1027)])
+    assert len(repr(long).splitlines()) == 42
+    assert repr(long).splitlines()[-1] == "... and 987 rows more: .find(text) finds sites, .names lists all 1027"
+    assert long._repr_html_().count("<tr>") == 41
+    assert long.__rich__().row_count == 40
+
+
+def test_a_row_of_the_table_is_no_name(tiny_hf):
+    """Whoever writes what the table shows for several sites is told to take one."""
+    with pytest.raises(SiteError, match=r"stands for several sites.* such as 'model\.layers\.0\.mlp'"):
+        host(tiny_hf).site("model.layers.{0-3}.mlp")
