@@ -55,25 +55,6 @@ class SiteInfo(NamedTuple):
     """What to know before attaching, such as the flag that switches the site on."""
 
 
-class Handles:
-    """Several handles, removed together and last first.
-
-    >>> gone = []
-    >>> class One:
-    ...     def __init__(self, name): self.name = name
-    ...     def remove(self): gone.append(self.name)
-    >>> Handles([One("a"), One("b")]).remove(); gone
-    ['b', 'a']
-    """
-
-    def __init__(self, handles: list[Any]):
-        self._handles = handles
-
-    def remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-
 class _Entered:
     """What was entered together, as one handle."""
 

@@ -95,7 +95,7 @@ class OpenClipHost(Host):
     @contextmanager
     def watching(self, watch: SequenceWatch) -> Iterator[None]:
         model = self.model
-        if self._alone or isinstance(getattr(model, "text", None), nn.Module):
+        if self._alone or "text" in self._modules:
             yield  # the tower is a module, which is called with the tokens
             return
 
@@ -119,7 +119,7 @@ class OpenClipHost(Host):
     def pooled(self, site: Site, columns: Columns) -> Tensor | None:
         pos = torch.arange(columns.shape[1], device=columns.device)
         if self.tower(site) == "visual":
-            visual: Any = getattr(self.model, "visual", self.model)
+            visual: Any = self._modules.get("visual", self.model)
             trunk = getattr(visual, "trunk", None)
             kind = getattr(visual, "pool_type", "tok") if trunk is None else getattr(trunk, "global_pool", None)
             if kind in ("tok", "token"):
@@ -133,7 +133,7 @@ class OpenClipHost(Host):
 
     def _text(self, name: str, default: Any) -> Any:
         """A setting of the text tower, wherever it is kept."""
-        text: Any = getattr(self.model, "text", self.model)
+        text: Any = self._modules.get("text", self.model)
         return getattr(self.model, f"text_{name}", getattr(text, name, default))
 
     def _end_of_text(self, tokens: Tensor) -> Tensor | None:
