@@ -68,7 +68,7 @@ TWO_SITES = {
     "saelens transcoder": ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"),
     "sparsify transcoder": ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out"),
     "gemma scope transcoder": ("blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"),
-    "gemma scope 2 transcoder": ("blocks.5.ln2.hook_normalized", "blocks.5.hook_mlp_out"),
+    "gemma scope 2 transcoder": ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out"),
     "llama scope transcoder": ("blocks.8.ln2.hook_normalized", "blocks.8.hook_mlp_out"),
     "circuit-tracer": ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"),
 }

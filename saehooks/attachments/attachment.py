@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +19,27 @@ from saehooks.edits import Context, EditFunction
 from saehooks.errors import NeverFiredError
 from saehooks.hosts.base import Host, Site
 from saehooks.hosts.sequences import Columns, SequenceWatch
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 from saehooks.trace import Record, Trace
 from saehooks.where import Came, View, Where, full_mask
 
 FEW_SCORES = 2**19
 """Scores (tokens x d_sae) up to which codes may have room for every latent: 8 MB."""
+
+
+class Coded(NamedTuple):
+    """What the SAE made of the activations of one forward."""
+
+    sae: SparseCoder
+    """Frozen."""
+    codes: Codes
+    """As the SAE reads them."""
+    original: Codes
+    """What the edits are measured against."""
+    edited: Codes
+    view: View
+    mask: Tensor | None
+    """(batch, pos) bool, where the attachment acts; None for everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +48,7 @@ class Attachment:
 
     host: Host
     site: Site
-    sae: SAE
+    sae: SparseCoder
     edits: tuple[EditFunction, ...]
     where: Where
     error: Literal["keep", "drop"]
@@ -40,6 +58,15 @@ class Attachment:
     """Which of the positions that ``where`` asks for came."""
     known: tuple[Codes, Tensor | None] | None = None
     """What the SAE gives the first time it fires and where it acts then, for a caller who knows both."""
+
+    def hooks(self, watch: SequenceWatch) -> list[tuple[Site, Callable[[Tensor], Tensor | None]]]:
+        """What is called at which site."""
+        return [(self.site, partial(self, watch))]
+
+    @property
+    def places(self) -> list[tuple[Site, int]]:
+        """The sites that it writes to, which no other SAE of the block may, with the width that must fit."""
+        return [(self.site, self.sae.d_in)]
 
     @property
     def changes(self) -> bool:
@@ -57,23 +84,39 @@ class Attachment:
 
     def _replaced(self, columns: Columns, acts: Tensor) -> Tensor | None:
         """What takes the place of ``acts``, (batch, pos, d_in)."""
+        with self._computing(acts):
+            coded = self._coded(columns, acts)
+            self._record(acts, coded)
+            return self._written(acts, coded)
+
+    @contextmanager
+    def _computing(self, acts: Tensor) -> Iterator[None]:
+        """Inside the block the SAE computes in its own dtype, with a graph where somebody needs one."""
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
-        exact = torch.autocast(acts.device.type, enabled=False)  # the SAE computes in its own dtype
+        with torch.set_grad_enabled(graph), torch.autocast(acts.device.type, enabled=False):
+            yield
+
+    def _coded(self, columns: Columns, acts: Tensor) -> Coded:
+        """Codes of activations (batch, pos, d_in), before and after the edits."""
         sae = self.sae.frozen()
-        with torch.set_grad_enabled(graph), exact:
-            known = self.known if not self.trace.calls else None
-            codes = sae.encode(acts, step=self._step(acts)) if known is None else known[0]
-            view = View(columns, codes.detach(), self.host.tokenizer)
-            mask = full_mask(self.where, view) if known is None else known[1]
-            original, edited = codes, self._edit(codes, view, mask)
-            if graph and self.grads:
-                # Nothing edited: cut from the inputs, so that their gradient is the model's own to the last bit.
-                original, edited = (codes, edited) if self.changes else (codes.detach(),) * 2
-                edited = _with_kept_grad(edited)
-            self._record(acts, codes, edited, view, mask)
-            if self.error == "drop":
-                return self._reconstructed(sae, acts, edited, mask)
-            return None if edited is original else self._moved(sae, acts, original, edited, mask)
+        known = self.known if not self.trace.calls else None
+        codes = sae.encode(acts, step=self._step(acts)) if known is None else known[0]
+        view = View(columns, codes.detach(), self.host.tokenizer)
+        mask = full_mask(self.where, view) if known is None else known[1]
+        original, edited = codes, self._edit(codes, view, mask)
+        if torch.is_grad_enabled() and self.grads:
+            # Nothing edited: cut from the inputs, so that their gradient is the model's own to the last bit.
+            original, edited = (codes, edited) if self.changes else (codes.detach(),) * 2
+            edited = _with_kept_grad(edited)
+        return Coded(sae, codes, original, edited, view, mask)
+
+    def _written(self, acts: Tensor, coded: Coded) -> Tensor | None:
+        """What takes the place of the activations (batch, pos, d_out) that the SAE writes to; None for the same."""
+        if self.error == "drop":
+            return self._reconstructed(coded.sae, acts, coded.edited, coded.mask)
+        if coded.edited is coded.original:
+            return None
+        return self._moved(coded.sae, acts, coded.original, coded.edited, coded.mask)
 
     def _step(self, acts: Tensor) -> kernels.Step:
         """How the codes are laid out. Edits and gradients, which users see, and traces that pile up take no padding.
@@ -99,7 +142,8 @@ class Attachment:
         edited = edit.run(self.edits, codes, Context(self.site.name, view.tokens, place))
         return edited if mask is None else edit.merge_rows(codes, edited, mask)
 
-    def _record(self, acts: Tensor, codes: Codes, edited: Codes, view: View, mask: Tensor | None) -> None:
+    def _record(self, acts: Tensor, coded: Coded) -> None:
+        codes, edited, view = coded.codes, coded.edited, coded.view
         if view.columns.again:
             if self.grads:
                 self.trace.run_again(view.columns, edited)
@@ -116,13 +160,13 @@ class Attachment:
                 acts=acts.detach(),
                 columns=view.columns,
                 where=self.where,
-                mask=mask,
+                mask=coded.mask,
                 tokenizer=view.tokenizer,
                 grads=self.grads,
             )
         )
 
-    def _reconstructed(self, sae: SAE, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
+    def _reconstructed(self, sae: SparseCoder, acts: Tensor, edited: Codes, mask: Tensor | None) -> Tensor | None:
         """The reconstruction, where ``mask`` holds."""
         if mask is None:
             return sae.decode(edited)
@@ -131,7 +175,9 @@ class Attachment:
         rows = mask.reshape(-1).nonzero()[:, 0]
         return _put_rows(acts, rows, sae.decode(edited.select_rows(rows))) if len(rows) else None
 
-    def _moved(self, sae: SAE, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None) -> Tensor | None:
+    def _moved(
+        self, sae: SparseCoder, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None
+    ) -> Tensor | None:
         """``acts + scale * (edited - original) @ W``, computed for the rows that move and exact in the others."""
         if not edit.same_scale(edited, original):  # an edit of the user's own: then no latent-wise difference exists
             moving = torch.ones_like(edited.sizes, dtype=torch.bool)

@@ -9,7 +9,7 @@ from typing import Any
 
 from saehooks.errors import SiteError
 from saehooks.hosts.base import Host, Site
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 
 ALIASES = {"gpt2-small": "gpt2", "distillgpt2": "distilgpt2", "mistral-7b": "mistral-7b-v0.1"}
 """Names that TransformerLens has for models of other names, where its own table is not loaded."""
@@ -21,7 +21,7 @@ STREAM = re.compile(r"(?P<start>.*?)(blocks|layers|layer|block|resblocks|h)\.(?P
 """Names of the residual stream around a block; a module's path is its output."""
 
 
-def warn_if_foreign(sae: SAE, host: Host, site: Site) -> None:
+def warn_if_foreign(sae: SparseCoder, host: Host, site: Site) -> None:
     """Warn when the SAE remembers another model, processing of its weights or site than it is being attached to."""
     here, metadata = host.describe(), sae.cfg.metadata
     then, now = metadata.get("model_name"), here.get("model_name")

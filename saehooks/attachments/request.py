@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.foreign import warn_if_foreign
@@ -12,27 +12,43 @@ from saehooks.attachments.resolve import check_width, name_of
 from saehooks.edits import Edit
 from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
 from saehooks.hosts.base import Site
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 
 
-def requested(saes: Any, at: str | None, head: int | None) -> dict[Any, tuple[str, int | None, SAE]]:
-    """The (site name, head, SAE) under each key; one SAE is kept under the key None."""
-    if isinstance(saes, SAE):
-        return {None: (*name_of(saes, at, head), saes)}
+class Request(NamedTuple):
+    """One SAE, and where it was asked for."""
+
+    name: str
+    head: int | None
+    sae: SparseCoder
+    out: str | None = None
+    """The site that a transcoder writes, where it was given."""
+
+
+def requested(saes: Any, at: str | tuple[str, str] | None, head: int | None) -> dict[Any, Request]:
+    """What was asked for under each key; one SAE is kept under the key None."""
+    if isinstance(saes, SparseCoder):
+        at, out = at if isinstance(at, tuple) else (at, None)
+        return {None: Request(*name_of(saes, at, head), saes, out)}
     if at is not None or head is not None:
         raise ConfigError("at= and head= place one SAE; give several as {site name: sae} or {(site name, head): sae}")
     if isinstance(saes, Mapping):
         places = {key: key if isinstance(key, tuple) else (key, None) for key in saes}
-        return {key: (*place, _as_sae(saes[key])) for key, place in places.items()}
+        return {
+            key: Request(name, None, _as_sae(saes[key]), more)
+            if isinstance(more, str)
+            else Request(name, more, _as_sae(saes[key]))
+            for key, (name, more) in places.items()
+        }
     if not isinstance(saes, (list, tuple)):
         saes = [_as_sae(saes)]
-    found: dict[Any, tuple[str, int | None, SAE]] = {}
+    found: dict[Any, Request] = {}
     for sae in map(_as_sae, saes):
         name, own_head = name_of(sae)
         key = name if own_head is None else (name, own_head)
         if key in found:
             raise SiteError(f"two SAEs were given for the site {key!r}: a site carries one; nest two blocks instead")
-        found[key] = name, own_head, sae
+        found[key] = Request(name, own_head, sae)
     return found
 
 
@@ -65,8 +81,8 @@ def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) 
         raise UnknownKeywordError(f"{function} has no keyword {name}=; {hint}")
 
 
-def _as_sae(sae: Any) -> SAE:
-    if not isinstance(sae, SAE):
+def _as_sae(sae: Any) -> SparseCoder:
+    if not isinstance(sae, SparseCoder):
         raise ConfigError(f"expected an SAE, got {type(sae).__name__}: sh.load(folder) loads one")
     return sae
 
@@ -91,16 +107,17 @@ def check(attachments: Iterable[Attachment]) -> None:
     """Everything that can be wrong before the first forward, and can be told from the parts together."""
     places: dict[Any, Site] = {}
     for attachment in attachments:
-        site, sae = attachment.site, attachment.sae
-        if site.key in places:
-            raise SiteError(
-                f"two SAEs were given for one site: '{places[site.key].given}' and '{site.given}' are the same place; "
-                "a site carries one, nest two blocks instead"
-            )
-        places[site.key] = site
-        if site.width is not None:
-            check_width(sae, site, site.width)
+        sae = attachment.sae
+        for site, _ in attachment.places:
+            if site.key in places:
+                raise SiteError(
+                    f"two SAEs were given for one site: '{places[site.key].given}' and '{site.given}' are the same "
+                    "place; a site carries one, nest two blocks instead"
+                )
+            places[site.key] = site
+        if attachment.site.width is not None:
+            check_width(sae, attachment.site, attachment.site.width)
         for one in attachment.edits:
             if isinstance(one, Edit):
                 one.check(sae.d_sae)
-        warn_if_foreign(sae, attachment.host, site)
+        warn_if_foreign(sae, attachment.host, attachment.site)

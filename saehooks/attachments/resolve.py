@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from saehooks.errors import SiteError, WidthError
 from saehooks.hosts import Host, Site
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder, Transcoder
 
 
-def name_of(sae: SAE, at: str | None = None, head: int | None = None) -> tuple[str, int | None]:
+def name_of(sae: SparseCoder, at: str | None = None, head: int | None = None) -> tuple[str, int | None]:
     """Site name and head: as asked for, else as the SAE remembers.
 
     Raises:
@@ -20,7 +20,23 @@ def name_of(sae: SAE, at: str | None = None, head: int | None = None) -> tuple[s
     return sae.hook_name, sae.cfg.metadata.get("head") if head is None else head
 
 
-def find(host: Host, sae: SAE, at: str | None = None, head: int | None = None) -> Site:
+def written_by(host: Host, sae: Transcoder, at: str | None = None) -> Site:
+    """The site that a transcoder writes.
+
+    Raises:
+        SiteError: no such site, or nobody says which.
+        WidthError: the transcoder writes another width.
+    """
+    name = at or sae.hook_name_out
+    if name is None:
+        raise SiteError("this transcoder does not know which site it writes: pass at=(read, written)")
+    site = host.site(name)
+    if site.width is not None and site.width != sae.d_out:
+        raise WidthError(f"the transcoder writes d_out={sae.d_out}, but '{site.name}' is {site.width} wide")
+    return site.of_width(sae.d_out)
+
+
+def find(host: Host, sae: SparseCoder, at: str | None = None, head: int | None = None) -> Site:
     """The site of an SAE in a model, of a width that fits.
 
     Raises:
@@ -33,7 +49,7 @@ def find(host: Host, sae: SAE, at: str | None = None, head: int | None = None) -
     return site.of_width(sae.d_in)
 
 
-def check_width(sae: SAE, site: Site, width: int) -> None:
+def check_width(sae: SparseCoder, site: Site, width: int) -> None:
     """Raise WidthError unless the SAE reads activations of this width."""
     if sae.d_in != width:
         raise WidthError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
@@ -12,12 +11,14 @@ from torch import Tensor
 from saehooks import edits as edit
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.request import check, refuse_unknown, requested, spread
+from saehooks.attachments.resolve import written_by
+from saehooks.attachments.transcoder import TranscoderAttachment
 from saehooks.edits import EditFunction, Value, as_edits
 from saehooks.errors import ConfigError
 from saehooks.hosts import host as host_of
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
-from saehooks.sae import SAE
+from saehooks.sae import SAE, SparseCoder, Transcoder
 from saehooks.trace import Trace, Traces
 from saehooks.where import Came, where_of
 
@@ -144,7 +145,8 @@ def attach(
         model: a TransformerLens model, an open_clip model, or any ``nn.Module``.
         saes: one SAE; or a mapping from site name, or ``(site name, head)``, to SAE; or a list of SAEs that know
             their site.
-        at: the site of one SAE, a name that ``sh.sites(model)`` lists; left out, the SAE's own ``hook_name``.
+        at: the site of one SAE, a name that ``sh.sites(model)`` lists; left out, the SAE's own ``hook_name``. For a
+            transcoder ``(site it reads, site it writes)``; its edits and its reconstruction are for the second.
         head: at a site with attention heads, the one to attach to; left out, the heads joined.
         edits: a function ``(codes) -> codes`` or ``(codes, context) -> codes``, or several, run in order.
             ``sh.edits`` makes the usual ones. With several SAEs, also a mapping by the keys of ``saes``.
@@ -177,18 +179,23 @@ def attach(
     requests = requested(saes, at, head)
     edits_of = spread("edits", edits if isinstance(edits, Mapping) else as_edits(edits), requests, ())
     rules = spread("where", where, requests, None)
-    attachments = {}
-    for key, (name, which_head, sae) in requests.items():
+    attachments: dict[Any, Attachment] = {}
+    for key, (name, which_head, sae, out) in requests.items():
         site = host.site(name, which_head).of_width(sae.d_in)
         rule, own_edits = where_of(sae, rules[key]), as_edits(edits_of[key])
-        trace = Trace(site.name, keep_all)
-        attachments[key] = Attachment(host, site, sae, own_edits, rule, error, grads, trace, Came(rule))
+        given = host, site, sae, own_edits, rule, error, grads, Trace(site.name, keep_all), Came(rule)
+        if isinstance(sae, Transcoder):
+            attachments[key] = TranscoderAttachment(*given, out=written_by(host, sae, out))
+        elif out is not None:
+            raise ConfigError(f"at=({name!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two")
+        else:
+            attachments[key] = Attachment(*given)
     check(attachments.values())
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())
         watch = SequenceWatch(host)
-        hooks.enter_context(watch.watching((one.site, partial(one, watch)) for one in attachments.values()))
+        hooks.enter_context(watch.watching(hook for one in attachments.values() for hook in one.hooks(watch)))
         traces = {key: attachment.trace for key, attachment in attachments.items()}
-        yield traces[None] if isinstance(saes, SAE) else Traces(traces)
+        yield traces[None] if isinstance(saes, SparseCoder) else Traces(traces)
     for attachment in attachments.values():  # not reached when the block failed
         attachment.check_used(watch.calls)

@@ -174,7 +174,7 @@ PLACES = {
     "output": "hook_resid_post",
     "self_attn.o_proj.input": "attn.hook_z",
     "post_feedforward_layernorm.output": "hook_mlp_out",
-    "pre_feedforward_layernorm.output": "ln2.hook_normalized",
+    "pre_feedforward_layernorm.output": "mlp.hook_in",
 }
 
 
