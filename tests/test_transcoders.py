@@ -202,3 +202,61 @@ def test_an_sae_takes_no_settings_of_a_transcoder():
         sh.SAE(6, 20, "linear", "relu", d_out=6)
     with pytest.raises(ConfigError, match="d_out"):
         Transcoder(6, 20, d_out=0)
+
+
+def test_measure_compares_with_the_prediction_in_its_place(model, transcoder, tokens):
+    """Cross-entropy clean, with the prediction and with zeros where it writes; NMSE of what it predicts."""
+
+    def ce(write):
+        handles = hooked(model, write)
+        logits = model(tokens)
+        for handle in handles:
+            handle.remove()
+        return float(nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1)))
+
+    kept = {}
+
+    def spliced(x, out):
+        kept["out"], kept["recons"] = out, by_hand(transcoder, x)[2]
+        return kept["recons"]
+
+    with torch.no_grad():
+        right = {
+            "ce_clean": ce(lambda x, out: None),
+            "ce_spliced": ce(spliced),
+            "ce_zero": ce(lambda x, out: torch.zeros_like(out)),
+        }
+        with sh.measure(model, transcoder, where=sh.positions(slice(0, None)), live=False) as live:
+            model(tokens)
+    found = live.summary()
+    for name, value in right.items():
+        assert found[name] == pytest.approx(value, rel=1e-5)
+    error = (kept["out"] - kept["recons"]).square().sum()
+    assert found["nmse"] == pytest.approx(float(error / kept["out"].square().sum()), rel=1e-4)
+
+
+def test_latents_are_ranked_by_exact_ablation(model, transcoder, tokens):
+    """The effect of a latent is what a plain hook that takes it away does."""
+
+    def metric(logits):
+        return logits[:, -1, 3]
+
+    ranking = sh.rank_latents(model, transcoder, tokens, metric, where=sh.positions(slice(0, None)), exact=3)
+    latent = int(ranking.latents[0])
+
+    def without(codes):
+        codes = codes.clone()
+        codes[..., latent] = 0
+        return codes
+
+    def write(x, out):
+        before, after, _ = by_hand(transcoder, x, without)
+        return out + (after - before) @ transcoder.dictionary.W_dec
+
+    with torch.no_grad():
+        clean = metric(model(tokens)).mean()
+        handles = hooked(model, write)
+        ablated = metric(model(tokens)).mean()
+        for handle in handles:
+            handle.remove()
+    assert float(ranking.exact[0]) == pytest.approx(float(ablated - clean), abs=1e-5)

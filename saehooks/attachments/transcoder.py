@@ -6,14 +6,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from saehooks.attachments.attachment import Attachment, Coded
-from saehooks.attachments.resolve import check_width
+from saehooks.attachments.resolve import check_width, written_by
 from saehooks.errors import ConfigError, NeverFiredError, WidthError
-from saehooks.hosts.base import Site
+from saehooks.hosts.base import Host, Site
 from saehooks.hosts.sequences import SequenceWatch
+from saehooks.sae import SparseCoder, Transcoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,9 @@ class TranscoderAttachment(Attachment):
     @property
     def places(self) -> list[tuple[Site, int]]:
         return [(self.out, self.sae.d_out)]
+
+    def __call__(self, watch: SequenceWatch, acts: Tensor) -> Tensor | None:
+        return self.writing(watch, acts)
 
     def reading(self, watch: SequenceWatch, acts: Tensor) -> None:
         """The hook where it reads: nothing changes there."""
@@ -74,3 +79,25 @@ class TranscoderAttachment(Attachment):
                 "writes"
             )
         super().check_used(calls)
+
+
+def attachment_of(host: Host, site: Site, sae: SparseCoder, *given: Any, out: str | None = None) -> Attachment:
+    """The attachment of an SAE at its site, or of a transcoder at its two.
+
+    Args:
+        host: the model.
+        site: what it reads.
+        sae: an SAE or a transcoder.
+        given: the other fields of an `Attachment`.
+        out: the site that a transcoder writes; the one that it knows if not given.
+    Raises:
+        ConfigError: a second site for an SAE.
+        SiteError, WidthError: none that fits for a transcoder.
+    """
+    if isinstance(sae, Transcoder):
+        return TranscoderAttachment(host, site, sae, *given, out=written_by(host, sae, out))
+    if out is not None:
+        raise ConfigError(
+            f"at=({site.given!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two"
+        )
+    return Attachment(host, site, sae, *given)

@@ -11,14 +11,13 @@ from torch import Tensor
 from saehooks import edits as edit
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.request import check, refuse_unknown, requested, spread
-from saehooks.attachments.resolve import written_by
-from saehooks.attachments.transcoder import TranscoderAttachment
+from saehooks.attachments.transcoder import attachment_of
 from saehooks.edits import EditFunction, Value, as_edits
 from saehooks.errors import ConfigError
 from saehooks.hosts import host as host_of
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
-from saehooks.sae import SAE, SparseCoder, Transcoder
+from saehooks.sae import SAE, SparseCoder
 from saehooks.trace import Trace, Traces
 from saehooks.where import Came, where_of
 
@@ -183,13 +182,8 @@ def attach(
     for key, (name, which_head, sae, out) in requests.items():
         site = host.site(name, which_head).of_width(sae.d_in)
         rule, own_edits = where_of(sae, rules[key]), as_edits(edits_of[key])
-        given = host, site, sae, own_edits, rule, error, grads, Trace(site.name, keep_all), Came(rule)
-        if isinstance(sae, Transcoder):
-            attachments[key] = TranscoderAttachment(*given, out=written_by(host, sae, out))
-        elif out is not None:
-            raise ConfigError(f"at=({name!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two")
-        else:
-            attachments[key] = Attachment(*given)
+        given = own_edits, rule, error, grads, Trace(site.name, keep_all), Came(rule)
+        attachments[key] = attachment_of(host, site, sae, *given, out=out)
     check(attachments.values())
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())

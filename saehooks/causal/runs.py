@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.request import check
 from saehooks.attachments.resolve import find
+from saehooks.attachments.transcoder import attachment_of
 from saehooks.causal.metric import Metric
 from saehooks.codes import Codes
 from saehooks.edits import EditFunction
@@ -26,7 +26,7 @@ from saehooks.hosts import host as host_of
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.hosts.towers import two_towers
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 from saehooks.trace import Trace
 from saehooks.where import Came, where_of
 
@@ -193,7 +193,7 @@ class Place:
         where: as in `saehooks.attachments.attach`.
     """
 
-    def __init__(self, model: Any, sae: SAE, at: str | None, head: int | None, where: Any) -> None:
+    def __init__(self, model: Any, sae: SparseCoder, at: str | None, head: int | None, where: Any) -> None:
         self.host = host_of(model)
         self.sae, self.site = sae, find(self.host, sae, at, head)
         self.where = where_of(sae, where)
@@ -215,9 +215,9 @@ class Place:
         """
         watch, trace = SequenceWatch(self.host), Trace(self.site.name, keep_all=True)
         asked = (self.where, error, grads)
-        attachment = Attachment(self.host, self.site, self.sae, edits, *asked, trace, self._came, known)
+        attachment = attachment_of(self.host, self.site, self.sae, edits, *asked, trace, self._came, known)
         check([attachment])
-        with uncompiled(), watch.watching([(self.site, partial(attachment, watch))]):
+        with uncompiled(), watch.watching(attachment.hooks(watch)):
             yield trace
         self._last, self._calls = attachment, self._calls + watch.calls
 

@@ -24,22 +24,22 @@ from saehooks.hosts.reruns import is_rerun
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.metrics import ReconstructionMeter
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 from saehooks.show.progress import panel
 from saehooks.streams import checked_batches
 
 
 @overload
 def measure(
-    model: Any, sae: SAE, batches: str | None = None, at: str | None = None, **options: Any
+    model: Any, sae: SparseCoder, batches: str | None = None, at: str | None = None, **options: Any
 ) -> AbstractContextManager[Measurement]: ...
 @overload
 def measure(
-    model: Any, sae: SAE, batches: Iterable[Any], at: str | None = None, **options: Any
+    model: Any, sae: SparseCoder, batches: Iterable[Any], at: str | None = None, **options: Any
 ) -> dict[str, float]: ...
 def measure(
     model: Any,
-    sae: SAE,
+    sae: SparseCoder,
     batches: Iterable[Any] | str | None = None,
     at: str | None = None,
     *,
@@ -64,7 +64,7 @@ def measure(
 
     Args:
         model: a language model or a CLIP of any family that saehooks knows, or any model that puts out logits.
-        sae: the SAE to splice in.
+        sae: the SAE to splice in; a transcoder is measured by what it predicts at the site that it writes.
         batches: tokens (batch, pos), images, or dicts of arguments: the model is run on each, and the summary is
             returned. Left out, a block is.
         at: the site; the SAE's own ``hook_name`` by default. May stand in the place of ``batches``.
@@ -101,7 +101,7 @@ def measure(
 @contextmanager
 def _block(
     model: Any,
-    sae: SAE,
+    sae: SparseCoder,
     at: str | None,
     head: int | None,
     where: Any,
@@ -116,7 +116,7 @@ def _block(
     check([runs.attachment])
     comparison = _comparison(host, runs.site, prompts, labels, tokenizer)
     warn_in_train_mode(host.model, "measuring", stacklevel=5)
-    result = Measurement(comparison, ReconstructionMeter(sae.d_in, sae.d_sae), runs.site.name, runs.note)
+    result = Measurement(comparison, ReconstructionMeter(sae.d_out, sae.d_sae), runs.site.name, runs.note)
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.enter_context(runs.watching())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.resolve import find
+from saehooks.attachments.transcoder import TranscoderAttachment, attachment_of
 from saehooks.errors import ConfigError
 from saehooks.evaluation.comparison import Call, Comparison, Passage
 from saehooks.evaluation.embeddings import EmbeddingComparison
@@ -24,7 +25,7 @@ from saehooks.hosts.partial_forward import CachedPrefix, equal_up_to_rounding
 from saehooks.hosts.reruns import rerunning
 from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.train_mode import unsettled
-from saehooks.sae import SAE
+from saehooks.sae import SparseCoder
 from saehooks.trace import Forward, Trace
 from saehooks.where import Came, where_of
 
@@ -55,12 +56,13 @@ class ThreeRuns:
     """
 
     def __init__(
-        self, host: Host, sae: SAE, at: str | None, head: int | None, where: Any, *, resume_clean: bool
+        self, host: Host, sae: SparseCoder, at: str | None, head: int | None, where: Any, *, resume_clean: bool
     ) -> None:
         self.host, self.site, self.resume_clean = host, find(host, sae, at, head), resume_clean
         rule = where_of(sae, where)
         trace = Trace(self.site.name, keep_all=True)
-        self.attachment = Attachment(host, self.site, sae, (), rule, "drop", False, trace, Came(rule))
+        self.attachment = attachment_of(host, self.site, sae, (), rule, "drop", False, trace, Came(rule))
+        self._written = self.attachment.places[0][0]
         self.note = f"at {rule!r}"
         self._watch = SequenceWatch(host, of_reruns=True)
         self._now = _Now()
@@ -72,7 +74,8 @@ class ThreeRuns:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside the block the site carries what the run asks for."""
-        with self._watch.watching([(self.site, self._hook)]):
+        read = [(self.site, self._reading)] if isinstance(self.attachment, TranscoderAttachment) else []
+        with self._watch.watching([*read, (self._written, self._hook)]):
             yield
 
     @property
@@ -207,13 +210,19 @@ class ThreeRuns:
 
     # ------------------------------------------------------------------ the site
 
+    def _reading(self, acts: Tensor) -> None:
+        """The hook at the site that a transcoder reads."""
+        now = self._now
+        if now.mode == "spliced" and isinstance(now.attachment, TranscoderAttachment):
+            now.attachment.reading(self._watch, acts)
+
     def _hook(self, acts: Tensor) -> Tensor | None:
         now = self._now
         if now.attachment is None or now.mode == "off":
             return None
         if now.mode == "spliced":
             return now.attachment(self._watch, acts)
-        columns = self._watch.look(self.site, acts)
+        columns = self._watch.look(self._written, acts)
         forwards = now.attachment.trace.forwards
         mask = forwards[min(now.zeroed, len(forwards) - 1)].mask  # the places where the reconstruction was
         now.zeroed += 1
