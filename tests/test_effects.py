@@ -264,6 +264,26 @@ def test_a_position_that_only_some_texts_have(tiny_hf):
         causal.rank_latents(tiny_hf, sae, texts[:1], exact=[latent], **at)
 
 
+def test_a_mask_for_each_text(tiny_hf):
+    """A mask (n, pos) goes with the texts of the data, however they are cut into forwards."""
+    sae, ids = relu_sae(), torch.tensor([row[:4] for row in ROWS])
+    mask = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]], dtype=torch.bool)
+    at = {"at": "model.layers.1", "where": mask, "progress": False}
+    latents = causal.rank_latents(tiny_hf, sae, ids, **at).top(3)
+    for size in (4, 3, 1):
+        found = causal.rank_latents(tiny_hf, sae, ids, exact=latents, batch_size=size, **at)
+        for latent in latents:
+            changes = []
+            for row, places in zip(ids, mask, strict=True):
+                columns = places.nonzero()[:, 0].tolist()
+                call = lambda one: tiny_hf(one).logits  # noqa: E731
+                module = tiny_hf.model.layers[1]
+                changes.append(effect_alone(call, module, sae, latent, [row.tolist()], lambda n, c=columns: c))
+            assert found.of(latent)["exact"] == pytest.approx(sum(changes) / 4, abs=2e-6)
+    with pytest.raises(WhereError, match="a row for each sequence"):
+        causal.rank_latents(tiny_hf, sae, ids, at="model.layers.1", where=mask[:2], batch_size=1)
+
+
 def test_how_many_to_ablate_may_be_any_whole_number(tiny_hf):
     """``exact=`` takes the numbers of numpy and torch, and arrays of latents; what is wrong is said before any run."""
     sae, ids = relu_sae(), torch.tensor([ROWS[1], ROWS[3]])

@@ -587,6 +587,8 @@ def test_one_shot_gives_the_summary_of_the_block(tiny_hf, tiny_bridge, tiny_clip
     )
     assert found["n_images"] == 4
     assert 0 <= found["acc_clean"] <= 1
+    with pytest.raises(TypeError, match="did you mean at="):
+        sh.measure(tiny_hf, sae, [TEXT], hook_name=at)
     with pytest.raises(SaehooksError):
         sh.measure(tiny_hf, sae, "a text instead of batches", at)
     with pytest.raises(NeverFiredError):

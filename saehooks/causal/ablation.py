@@ -119,7 +119,7 @@ class Ablator:
 
     def _clean(self, part: Inputs) -> Clean:
         prefix = CachedPrefix(self.place.host, self.place.site)
-        with self.place.attached() as trace:
+        with self.place.attached(rows=part.rows) as trace:
             if self.resume:
                 with prefix.recording():
                     output = self.run(part.inputs)
@@ -159,7 +159,7 @@ class Ablator:
         places = rows[:, None] * pos + torch.arange(pos)
         codes = run.first.select_rows(places.reshape(-1).to(zeroed.device), (len(rows), pos))
         known = codes, None if run.mask is None else run.mask[rows.to(run.mask.device)]
-        with self.place.attached(edits=(zero,), error=self.error, known=known):
+        with self.place.attached((zero,), self.error, known=known, rows=run.part.rows[rows]):
             if run.prefix is None:
                 return self.run(run.part.inputs[rows])
             with run.prefix.resuming(rows):

@@ -83,7 +83,11 @@ def _add_batch(
     points = [1.0] if steps is None else [1.0, *((k + 0.5) / steps for k in range(steps))]
     for point in points:
         edits = () if point == 1.0 else (_scaled(point),)
-        with frozen(place.host.model), place.attached(edits=edits, grads=True) as trace, torch.enable_grad():
+        with (
+            frozen(place.host.model),
+            place.attached(edits=edits, grads=True, rows=part.rows) as trace,
+            torch.enable_grad(),
+        ):
             output = run(part.inputs)
             batch = Batch(part.inputs, part.rows, data.total, output.detach() if clean is None else clean)
             values = metric(output, batch)

@@ -240,7 +240,7 @@ def active_latents(model: Any, sae: SAE, tokens: Any, **options: Any) -> Tensor:
     run = runner(place.host, options.get("run"))
     counts = torch.zeros(sae.d_sae, dtype=torch.int64)
     for part in as_data(place.host, tokens, options.get("batch_size")).batches:
-        with torch.no_grad(), place.attached() as trace:
+        with torch.no_grad(), place.attached(rows=part.rows) as trace:
             run(part.inputs)
         for one in trace.forwards:
             counts += one.codes.where(one.mask).counts().cpu()

@@ -173,7 +173,10 @@ class _Walk:
     def _forward(self, part: Inputs) -> tuple[Tensor, dict[str, list[Forward]]]:
         """The metric's sum, and for each site what was recorded each time it fired."""
         with ExitStack() as stack:
-            traces = {name: stack.enter_context(place.attached(grads=True)) for name, place in self.places.items()}
+            traces = {
+                name: stack.enter_context(place.attached(grads=True, rows=part.rows))
+                for name, place in self.places.items()
+            }
             stack.enter_context(torch.enable_grad())
             output = self.call(part.inputs)
             values = self.metric(output, Batch(part.inputs, part.rows, self.data.total, output.detach()))

@@ -138,7 +138,8 @@ def check_latents(sae: SAE, latents: Iterable[int]) -> None:
 
 def _exact_as_asked(exact: Any, sae: SAE) -> tuple[int, Tensor | None]:
     """What ``exact=`` means: how many of the best, or which latents."""
-    if not hasattr(exact, "__index__") or getattr(exact, "ndim", 0):
+    axes: int = getattr(exact, "ndim", 0)
+    if axes or not hasattr(exact, "__index__"):
         return 0, _listed(exact, sae)
     count = exact.__index__()  # of Python, numpy or torch
     if count < 0:

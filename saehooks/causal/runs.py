@@ -17,7 +17,7 @@ from saehooks.attachments.transcoder import attachment_of
 from saehooks.causal.metric import Metric
 from saehooks.codes import Codes
 from saehooks.edits import EditFunction
-from saehooks.errors import ConfigError
+from saehooks.errors import ConfigError, WhereError
 from saehooks.evaluation.batches import rows_at_once
 from saehooks.evaluation.embeddings import embedding_of
 from saehooks.evaluation.objective import Objective
@@ -27,8 +27,9 @@ from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.hosts.towers import two_towers
 from saehooks.sae import SparseCoder
+from saehooks.streams import prompt_tokens
 from saehooks.trace import Trace
-from saehooks.where import Came, where_of
+from saehooks.where import Came, Mask, Where, where_of
 
 
 class Inputs(NamedTuple):
@@ -173,19 +174,6 @@ def _whole_numbers(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def prompt_tokens(tokenizer: Any, text: str) -> Tensor:
-    """(pos,) int64: the tokens of a text after a BOS.
-
-    Raises:
-        ConfigError: there is no tokenizer.
-    """
-    if tokenizer is None:
-        raise ConfigError("this model carries no tokenizer: give tokens instead of texts")
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return torch.tensor(ids if bos is None else [bos, *ids])
-
-
 class Place:
     """Where latents are ablated: a site of a model, an SAE and a rule for positions, over many forwards.
 
@@ -207,19 +195,30 @@ class Place:
         error: Literal["keep", "drop"] = "keep",
         grads: bool = False,
         known: tuple[Codes, Tensor | None] | None = None,
+        rows: Tensor | None = None,
     ) -> Iterator[Trace]:
         """The SAE attached to every forward in the block, each time it fires recorded.
 
         Args:
             known: codes and mask of the first time it fires, where they are known.
+            rows: (batch,) int64, which sequences of the data these are: a mask (n, pos) is of all of them.
         """
         watch, trace = SequenceWatch(self.host), Trace(self.site.name, keep_all=True)
-        asked = (self.where, error, grads)
+        asked = (self._rule(rows), error, grads)
         attachment = attachment_of(self.host, self.site, self.sae, edits, *asked, trace, self._came, known)
         check([attachment])
         with uncompiled(), watch.watching(attachment.hooks(watch)):
             yield trace
         self._last, self._calls = attachment, self._calls + watch.calls
+
+    def _rule(self, rows: Tensor | None) -> Where:
+        """Where to act in some sequences of the data."""
+        given = self.where.given if isinstance(self.where, Mask) else None
+        if rows is None or given is None or given.dim() == 1 or len(given) == 1:
+            return self.where
+        if int(rows.max()) >= len(given):
+            raise WhereError(f"where has shape {tuple(given.shape)}; expected a row for each sequence of the data")
+        return Mask(given[rows.to(given.device)])
 
     def check_used(self) -> None:
         """Complain about a site that never fired, or a position that no forward of the data had."""

@@ -21,7 +21,7 @@ from saehooks.evaluation import measure
 from saehooks.sae import SAE
 from saehooks.show import figures
 from saehooks.show.values import visible
-from saehooks.streams import TokenBatches
+from saehooks.streams import TokenBatches, prompt_tokens
 from saehooks.training.fit import fit
 
 PROMPT = "The Eiffel Tower is located in the city of"
@@ -98,8 +98,7 @@ class Language:
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(1, pos) tokens, with the token that sequences begin with."""
-        first = self.tokenizer.bos_token_id
-        return torch.tensor([[first, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        return prompt_tokens(self.tokenizer, prompt)[None]
 
     def generated(self, prompt: str) -> str:
         """What the model writes after a prompt, always taking the likeliest token."""

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import torch
 
-from saehooks.attachments.request import check
+from saehooks.attachments.request import check, refuse_unknown
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.evaluation.batches import as_batches, run_batch
 from saehooks.evaluation.comparison import Comparison
@@ -27,6 +27,8 @@ from saehooks.metrics import ReconstructionMeter
 from saehooks.sae import SparseCoder
 from saehooks.show.progress import panel
 from saehooks.streams import checked_batches
+
+KEYWORDS = ("batches", "at", "head", "where", "prompts", "labels", "tokenizer", "live")
 
 
 @overload
@@ -49,6 +51,7 @@ def measure(
     labels: Any = None,
     tokenizer: Any = None,
     live: bool | None = None,
+    **unknown: Any,
 ) -> Any:
     """Measure what an SAE costs a model: ``sh.measure(model, sae, batches)``, or a block around calls of your own.
 
@@ -85,6 +88,7 @@ def measure(
     Source: CE recovered as in Gated SAEs (arXiv 2404.16014), with the raw figures beside it; cosine and shrinkage as in
     SAEBench's core evaluation.
     """
+    refuse_unknown("measure", unknown, KEYWORDS)
     if isinstance(batches, str):
         if at is not None:
             checked_batches(batches)  # a text is no batches

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from saehooks.attachments import read
-from saehooks.causal.runs import prompt_tokens
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, LatentError
 from saehooks.hosts import host as host_of
@@ -24,6 +23,7 @@ from saehooks.latents.listing import Listing
 from saehooks.latents.tallies import GRID
 from saehooks.sae import SAE
 from saehooks.show.values import visible
+from saehooks.streams import prompt_tokens
 from saehooks.trace import Forward
 
 SHELF = ("scores", "values", "sequences", "columns", "tokens", "around")

@@ -4,7 +4,7 @@ from saehooks.streams.fingerprint import Fingerprint
 from saehooks.streams.harvest import Tap, checked_batches, harvest, harvest_sites
 from saehooks.streams.images import ImageBatches
 from saehooks.streams.shuffle_buffer import ShuffleBuffer
-from saehooks.streams.tokens import TokenBatches, read_text
+from saehooks.streams.tokens import TokenBatches, prompt_tokens, read_text
 
 __all__ = [
     "Fingerprint",
@@ -15,5 +15,6 @@ __all__ = [
     "checked_batches",
     "harvest",
     "harvest_sites",
+    "prompt_tokens",
     "read_text",
 ]

@@ -45,7 +45,9 @@ class TokenBatches:
             n = min(n, max(1, limit // context))
         if n < 1:
             raise ConfigError(f"the text has {len(ids)} tokens, too few for one sequence of {context}")
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        bos = leading_token(tokenizer)
+        if bos is None:
+            raise ConfigError("this tokenizer has neither a BOS nor an EOS token for sequences to begin with")
         body = ids[: n * (context - 1)].reshape(n, context - 1)
         self.tokens = torch.cat([torch.full((n, 1), bos, dtype=body.dtype), body], dim=1)
         self.batch_size = batch_size
@@ -58,6 +60,23 @@ class TokenBatches:
 
     def __repr__(self) -> str:
         return f"TokenBatches({len(self)} batches, {self.tokens.numel()} tokens in sequences of {self.tokens.shape[1]})"
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The token that texts begin with: BOS, or where there is none EOS, as in GPT-2; None where there is neither."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> Tensor:
+    """(pos,) int64: the tokens of a text after the one that texts begin with.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ConfigError("this model carries no tokenizer: give tokens instead of texts")
+    first, ids = leading_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids if first is None else [first, *ids], dtype=torch.int64)
 
 
 def read_text(source: str | Path | Sequence[str | Path]) -> str:
