@@ -14,7 +14,7 @@ from saehooks.formats import load
 from saehooks.hosts import sites
 from saehooks.latents import LatentIndex, survey
 from saehooks.sae import SAE, SAEConfig, SAEOutput
-from saehooks.streams import ImageBatches, TokenBatches, harvest
+from saehooks.streams import Activations, ImageBatches, TokenBatches, harvest
 from saehooks.trace import Trace
 from saehooks.training.fit import fit, train
 from saehooks.training.losses import LossConfig
@@ -23,6 +23,7 @@ from saehooks.where import everywhere, last, not_special, pooled, positions
 
 __all__ = [
     "SAE",
+    "Activations",
     "Codes",
     "ImageBatches",
     "LatentIndex",

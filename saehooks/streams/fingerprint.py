@@ -29,22 +29,35 @@ class Fingerprint:
     False
     """
 
-    def __init__(self, value: int = 0) -> None:
+    def __init__(self, value: int = 0, last: int = 0) -> None:
         self._value: int | Tensor = value
+        self._last: int | Tensor = last
 
     def add(self, batch: Any) -> None:
         """Take in one more batch: tensors, arrays, texts, numbers, and dicts, lists and tuples of them."""
+        self._last = 0
         for part in _parts(batch):
-            mixed = self._value * FACTOR if isinstance(self._value, Tensor) else _wrapped(self._value * FACTOR)
-            if isinstance(part, Tensor) and isinstance(mixed, Tensor):
-                mixed = mixed.to(part.device)
-            total = mixed + part
-            self._value = total if isinstance(total, Tensor) else _wrapped(total)
+            self._last = _mixed(self._last, part)
+        self._value = _mixed(self._value, self._last)
 
     @property
     def value(self) -> int:
-        """The fingerprint so far, a signed 64-bit number."""
+        """The fingerprint of all batches, a signed 64-bit number."""
         return int(self._value)
+
+    @property
+    def last(self) -> int:
+        """The fingerprint of the last batch alone."""
+        return int(self._last)
+
+
+def _mixed(before: int | Tensor, part: int | Tensor) -> int | Tensor:
+    """Depends on both and on their order."""
+    mixed = before * FACTOR if isinstance(before, Tensor) else _wrapped(before * FACTOR)
+    if isinstance(part, Tensor) and isinstance(mixed, Tensor):
+        mixed = mixed.to(part.device)
+    total = mixed + part
+    return total if isinstance(total, Tensor) else _wrapped(total)
 
 
 def _wrapped(number: int) -> int:

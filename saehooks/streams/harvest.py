@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,59 +54,47 @@ class Tap:
         self.receive(acts.reshape(-1, acts.shape[-1]) if mask is None else acts[mask])
 
 
-def harvest(
+def batch_by_batch(
     model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = None
 ) -> Iterator[Tensor]:
-    """Activations of a site, batch by batch, each forward stopped at the site.
-
-    Args:
-        model: any model that saehooks knows.
-        batches: token tensors (batch, pos), images, or dicts of arguments; moved to the model's device.
-        at: the site.
-        head: one head of a per-head site.
-        where: which positions; all but the first of each text by default, ``sh.everywhere`` for all. Never padding.
-    Yields:
-        (n, width) rows, in the dtype and on the device of the model. Between two of them the model carries no hook.
-    Raises:
-        ConfigError: a text instead of batches.
-        NeverFiredError: a forward ended without passing the site.
-    """
+    """Activations of a site, batch by batch, each forward stopped at the site: see `saehooks.harvest`."""
     source = host(model)
     site = source.site(at, head)
-    for (rows,) in harvest_sites(source, checked_batches(batches), {site: where}):
+    for (rows,) in harvest_sites(source, checked_batches(batches), [(site, where)]):
         yield rows
 
 
-def harvest_sites(source: Host, batches: Iterable[Any], sites: Mapping[Site, Any]) -> Iterator[list[Tensor]]:
+def harvest_sites(source: Host, batches: Iterable[Any], wanted: Sequence[tuple[Site, Any]]) -> Iterator[list[Tensor]]:
     """Activations of several sites, batch by batch, each forward stopped at the last of them.
 
     Args:
         source: the model.
-        batches: as for `harvest`.
-        sites: with the rule of positions of each.
+        batches: as for `saehooks.harvest`.
+        wanted: sites, each with its rule of positions.
     Yields:
-        (n, width) rows of each site, in the order given. Between two of them the model carries no hook.
+        (n, width) rows of each, in the order given. Between two of them the model carries no hook.
     """
     warn_in_train_mode(source.model, "taking activations", stacklevel=4)
-    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    taps = [Tap(source, site, rows[site].append, where) for site, where in sites.items()]
-    last = next(iter(sites)) if len(sites) == 1 else None
+    rows: list[list[Tensor]] = [[] for _ in wanted]
+    taps = [Tap(source, site, found.append, where) for found, (site, where) in zip(rows, wanted, strict=True)]
+    sites = {site.key: site for site, _ in wanted}
+    last = next(iter(sites.values())) if len(sites) == 1 else None
     for batch in batches:
         if last is None:
-            last = _last_reached(source, batch, list(sites))
+            last = _last_reached(source, batch, list(sites.values()))
         with ExitStack() as stack:
             for tap in taps:
                 stack.enter_context(tap.attached())
             stack.enter_context(source.stop_at(last))
             stack.enter_context(torch.no_grad())
             _run(source, batch)
-        for site, parts in rows.items():
+        for (site, _), parts in zip(wanted, rows, strict=True):
             if not parts:
                 raise NeverFiredError(
                     f"the forward passed without reaching '{site.name}'; does this batch go through it?"
                 )
-        yield [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in rows.values()]
-        for parts in rows.values():
+        yield [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in rows]
+        for parts in rows:
             parts.clear()
 
 

@@ -77,6 +77,11 @@ class ImageBatches:
                 raise batch
             yield batch
 
+    @property
+    def identity(self) -> str:
+        """What tells these batches from others."""
+        return f"{self!r} of {self._pictures.name}, batch_size={self.batch_size}"
+
     def __len__(self) -> int:
         return -(-len(self._pictures) // self.batch_size)
 
@@ -90,14 +95,14 @@ class _Preprocessed(torch.utils.data.Dataset):
     def __init__(
         self, preprocess: Callable[[Any], Tensor], pictures: Sequence[Any], name: str, limit: int | None
     ) -> None:
-        self._preprocess, self._pictures, self._name = preprocess, pictures, name
+        self._preprocess, self._pictures, self.name = preprocess, pictures, name
         self._length = len(pictures) if limit is None else min(limit, len(pictures))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor | ConfigError:
-        name = f"picture {index} of {self._name}"
+        name = f"picture {index} of {self.name}"
         try:
             picture = _taken_out(self._pictures[index])
             name = str(picture) if isinstance(picture, (str, Path)) else name

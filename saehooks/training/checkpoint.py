@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError, FormatError, NotFiniteError, StorageError
 from saehooks.storage import read_safetensors, write_file
-from saehooks.streams import Fingerprint
+from saehooks.streams import Fingerprint, Mark
 from saehooks.training.trainer import Trainer
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -42,7 +42,7 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
         "sae": trainer.sae.cfg.to_dict(),
         "config": _settings(trainer),
         "counters": {name: getattr(trainer, name) for name in ("steps", "rows_done", "batches_seen", "expected_steps")},
-        "data": trainer.data.value,
+        "data": trainer.mark._asdict(),
         "history": trainer.history,
         "seconds": trainer.seconds,
     }
@@ -114,7 +114,8 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     for name, value in facts["counters"].items():
         setattr(trainer, name, value)
     trainer.expected_steps = trainer.config.steps or trainer.expected_steps
-    trainer.data = Fingerprint(facts["data"])
+    mark = Mark(**facts["data"])
+    trainer.data, trainer.source = Fingerprint(mark.value, mark.last), mark.source
     trainer.history, trainer.seconds = facts["history"], facts["seconds"]
     return True
 

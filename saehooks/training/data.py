@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError, WidthError
 from saehooks.hosts import Host, Site
-from saehooks.streams import Fingerprint, harvest_sites
+from saehooks.streams import Mark, harvest_sites, identity_of, unseen
 
 ROWS = 8192
 """Rows of a tensor of activations that are taken in at once."""
@@ -36,11 +36,15 @@ class Data(Protocol):
             TypeError: nobody knows before they end.
         """
 
-    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+    @property
+    def identity(self) -> str:
+        """See `saehooks.streams.seen.identity_of`."""
+
+    def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
         """From the first batch that somebody has not seen.
 
         Args:
-            marks: how many batches were seen, with their fingerprint; several where trainings stopped apart.
+            marks: how far each training has read.
         Raises:
             ConfigError: the batches seen do not come again.
         """
@@ -52,16 +56,20 @@ class ModelData:
     Args:
         source: the model.
         batches: its inputs.
-        sites: with the rule of positions of each.
+        sites: each with its rule of positions, by the key under which a `Part` holds its rows.
     """
 
-    def __init__(self, source: Host, batches: Iterable[Any], sites: Mapping[Site, Any]) -> None:
+    def __init__(self, source: Host, batches: Iterable[Any], sites: Mapping[Hashable, tuple[Site, Any]]) -> None:
         self._source, self._batches, self._sites = source, batches, sites
 
     def __len__(self) -> int:
         return _length(self._batches)
 
-    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+    @property
+    def identity(self) -> str:
+        return identity_of(self._batches)
+
+    def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
         current: list[tuple[int, Any]] = []
 
         def noted() -> Iterator[Any]:
@@ -69,9 +77,8 @@ class ModelData:
                 current[:] = [(count, batch)]
                 yield batch
 
-        keys = [site.key for site in self._sites]
-        for rows in harvest_sites(self._source, noted(), self._sites):
-            yield Part(*current[0], dict(zip(keys, rows, strict=True)))
+        for rows in harvest_sites(self._source, noted(), list(self._sites.values())):
+            yield Part(*current[0], dict(zip(self._sites, rows, strict=True)))
 
 
 class OwnData:
@@ -82,11 +89,18 @@ class OwnData:
         if isinstance(activations, Tensor):
             self._check(activations)
             self._activations = activations.split(ROWS)
+        width = getattr(activations, "d_in", d_in)
+        if width != d_in:
+            raise WidthError(f"the SAE reads activations of width {d_in}, these are {width} wide")
 
     def __len__(self) -> int:
         return _length(self._activations)
 
-    def parts(self, marks: dict[int, int]) -> Iterator[Part]:
+    @property
+    def identity(self) -> str:
+        return identity_of(self._activations)
+
+    def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
         for count, rows in unseen(self._activations, marks):
             self._check(rows)
             yield Part(count, rows, {None: rows})
@@ -104,32 +118,6 @@ def is_activations(given: Any) -> bool:
     if isinstance(given, (list, tuple)):
         return bool(given) and all(isinstance(one, Tensor) for one in given)
     return isinstance(given, Tensor) or getattr(given, "holds_activations", False)
-
-
-def unseen(batches: Iterable[Any], marks: dict[int, int]) -> Iterator[tuple[int, Any]]:
-    """The batches that somebody has not seen, each with how many came before it; see `Data.parts`."""
-    left, again, first, count = dict(marks), Fingerprint(), min(marks), -1
-    for count, batch in enumerate(batches):
-        _check_mark(left, count, again)
-        if left:
-            again.add(batch)
-        if count >= first:
-            yield count, batch
-    _check_mark(left, count + 1, again)
-    if left:
-        raise ConfigError(
-            f"there are {count + 1} batches, but the checkpoint has seen {max(left)}: "
-            "to resume, give the batches of the first run"
-        )
-
-
-def _check_mark(left: dict[int, int], count: int, again: Fingerprint) -> None:
-    if count in left and left.pop(count) != again.value:
-        raise ConfigError(
-            f"the first {count} batches are not the same as those of the checkpoint: they are others, or came in "
-            "another order. To resume, give the batches of the first run in their order (a DataLoader that shuffles "
-            "needs generator=torch.Generator().manual_seed(...)), or begin anew in another folder"
-        )
 
 
 def _length(batches: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from saehooks.attachments.resolve import find
+from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts import Site, host
 from saehooks.sae import SAE
@@ -20,7 +20,7 @@ from saehooks.training.data import Data, ModelData, OwnData, is_activations
 from saehooks.training.job import Job, check_trained
 from saehooks.training.loop import run_jobs
 from saehooks.training.trainer import TrainConfig, Trainer
-from saehooks.where import Where, everywhere, where_of
+from saehooks.where import where_of
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def train(
         raise NeverFiredError(f"no forward passed '{site.name}' inside the block, so nothing was trained")
     trainer.drain()
     check_trained(trainer)
-    _remember(trainer, {**source.describe(), "hook_name": site.name, "head": site.head}, where)
+    _remember(trainer, {**source.describe(), "hook_name": site.name, "head": site.head}, repr(rule))
 
 
 @overload
@@ -154,29 +154,33 @@ class Target(NamedTuple):
 
 def _target(model: Any, sae: SAE, at: str | None, head: int | None, where: Any) -> Target:
     if is_activations(model):
-        described = getattr(model, "described", {})
-        site = {} if at is None and head is None else {"hook_name": at, "head": head}
         if where is not None:
-            raise ConfigError("activations of your own have no positions: leave out where=")
-        return Target(None, None, None, lambda trainer: _remember(trainer, {**described, **site}))
+            raise ConfigError("activations have no positions: leave out where=")
+        described = getattr(model, "described", {})
+        wanted, there = name_of(sae, at, head) if at or sae.hook_name else (None, None), described.get("hook_name")
+        if wanted[0] and there and wanted != (there, described.get("head")):
+            raise ConfigError(f"the SAE is of site {wanted[0]!r}, the activations are of {there!r}; at= says another")
+        known = {**described, **({"hook_name": wanted[0], "head": wanted[1]} if wanted[0] else {})}
+        positions = getattr(model, "positions", "as given")
+        return Target(None, None, None, lambda trainer: _remember(trainer, known, positions))
     source = host(model)
     found = find(source, sae, at, head)
     rule = where_of(sae, where, training=True)
     known = {**source.describe(), "hook_name": found.name, "head": found.head}
-    return Target(found.key, found, rule, lambda trainer: _remember(trainer, known, rule))
+    return Target((found.key, repr(rule)), found, rule, lambda trainer: _remember(trainer, known, repr(rule)))
 
 
-def _sites(targets: Iterable[Target]) -> dict[Site, Any]:
-    """The sites, each once, with their rules."""
-    return {site: target.where for target in {t.key: t for t in targets}.values() if (site := target.site)}
+def _sites(targets: Iterable[Target]) -> dict[Hashable, tuple[Site, Any]]:
+    """The sites with their rules, each pair once, by the keys of the targets."""
+    return {target.key: (target.site, target.where) for target in targets if target.site}
 
 
 def _held_out(model: Any, batches: Any, targets: Iterable[Target]) -> dict[Hashable, Tensor]:
     """(n, d_in) activations of the evaluation batches, by the keys of the targets."""
     sites = _sites(targets)
     if sites:
-        rows = list(harvest_sites(host(model), checked_batches(batches), sites))
-        parts = {site.key: [one[i] for one in rows] for i, site in enumerate(sites)}
+        rows = list(harvest_sites(host(model), checked_batches(batches), list(sites.values())))
+        parts = {key: [one[i] for one in rows] for i, key in enumerate(sites)}
     else:
         parts = {None: [batches] if isinstance(batches, Tensor) else list(batches)}
     if not all(sum(map(len, found)) for found in parts.values()):
@@ -198,10 +202,9 @@ def _config(
     return replace(config or TrainConfig(), **settings)
 
 
-def _remember(trainer: Trainer, known: Mapping[str, Any], where: Where = everywhere) -> None:
+def _remember(trainer: Trainer, known: Mapping[str, Any], positions: str) -> None:
     """Write into the SAE where it belongs and how it was trained; leave it ready for use."""
     trainer.sae.eval()
-    positions = "all" if where is everywhere else repr(where)
     settings = asdict(replace(trainer.config, loss=trainer.loss_config))
     trainer.sae.cfg.metadata.update(
         known, training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions}

@@ -42,7 +42,9 @@ def _read(jobs: Mapping[str, Job], data: Data, display: TrainingProgress, interr
     except TypeError:
         total = None
     trainers = [job.trainer for job in jobs.values()]
-    parts = data.parts({trainer.batches_seen: trainer.data.value for trainer in trainers})
+    for trainer in trainers:
+        trainer.source = trainer.source or data.identity
+    parts = data.parts([trainer.mark for trainer in trainers])
     while not all(trainer.finished for trainer in trainers):
         started = time.perf_counter()
         part = next(parts, None)

@@ -15,7 +15,7 @@ from saehooks.errors import ConfigError, NotFiniteError
 from saehooks.kernels import Forecast, Step, backend_for
 from saehooks.metrics import ReconstructionMeter, nmse
 from saehooks.sae import SAE, autocast_off
-from saehooks.streams import Fingerprint, ShuffleBuffer
+from saehooks.streams import Fingerprint, Mark, ShuffleBuffer
 from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.training.optimiser import TableAdam
 
@@ -100,6 +100,8 @@ class Trainer:
         """Batches taken in whole."""
         self.data = Fingerprint()
         """Of those batches."""
+        self.source = ""
+        """What the batches come from, where they can be entered anywhere."""
         self.idle = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         """(d_sae,) rows trained on since each latent last fired."""
         self.history: list[dict[str, float]] = []
@@ -120,6 +122,11 @@ class Trainer:
     def rows_seen(self) -> int:
         """Rows taken in."""
         return self.rows_done + self.buffer.under_way
+
+    @property
+    def mark(self) -> Mark:
+        """How far the batches were read."""
+        return Mark(self.batches_seen, self.data.value, self.data.last, self.source)
 
     def push(self, rows: Tensor, batch: Any = None) -> None:
         """Take in rows (n, d_in), of any dtype and device, and train on the batches that become ready.

@@ -65,7 +65,7 @@ def test_a_resumed_training_refuses_other_batches_and_too_few(tiny_bridge, tmp_p
     interrupted(tiny_bridge, tmp_path, texts(), 6)
     changed = texts()
     changed[2][1, 3] = (changed[2][1, 3] + 1) % 64
-    for other, said in ((changed, "not the same"), (texts()[:3], "there are 3 batches, but the checkpoint has seen")):
+    for other, said in ((changed, "not the same"), (texts()[:3], "there are 3 batches, but 6 were seen")):
         with pytest.raises(ConfigError, match=said):
             sh.fit(tiny_bridge, fresh(), other, SITE, out=tmp_path, resume=True, **FAST)
 
