@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
@@ -56,7 +57,14 @@ def train(
     site = find(source, sae, at, head)
     rule = where_of(sae, where, training=True)
     trainer = Trainer(sae, _config(config, settings))
-    tap = Tap(source, site, lambda rows: None if trainer.finished else trainer.push(rows), rule)
+
+    def receive(rows: Tensor) -> None:
+        # Activation checkpointing around the site counts the tensors that are saved: those of the training are not its.
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            if not trainer.finished:
+                trainer.push(rows)
+
+    tap = Tap(source, site, receive, rule)
     with tap.attached():
         yield trainer
     if not tap.fired:

@@ -153,3 +153,61 @@ def test_a_step_that_changes_nothing_moves_no_running_statistic():
         trainer.step(torch.full((16, 32), 3e38))
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
     assert int(sae.density.rows) == 16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_block_is_trained_on_once(reentrant):
+    """Activation checkpointing runs a block again for its gradients: the same steps, rows and weights as without."""
+    made = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        block = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU())
+
+        class Model(torch.nn.Module):
+            def __init__(self, block=block, checkpointed=checkpointed):
+                super().__init__()
+                self.embed, self.block, self.checkpointed = torch.nn.Linear(8, 32), block, checkpointed
+
+            def forward(self, x):
+                x = self.embed(x)
+                if self.checkpointed:
+                    return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=reentrant)
+                return self.block(x)
+
+        model, sae = Model(), fresh(dictionary="linear", activation="topk", k=4)
+        inputs = torch.randn(6, 4, 9, 8, generator=torch.Generator().manual_seed(2))
+        with sh.train(model, sae, at="block.0", batch_size=16, buffer_rows=32, where=sh.everywhere) as trainer:
+            for x in inputs:
+                model(x.requires_grad_()).square().sum().backward()
+        made.append((trainer.steps, trainer.rows_seen, sae, model.embed.weight.grad))
+    assert made[0][:2] == made[1][:2] == (13, 216)
+    assert same_weights(made[0][2], made[1][2])
+    assert torch.allclose(made[0][3], made[1][3])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_harvested_nor_trained_on(tiny_hf, side, tmp_path):
+    """With an attention mask the rows are those of each text alone, its first position left out."""
+    lengths, ids = (13, 7, 2), texts(1)[0][:3]
+    alone = []
+
+    def keep(module, args, out):
+        alone.append(out[0] if isinstance(out, tuple) else out)
+
+    handle = tiny_hf.model.layers[1].register_forward_hook(keep)
+    for row, length in zip(ids, lengths, strict=True):
+        with torch.no_grad():
+            tiny_hf(row[None, :length])
+    handle.remove()
+    right = torch.cat([acts.reshape(-1, acts.shape[-1])[1:] for acts in alone])
+    padded, mask = torch.full((3, 13), 2), torch.zeros(3, 13, dtype=torch.long)
+    for i, length in enumerate(lengths):
+        part = slice(0, length) if side == "right" else slice(13 - length, 13)
+        padded[i, part], mask[i, part] = ids[i, :length], 1
+    batch = {"input_ids": padded, "attention_mask": mask}
+    got = torch.cat(list(sh.harvest(tiny_hf, [batch], "model.layers.1")))
+    assert got.shape == right.shape
+    assert torch.allclose(got, right, atol=1e-3)
+    assert sh.harvest(tiny_hf, [batch], "model.layers.1", to=tmp_path).rows == len(right)
+    trainer = sh.fit(tiny_hf, fresh(), [batch] * 4, "model.layers.1", **{**FAST, "batch_size": 8})
+    assert trainer.rows_seen == 4 * len(right)
