@@ -511,8 +511,30 @@ class Overwritten(nn.Module):
         return self.head(y + x.mul(2))
 
 
-@pytest.mark.parametrize(("kind", "site"), [(Shared, "block"), (Overwritten, "site")])
-def test_modules_that_run_twice_or_are_written_over(kind, site):
+class HandedOn(nn.Module):
+    """What a module leaves beside its output is used after the site, and used up."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.left = nn.Embedding(WORDS, WIDTH), None
+
+        def forward(self, ids):
+            self.left = self.embed(ids) * 3
+            return self.embed(ids)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.site, self.head = self.First(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids):
+        y = self.site(self.first(ids))
+        left, self.first.left = self.first.left, None
+        return self.head(y if left is None else y + left)
+
+
+@pytest.mark.parametrize(("kind", "site"), [(Shared, "block"), (Overwritten, "site"), (HandedOn, "site")])
+def test_modules_that_run_twice_are_written_over_or_handed_on(kind, site):
     """The three cross-entropies are those of plain hooks, call after call."""
     torch.manual_seed(0)
     model, sae = kind().eval(), relu_sae()
