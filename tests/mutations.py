@@ -9,11 +9,12 @@ The package is copied, the edit made there, and the tests named beside it run on
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,22 +419,40 @@ MUTATIONS = [
 ]
 
 
+HEAVY = ["torch", "transformers", "transformers.models.llama.modeling_llama", "pytest", "rich.live", "peft"]
+"""What every run of tests imports: once, before the runs begin."""
+
+
 def survives(mutation: Mutation) -> str | None:
     """Make the fault and run its tests; what pytest said if none failed, None if one did."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        shutil.copytree(ROOT / "saehooks", copy / "saehooks", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("saehooks", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         file = copy / "saehooks" / mutation.file
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace(mutation.right, mutation.wrong), encoding="utf-8")
-        words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        words = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
         words += [f"tests/{one}" for one in mutation.files.split()] + (["-k", mutation.only] if mutation.only else [])
-        found = subprocess.run(
-            words, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False
-        )
-    return None if found.returncode == 1 else f"pytest ended with {found.returncode}: {found.stdout[-300:]}"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(HEAVY)
+        process = context.Process(target=run_pytest, args=(str(copy), words))
+        process.start()
+        process.join()
+        said = (copy / "said.txt").read_text(encoding="utf-8")
+    return None if process.exitcode == 1 else f"pytest ended with {process.exitcode}: {said[-300:]}"
+
+
+def run_pytest(folder: str, words: list[str]) -> None:
+    """Run pytest on a copy of the package, in a process of its own, and end it with pytest's code."""
+    os.chdir(folder)
+    sys.path[:] = [folder, *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests"))]
+    with open("said.txt", "w", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+        import pytest
+
+        code = int(pytest.main(words))
+    os._exit(code)
 
 
 def main(wanted: list[str]) -> int:

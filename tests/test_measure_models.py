@@ -312,6 +312,34 @@ def test_pictures_without_labels_are_compared_by_what_comes_out():
     assert found["n_tokens"] == 3 * 16
 
 
+def test_vision_models_of_hugging_face():
+    """A picture classifier is compared by its labels, and refused without; one without a head by what it pools."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3, initializer_range=0.3)
+    model, sae = transformers.ViTForImageClassification(config).eval(), relu_sae()
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 2, 1, 1])
+    site = next(name for name, one in model.named_modules() if type(one).__name__ == "ViTLayer")
+
+    def ce():
+        return float(F.cross_entropy(model(pixel_values=images).logits, labels))
+
+    right, _ = three(model.get_submodule(site), sae, ce)
+    agree(sh.measure(model, sae, [{"pixel_values": images, "labels": labels}], site), right)
+    with pytest.raises(ConfigError, match="labels="):
+        sh.measure(model, sae, images, site)
+    bare = transformers.ViTModel(config).eval()
+    site = next(name for name, one in bare.named_modules() if type(one).__name__ == "ViTLayer")
+    with torch.no_grad():
+        clean = bare(images).pooler_output
+        with instead(bare.get_submodule(site), lambda x: recons_of(sae, x)):
+            spliced = bare(images).pooler_output
+    found = sh.measure(bare, sae, images.split(2), site)
+    assert found["cos_spliced"] == pytest.approx(float(F.cosine_similarity(clean, spliced).mean()), abs=1e-5)
+    assert found["n_images"] == 4
+
+
 class Swapped(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mutations import MUTATIONS, ROOT, survives  # noqa: E402
+from mutations import MUTATIONS, ROOT, survives
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda one: one.name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from saehooks.evaluation.embeddings import EmbeddingComparison
 from saehooks.evaluation.measurement import Measurement
 from saehooks.hosts import host as host_of
+from saehooks.hosts.towers import two_towers
 from saehooks.streams import checked_batches
 
 TOKENS_AT_ONCE = 1024
@@ -43,7 +44,7 @@ def run_batch(model: Any, found: Measurement, batch: Any) -> None:
         if len(batch) > 1 and isinstance(found.comparison, EmbeddingComparison):
             found.comparison.offer_labels(batch[1])
         batch = batch[0]
-    if isinstance(found.comparison, EmbeddingComparison):
+    if host.family == "open_clip" or two_towers(host.model) is not None:
         host.run(batch)
         return
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -91,6 +91,9 @@ class Comparison(ABC):
     the clean run, and `add`.
     """
 
+    nothing_found = "nothing to compare came out of this call"
+    """What is said of a call whose output holds nothing to compare."""
+
     @abstractmethod
     def entry_points(self) -> Iterable[tuple[nn.Module, str]]:
         """The (module, method name) pairs whose calls are measured."""

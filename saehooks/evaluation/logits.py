@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from saehooks.errors import ConfigError
 from saehooks.evaluation.comparison import Call, Comparison, Passage
+from saehooks.evaluation.embeddings import embedding_of
 from saehooks.evaluation.objective import Objective
 from saehooks.hosts import Host
 from saehooks.hosts.caches import find_cache
@@ -45,6 +46,8 @@ class LogitsComparison(Comparison):
         host: the model.
     """
 
+    nothing_found = "no logits of shape (batch, pos, vocabulary), or of a row for each input, came out of this call"
+
     def __init__(self, host: Host) -> None:
         self.host, self.objective = host, Objective(host.model)
         self._sums = torch.zeros(4, dtype=torch.float64)  # CE clean, CE spliced, CE zero, KL
@@ -64,13 +67,7 @@ class LogitsComparison(Comparison):
             )
 
     def rerun(self, call: Call) -> Any:
-        output = call.asking(return_type="logits", use_cache=False, return_dict=True)()
-        if self.compared(output) is None:
-            raise ConfigError(
-                "no logits of shape (batch, pos, vocabulary) came out of this call, so there is no cross-entropy to "
-                "compare: call a language model as model(tokens)"
-            )
-        return output
+        return call.asking(return_type="logits", use_cache=False, return_dict=True)()
 
     def compared(self, output: Any) -> Tensor | None:
         """(batch, pos, vocabulary) logits, or (batch, classes)."""
@@ -80,9 +77,9 @@ class LogitsComparison(Comparison):
 
     def is_embedding(self, call: Call, output: Any) -> bool:
         """Whether a model that was given pictures, and no labels, put out one row for each."""
-        found, pictures = self.compared(output), any(tensor.dim() >= 4 for tensor in call.tensors)
+        pictures = any(tensor.dim() >= 4 for tensor in call.tensors)
         unlabelled = call.given.get("labels") is None and self.objective.why_labels is None
-        return found is not None and found.dim() == 2 and pictures and unlabelled
+        return pictures and unlabelled and embedding_of(output) is not None
 
     # ---------------------------------------------------------- what is predicted
 

@@ -116,6 +116,7 @@ class ThreeRuns:
         if self.resume_clean and self._resume and self._tried_resuming:
             answer = self._rerun(call, comparison, "off", prefix)
         else:
+            prefix.forget()  # the whole forward needs the memory
             answer = call()
         clean = comparison.compared(answer)
         if clean is None or clean.shape != spliced.shape:  # a loss, or nothing
@@ -143,12 +144,11 @@ class ThreeRuns:
     def _output(self, call: Call, result: Measurement) -> Any:
         """The first output of a call; a model without logits is compared by its embedding from then on."""
         comparison = result.comparison
-        if result.calls or not isinstance(comparison, LogitsComparison):
-            return comparison.rerun(call)
         output = comparison.rerun(call)
-        if comparison.is_embedding(call, output):
-            tower = "visual" if any(tensor.dim() >= 4 for tensor in call.tensors) else "text"
-            result.compare_by(EmbeddingComparison(self.host, tower, None, None, None))
+        if not result.calls and isinstance(comparison, LogitsComparison) and comparison.is_embedding(call, output):
+            result.compare_by(EmbeddingComparison(self.host, "visual", None, None, None))
+        else:
+            _tensor(comparison, output)
         return output
 
     def _rerun(self, call: Call, comparison: Comparison, mode: Mode, prefix: CachedPrefix | None = None) -> Any:
@@ -234,7 +234,7 @@ class ThreeRuns:
 def _tensor(comparison: Comparison, output: Any) -> Tensor:
     found = comparison.compared(output)
     if found is None:
-        raise ConfigError(f"nothing to compare came out of this call: {comparison.how_to_call()}")
+        raise ConfigError(f"{comparison.nothing_found}: {comparison.how_to_call()}")
     return found
 
 

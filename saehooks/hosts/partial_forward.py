@@ -89,6 +89,10 @@ class CachedPrefix:
         """Whether the site was reached, and nothing has written over what is remembered."""
         return self._reached and all(_versions(call.output) == call.versions for call in self._calls)
 
+    def forget(self) -> None:
+        """Let go of what is remembered."""
+        self._calls, self._reached = [], False
+
     @contextmanager
     def resuming(self, rows: Tensor | None = None) -> Iterator[None]:
         """Inside the block, one forward starts at the site.
