@@ -218,7 +218,7 @@ class Span(Where):
 
     def mask(self, view: View) -> Tensor:
         place = view.columns.place
-        begin, step = self._end(self.span.start, view) or 0, self.span.step or 1
+        begin, step = self._end(self.span.start or 0, view), self.span.step or 1
         inside = place >= begin
         if step != 1:
             inside = inside & ((place - begin) % step == 0)

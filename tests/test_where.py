@@ -143,6 +143,8 @@ RIGHT, LEFT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool(), torch.tensor([[
         (0, [1, 0, 0, 0], [0, 0, 1, 0]),
         (-2, [1, 0, 0, 0], [0, 0, 1, 0]),
         (slice(None, -1), [1, 0, 0, 0], [0, 0, 1, 0]),
+        (slice(-1, None), [0, 1, 0, 0], [0, 0, 0, 1]),
+        (slice(-3, None, 2), [1, 0, 0, 0], [0, 0, 1, 0]),
         (~w.positions(0), [0, 1, 0, 0], [0, 0, 0, 1]),
         (torch.tensor([True, True, True, False]), [1, 1, 0, 0], [0, 0, 1, 0]),
         (lambda tokens, codes: tokens >= 0, [1, 1, 0, 0], [0, 0, 1, 1]),

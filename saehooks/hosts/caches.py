@@ -107,6 +107,8 @@ class CacheMemory:
 
 
 def _anchor(cache: Any) -> Any:
-    """What lives as long as the cache does: a tuple of layers is made anew at each step, its first keys are not."""
+    """What lives as long as the cache does: a tuple of layers is made anew at each step, its first tensor is not."""
     keys = _first_keys(cache)
+    if keys is None and isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], Tensor):
+        keys = cache[0]
     return cache if keys is None else keys

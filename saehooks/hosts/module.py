@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
@@ -16,6 +17,8 @@ from saehooks.hosts.base import Host, Site, SiteInfo, check_head
 from saehooks.hosts.calls import is_pos_first
 from saehooks.hosts.layout import View
 from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.pooling import end_of_text, reads_first, up_to
+from saehooks.hosts.sequences import Columns, ancestors
 from saehooks.hosts.towers import tower_calls, tower_of, two_towers
 from saehooks.hosts.widths import OutputWidths, channels_axis
 from saehooks.hosts.wrappers import ModuleNames
@@ -85,6 +88,20 @@ class ModuleHost(Host):
         """Whether a module is one of a list of blocks, whose width only a forward pass may tell."""
         above = self._modules.get(name.rpartition(".")[0])
         return isinstance(above, nn.ModuleList) and any(True for _ in self._modules[name].parameters())
+
+    def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
+        end = end_of_text(module, tokens)
+        return None if end is None else up_to(end, tokens.shape[1])
+
+    def pooled(self, site: Site, columns: Columns) -> Tensor | None:
+        pos = torch.arange(columns.shape[1], device=columns.device)
+        for module in reversed(ancestors([self.model], site.module)):
+            end = None if columns.tokens is None else end_of_text(module, columns.tokens)
+            if end is not None:
+                return pos == end[:, None]
+            if reads_first(module):
+                return pos == 0
+        return None
 
     def describe(self) -> dict[str, Any]:
         config = getattr(self.model, "config", None)

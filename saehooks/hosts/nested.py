@@ -75,11 +75,11 @@ class NestedHost(ModuleHost):
     def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
         found = (p for p in self._parts.values() if any(one is module for one in p.model.modules()))
         part = next(found, None)
-        return None if part is None else part.padding(module, tokens)
+        return super().padding(module, tokens) if part is None else part.padding(module, tokens)
 
     def pooled(self, site: Site, columns: Columns) -> Tensor | None:
         part = self._part_of(site)
-        return None if part is None else part.pooled(site, columns)
+        return super().pooled(site, columns) if part is None else part.pooled(site, columns)
 
     def describe(self) -> dict[str, Any]:
         parts = [*self._parts.values()]

@@ -18,6 +18,7 @@ from saehooks.hosts.hooks import Slot
 from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.module import map_view, refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
+from saehooks.hosts.pooling import up_to
 from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.widths import OutputWidths, module_widths
 from saehooks.hosts.wrappers import ModuleNames
@@ -114,7 +115,7 @@ class OpenClipHost(Host):
 
     def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None:
         end = self._end_of_text(tokens)
-        return None if end is None else torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+        return None if end is None else up_to(end, tokens.shape[1])
 
     def pooled(self, site: Site, columns: Columns) -> Tensor | None:
         pos = torch.arange(columns.shape[1], device=columns.device)

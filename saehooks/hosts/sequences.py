@@ -37,6 +37,7 @@ MODULE_FILE = nn.modules.module.__file__
 
 CHECKPOINTED = {
     "checkpoint": ("function", "args"),
+    "_checkpoint_impl": ("function", "args"),
     "forward": ("run_function", "args"),
     "recompute_fn": ("fn", "args"),
     "backward": ("ctx", "detached_inputs"),
@@ -111,6 +112,8 @@ class Generation:
     """(batch, columns so far) bool, as the next forward is prepared."""
     total: int | None = None
     """Columns so far, of a forward that was prepared."""
+    uncounted: int = 0
+    """Columns of a prompt that no token stands for."""
 
     padding: Callable[[Tensor], Tensor | None] | None = None
     """How the host pads what it makes into tokens."""
@@ -561,7 +564,12 @@ class SequenceWatch:
         two_axes = isinstance(mask, Tensor) and mask.dim() == 2
         generation.mask = mask.bool() if two_axes else None
         ids = given.get("input_ids")
-        generation.total = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            generation.total = None
+            return
+        if not ids.shape[1]:  # the prompt is embeddings, which the ids do not count
+            generation.uncounted = generation.columns or 0
+        generation.total = ids.shape[1] + generation.uncounted
 
     # ---------------------------------------------------- calls that still run
 
@@ -601,7 +609,7 @@ class SequenceWatch:
                 fired = {}
                 counts.append((region, fired))
             fired[key] = fired.get(key, 0) + 1
-            found.append((_checkpoint_of(region), key, fired[key]))
+            found += [(one, key, fired[key]) for one in _checkpoint_of(region)]
         return found
 
     def _before(self, places: list[Hashable], frames: list[_Frame]) -> Columns | None:
@@ -725,12 +733,22 @@ def _inferred(module: nn.Module, prompt: Tensor, given: Mapping[str, Any]) -> Te
     return prompt != pad
 
 
-def _checkpoint_of(region: Any) -> Hashable:
-    """What tells one checkpoint from all others that can still run again, whichever time it runs."""
-    function, args = (region.f_locals.get(name) for name in CHECKPOINTED[region.f_code.co_name])
-    function = getattr(function, "run_function", function)
+def _checkpoint_of(region: Any) -> list[Hashable]:
+    """What tells one checkpoint from all others that can still run again, whichever time it runs; best first."""
+    found: list[Hashable] = []
+    here = region.f_locals
+    first = here.get("gen")  # of a checkpoint that is not reentrant; it holds what its second run is given
+    while getattr(first, "gi_yieldfrom", None) is not None:
+        first = first.gi_yieldfrom
+    options = (
+        here if region.f_code.co_name == "recompute_fn" else getattr(getattr(first, "gi_frame", None), "f_locals", {})
+    )
+    if isinstance(options.get("kwargs"), dict):
+        found.append(("call", id(options["kwargs"])))
+    function, args = (here.get(name) for name in CHECKPOINTED[region.f_code.co_name])
     tensors = (value for value in args or () if isinstance(value, Tensor))
-    return id(function), tuple((value.data_ptr(), tuple(value.shape)) for value in tensors)
+    places = tuple((value.data_ptr(), tuple(value.shape)) for value in tensors)
+    return [*found, (id(getattr(function, "run_function", function)), places)]
 
 
 def _in_backward() -> bool:
