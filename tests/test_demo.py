@@ -12,13 +12,13 @@ from rich.console import Console
 
 from saehooks.codes import Codes
 from saehooks.demo import data, models, photos, small_clip, smollm2, text
-from saehooks.demo.language import Budget, for_seconds, strongest
+from saehooks.demo.language import Budget, Language, for_seconds, strongest
 from saehooks.demo.report import Report
 from saehooks.demo.run import CLIP_SAE_FOLDER, SAE_FOLDER, run
 from saehooks.demo.survey import Survey, typical
+from saehooks.demo.vision import class_shares
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
-from saehooks.sae import SAE
 from saehooks.streams import TokenBatches
 
 needs_wheel = pytest.mark.skipif(
@@ -188,34 +188,28 @@ def test_report_tells_the_same_in_terminal_and_page(tmp_path):
         assert part in out.getvalue()
 
 
-# -------------------------------------------------------------------- the demo
+def test_class_shares_say_which_class_a_latent_keeps_to():
+    """Shares of positive activity, by hand; a latent that fires on too few patches is left out."""
+    dense = torch.zeros(2, 2, 3)  # photos, patches, latents
+    dense[0, 0, 0], dense[1, 0, 0], dense[1, 1, 0] = 3.0, 0.5, 0.5
+    dense[1, :, 1] = 2.0
+    dense[0, 1, 2] = 9.0
+    shares = class_shares(Codes.from_dense(dense), torch.tensor([1, 0]), 2, least=0.5)
+    assert shares.tolist() == [[0.25, 1.0, 0.0], [0.75, 0.0, 0.0]]
 
 
-@needs_wheel
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_demo_runs_from_end_to_end(tmp_path):
-    """With small figures throughout, every part runs and the page holds all of them."""
-    torch.manual_seed(0)
-    for name, width, site in (
-        ("lm", 576, "blocks.15.hook_resid_post"),
-        ("clip", 128, "visual.blocks.4.hook_resid_post"),
-    ):
-        SAE(width, 512, hook_name=site).save(tmp_path / name)
-    budget = Budget(train_seconds=1.0, tokens=512, new_tokens=4, candidates=2, photos=20)
+@pytest.mark.parametrize(("cached", "said"), [(True, "All 1 texts"), (False, "1 of 1 generated texts are DIFFERENT")])
+def test_the_demo_says_whether_the_cache_changed_its_texts(cached, said):
+    """Texts that differ without the KV cache are told on the page, with the command that says why."""
     out = io.StringIO()
-    page = run(
-        tmp_path / "demo.html",
-        sae=tmp_path / "lm",
-        clip_sae=tmp_path / "clip",
-        budget=budget,
-        console=Console(file=out, width=100),
-    ).read_text()
-    assert page.count("<section") == 8
-    assert page.count("<img") >= 8  # histogram, curve, bars, steering, accuracy, three overlays
-    assert "DIFFERENT" not in page
-    assert "CE degradation" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    report = Report(Console(file=out, width=200))
+    report.begin("A part", "Words.")
+    language = Language(None, None, None, report, Budget(), checks=[cached])
+    language._say_checked()
+    assert said in out.getvalue()
+
+
+# -------------------------------------------------------------------- the demo
 
 
 def test_the_demo_says_when_an_sae_is_missing(tmp_path):

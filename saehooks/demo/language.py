@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,8 @@ class Language:
     sae: SAE
     report: Report
     budget: Budget
+    checks: list[bool] = field(default_factory=list)
+    """Of each generated text, whether it came out the same without the KV cache."""
 
     def batches(self, split: str, tokens: int | None = None) -> TokenBatches:
         """Packaged text as token batches."""
@@ -103,9 +105,12 @@ class Language:
     def generated(self, prompt: str) -> str:
         """What the model writes after a prompt, always taking the likeliest token."""
         tokens = self.encode_prompt(prompt)
-        out = self.model.generate(
-            tokens, max_new_tokens=self.budget.new_tokens, do_sample=False, return_type="tokens", verbose=False
+        options = {"max_new_tokens": self.budget.new_tokens, "do_sample": False}
+        out, again = (
+            self.model.generate(tokens, use_past_kv_cache=cached, return_type="tokens", verbose=False, **options)
+            for cached in (True, False)
         )
+        self.checks.append(torch.equal(out, again))
         return self.tokenizer.decode(out[0, tokens.shape[1] :].tolist(), skip_special_tokens=True)
 
     def next_probs(self, tokens: Tensor) -> Tensor:
@@ -212,6 +217,7 @@ class Language:
             f"latents {', '.join(map(str, together))} ablated together",
         )
         self.report.quotes({"clean": self.generated(PROMPT), "ablated": changed})
+        self._say_checked()
 
     def steering(self, survey: Survey) -> None:
         """Push one latent, and read what the model then writes."""
@@ -247,6 +253,18 @@ class Language:
         ]
         self.report.table(rows, f"probability that the next word is about {push.theme}, over strength")
         self.report.quotes(texts)
+        self._say_checked()
+
+    def _say_checked(self) -> None:
+        """Whether the texts generated so far are what the model writes without its KV cache."""
+        wrong = self.checks.count(False)
+        if wrong:
+            self.report.say(
+                f"{wrong} of {len(self.checks)} generated texts are DIFFERENT without the KV cache: what is shown is "
+                "not what the model would write. `saehooks doctor` says which releases do not work together."
+            )
+        else:
+            self.report.say(f"All {len(self.checks)} texts so far are the same, token for token, without the KV cache.")
 
     def _words_of(self, theme: str) -> Tensor:
         """Token ids of the theme's words that are one token."""
@@ -297,7 +315,7 @@ class Language:
             log_every=5,
             eval_batches=list(self.batches("eval", min(2048, self.budget.tokens))),
         )
-        names = [name for name in ("loss", "nmse", "l0", "dead") if any(name in row for row in trainer.history)]
+        names = [name for name in ("loss", "nmse", "l0", "dead") if any(row.get(name) for row in trainer.history)]
         if names:
             self.report.figure(figures.training_curves(trainer.history, names), "training curves")
         logged = [row for row in trainer.history if "loss" in row]

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def smollm2() -> tuple[Any, Any]:
         try:
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
-            raise ConfigError('this needs TransformerLens 4; write: pip install "transformer-lens>=4"') from error
+            raise ConfigError(f'this needs TransformerLens 4 ({error}); write: pip install "saehooks[demo]"') from error
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -73,10 +73,15 @@ def small_clip() -> tuple[Any, Any, Any]:
 
     Returns:
         (CLIP in eval mode, preprocess for PIL images, tokenizer).
+    Raises:
+        ConfigError: open_clip is not installed.
     """
     folder = f"local-dir:{ASSETS / 'tinyclip'}"
     with quiet():
-        import open_clip
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ConfigError(f'this needs open_clip ({error}); write: pip install "saehooks[clip]"') from error
 
         clip, _, preprocess = open_clip.create_model_and_transforms(folder)
         return clip.eval(), preprocess, open_clip.get_tokenizer(folder)
@@ -88,7 +93,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

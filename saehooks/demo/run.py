@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from saehooks.demo.data import ASSETS
 from saehooks.demo.language import Budget, Language
 from saehooks.demo.models import small_clip, smollm2
 from saehooks.demo.report import Report
-from saehooks.demo.vision import Vision
-from saehooks.errors import FormatError
+from saehooks.demo.vision import PICTURED, Vision
+from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
 from saehooks.sae import SAE
 
 SAE_FOLDER, CLIP_SAE_FOLDER = ASSETS / "sae-smollm2-l15", ASSETS / "sae-tinyclip-l4"
+NEEDED = ("transformer_lens", "transformers", "open_clip", "matplotlib", "gguf")
 LEAD = (
     "Every number and picture on this page was made when the page was written, on the machine that wrote it, by SAEs "
     "attached to real models with a `with`-block. The language model is SmolLM2-135M-Instruct."
@@ -41,9 +44,25 @@ def run(
     Returns:
         The file written.
     Raises:
+        ConfigError: a package of the extra ``demo`` is not installed.
         FormatError: the language model's wheel is not installed, or an SAE cannot be read.
     """
+    _require()
     report, budget = Report(console), budget or Budget()
+    with warnings.catch_warnings():  # of other libraries; our own stay
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"saehooks\..*")
+        return _run(report, budget, Path(out), sae, clip_sae)
+
+
+def _require() -> None:
+    """Name what is not installed, before anything is loaded."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'the demo needs {", ".join(missing)}; write: pip install "saehooks[demo]"')
+
+
+def _run(report: Report, budget: Budget, out: Path, sae: str | Path | None, clip_sae: str | Path | None) -> Path:
     report.console.print("[bold]saehooks demo[/]: loading SmolLM2-135M-Instruct and a small CLIP")
     language_sae, vision_sae = _load(sae or SAE_FOLDER), _load(clip_sae or CLIP_SAE_FOLDER)
     model, tokenizer = smollm2()
@@ -58,7 +77,8 @@ def run(
     language.ablation(survey)
     language.steering(survey)
     language.training()
-    Vision(clip, preprocess, clip_tokenizer, vision_sae, report, budget).run()
+    pictured = PICTURED if clip_sae is None else ()
+    Vision(clip, preprocess, clip_tokenizer, vision_sae, report, budget, pictured).run()
     _origin(report, {"SmolLM2": language_sae, "small CLIP": vision_sae})
     return report.write(out, "saehooks at work", LEAD)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saehooks.attachments import ablate, read
+from saehooks.codes import Codes
 from saehooks.demo.data import Photos, photos
 from saehooks.demo.language import Budget
 from saehooks.demo.report import Report
@@ -20,6 +21,8 @@ from saehooks.show import figures
 
 SHOWN = ("frog", "automobile", "ship")
 """Classes whose latents are looked at."""
+PICTURED = (494, 701)
+"""Latents of the packaged SAE that stand for something a person can see on a photo."""
 COUNTS = (0, 1, 2, 5, 10, 20, 50)
 """How many latents are ablated."""
 
@@ -34,6 +37,8 @@ class Vision:
     sae: SAE
     report: Report
     budget: Budget
+    pictured: tuple[int, ...] = ()
+    """Latents shown on photos; by default the one of each shown class that keeps most to it."""
 
     def run(self) -> None:
         """Read, measure and ablate on photos."""
@@ -80,7 +85,7 @@ class Vision:
             "trace.grads  # Codes: d score / d latent\n"
             "with sh.ablate(clip, sae, latents):\n    clip.encode_image(images)",
         )
-        credit, by_patches = self._credit(classes)
+        credit = self._credit(classes)
         labels = self._labels(test)
         rows, curves = [], {}
         for name in SHOWN:
@@ -97,20 +102,19 @@ class Vision:
         self.report.table(rows, "zero-shot accuracy with the class's strongest latents ablated")
         figure = figures.effect_curves(curves, xlabel="latents ablated", ylabel="zero-shot accuracy of the class")
         self.report.figure(figure, "accuracy over the number of ablated latents")
-        for name in SHOWN:
-            self._overlay(images, test, int(by_patches[test.class_names.index(name)].argmax()), name)
+        with torch.no_grad(), read(self.clip, self.sae) as trace:
+            self.clip.encode_image(images)
+        shares = class_shares(trace.codes[:, 1:], labels, len(classes))
+        for latent in self.pictured or [int(shares[test.class_names.index(name)].argmax()) for name in SHOWN]:
+            self._overlay(test, trace.codes.of(latent)[:, 1:], latent, shares[:, latent])
 
     def _hits(self, images: Tensor, classes: Tensor, labels: Tensor, latents: list[int]) -> Tensor:
         """(n,) bool, which photos are classified rightly while some latents are ablated."""
         with torch.no_grad(), ablate(self.clip, self.sae, latents):
             return (F.normalize(self.clip.encode_image(images), dim=-1) @ classes.T).argmax(-1) == labels
 
-    def _credit(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """(classes, d_sae) share of each latent in each class's log-probability, beyond its mean share.
-
-        Returns:
-            Two of them: over the class token and the patches, and over the patches alone.
-        """
+    def _credit(self, classes: Tensor) -> Tensor:
+        """(classes, d_sae) share of each latent in each class's log-probability, beyond its mean share."""
         shots = photos("train")
         every = max(1, len(shots.labels) // self.budget.photos)
         labels = shots.labels[::every]
@@ -118,21 +122,14 @@ class Vision:
         with read(self.clip, self.sae, grads=True) as trace:
             scores = 100 * F.normalize(self.clip.encode_image(images), dim=-1) @ classes.T
             scores.log_softmax(-1).gather(1, labels[:, None]).sum().backward()
-        codes, n_tokens = trace.codes.detach(), trace.codes.shape[1]
-        shares = codes.values * trace.grads.values
-        of_row, on_patch = labels[codes.rows // n_tokens], codes.rows % n_tokens > 0
-        sums = []
-        for kept in (shares, shares * on_patch):
-            credit = torch.zeros(len(classes), self.sae.d_sae)
-            credit.index_put_((of_row, codes.indices), kept, accumulate=True)
-            sums.append(credit - credit.mean(0))
-        return sums[0], sums[1]
+        codes = trace.codes.detach()
+        credit = torch.zeros(len(classes), self.sae.d_sae)
+        of_row = labels[codes.rows // codes.shape[1]]
+        credit.index_put_((of_row, codes.indices), codes.values * trace.grads.values, accumulate=True)
+        return credit - credit.mean(0)
 
-    def _overlay(self, images: Tensor, shots: Photos, latent: int, name: str) -> None:
-        """The photos on which a latent is strongest, with the patches where it fires."""
-        with torch.no_grad(), read(self.clip, self.sae) as trace:
-            self.clip.encode_image(images)
-        patches = trace.codes.of(latent)[:, 1:]
+    def _overlay(self, shots: Photos, patches: Tensor, latent: int, shares: Tensor) -> None:
+        """The photos on which a latent is strongest, with the patches (photos, patches) where it fires."""
         side = round(patches.shape[1] ** 0.5)
         order = patches.clamp_min(0).sum(1).argsort(descending=True)[:12].tolist()
         step = max(1, len(shots.labels) // self.budget.photos)
@@ -140,8 +137,25 @@ class Vision:
         figure = figures.concept_overlay(
             [shots.images[i * step] for i in order], patches[order].reshape(-1, side, side), titles=titles
         )
+        first, second = shares.topk(2).indices.tolist()
         self.report.say(
-            f"Latent {latent} has the largest share in `{name}` among the patches. The photos where it is strongest, "
-            "and the patches where it fires:"
+            f"Latent {latent}: {shares[first]:.0%} of its activity is on photos of `{shots.class_names[first]}`, "
+            f"{shares[second]:.0%} on `{shots.class_names[second]}`, where a tenth would be chance. The photos where "
+            "it is strongest, and the patches where it fires:"
         )
         self.report.figure(figure, f"photos with the patches where latent {latent} fires", photo=True)
+
+
+def class_shares(codes: Codes, labels: Tensor, n_classes: int, least: float = 0.015) -> Tensor:
+    """(n_classes, d_sae) share of each latent's positive activity on patches that falls on photos of each class.
+
+    Args:
+        codes: of shape (photos, patches).
+        labels: (photos,) the class of each.
+        n_classes: how many there are, equally many photos of each.
+        least: latents that fire on a smaller part of the patches are left out, with 0.
+    """
+    values, rows = codes.values.clamp_min(0), codes.rows // codes.shape[1]
+    sums = torch.zeros(n_classes, codes.d_sae).index_put_((labels[rows], codes.indices), values, accumulate=True)
+    often = codes.counts() >= least * codes.sizes.numel()
+    return torch.where(often, sums / sums.sum(0).clamp_min(1e-12), 0.0)
