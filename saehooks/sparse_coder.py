@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from saehooks import kernels
+from saehooks import hub, kernels
 from saehooks.activations import ACTIVATIONS, LatentDensity
 from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
@@ -264,6 +264,45 @@ class SparseCoder(nn.Module):
         self.cfg.dtype = str(self.dtype)[6:]
         tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in self.state_dict().items()}
         write_folder(folder, self.cfg.to_dict(), tensors, in_order=True)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        subfolder: str = "",
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "Upload an SAE",
+        dtype: torch.dtype | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the SAE to a Hugging Face repository, with a model card made from its metadata and metrics.
+
+        Args:
+            repository: ``"user/name"``; made if it does not exist.
+            subfolder: in it, so that one repository can hold many SAEs.
+            private: of a repository that is made.
+            revision: the branch.
+            message: of the commit.
+            dtype: as in `save`.
+            token: of the hub; the one you are logged in with if not given.
+        Returns:
+            The address of the commit.
+        Raises:
+            FormatError: the hub did not take it, saying what to do.
+        """
+        self.cfg.dtype = str(self.dtype)[6:]
+        card = hub.model_card(self.cfg.to_dict(), repository, subfolder)
+        return hub.publish(
+            repository,
+            lambda folder: self.save(folder, dtype),
+            card,
+            subfolder=subfolder,
+            private=private,
+            revision=revision,
+            message=message,
+            token=token,
+        )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Complain about tensors that do not fit.

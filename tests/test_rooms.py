@@ -13,7 +13,7 @@ import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
-    errors known_bad storage codes kernels activations dictionaries refinement sae_config sparse_coder sae metrics
+    errors known_bad storage hub codes kernels activations dictionaries refinement sae_config sparse_coder sae metrics
     formats hosts edits where show trace attachments streams training presets evaluation causal latents demo doctor
     cli
 """

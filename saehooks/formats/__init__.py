@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from saehooks import hub
 from saehooks.errors import FormatError
-from saehooks.formats import hub, releases
+from saehooks.formats import releases
 from saehooks.formats.opening import Wanted, open_file, open_folder
 from saehooks.sae import SparseCoder
 

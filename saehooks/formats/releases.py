@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 from saehooks.errors import FormatError
 from saehooks.formats import openmoss, state_dicts
 from saehooks.formats.archives import open_torch_file
-from saehooks.formats.hub import check_inside
 from saehooks.formats.opening import Wanted, open_file, open_folder
+from saehooks.hub import check_inside
 from saehooks.sae import SparseCoder
-from saehooks.storage import open_safetensors, read_json
+from saehooks.storage import CONFIG, open_safetensors, read_json
 
 TABLE = "pretrained_saes.yaml"
 NOT_READ = {
@@ -55,7 +55,7 @@ def find(release: str, sae_id: str | None, table: str | Path | None = None) -> R
     """
     if release.startswith((".", "/", "~")) or release.count("/") > 1:
         return None
-    text = _table_text(table)
+    text = table_text(table)
     entry = None if text is None else _entry(text, release)
     if entry is None:
         if "/" in release or (text is None and sae_id is None):
@@ -74,7 +74,7 @@ def find(release: str, sae_id: str | None, table: str | Path | None = None) -> R
     return _chosen(release, entry, sae_id)
 
 
-def _table_text(table: str | Path | None) -> str | None:
+def table_text(table: str | Path | None) -> str | None:
     """The table, as text: parsing all of it takes seconds."""
     if table is not None:
         path = Path(table)
@@ -150,8 +150,8 @@ def read(release: Release, path: Path, wanted: Wanted) -> SparseCoder:
     if release.kind not in BY_CONTENT:
         known = ", ".join(sorted({*KINDS, *BY_CONTENT}))
         raise FormatError(f"{release.release!r} needs the loader {release.kind!r}, which is not known; known: {known}")
-    if release.kind not in SCALED and wanted.input_scale is not None:
-        wanted = Wanted(wanted.name, wanted.hook_name, wanted.ignore, None, wanted.settings)
+    if wanted.input_scale is not None and not _is_scaled(release.kind, path, wanted):
+        wanted = replace(wanted, input_scale=None)
     return open_file(path, wanted) if path.is_file() else open_folder(path, wanted)
 
 
@@ -168,8 +168,14 @@ BY_CONTENT = (
     "connor_rob_hook_z",
 )
 """Kinds whose files say what they are."""
-SCALED = ("sae_lens", "llama_scope", "llama_scope_r1_distill")
-"""Kinds whose scale, where the table gives one, is not in the files."""
+
+
+def _is_scaled(kind: str, path: Path, wanted: Wanted) -> bool:
+    """Whether the files say that activations were scaled, by a factor that the table gives."""
+    if kind != "sae_lens" or not (path / CONFIG).is_file():
+        return False
+    value = {**read_json(path / CONFIG), **wanted.settings}.get("normalize_activations")
+    return value in (True, "expected_average_only_in")
 
 
 def _deepseek(path: Path, wanted: Wanted) -> SparseCoder:
@@ -195,3 +201,4 @@ KINDS: dict[str, Callable[[Path, Wanted], SparseCoder]] = {
     "llama_scope_r1_distill": _llama_scope,
 }
 """Kinds whose files do not say what they are, or lack what the table has."""
+READ = (*KINDS, *BY_CONTENT)

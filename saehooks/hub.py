@@ -1,7 +1,9 @@
-"""Files of a hub: fetched one by one, kept in the hub's own cache, and never looked for outside their repository."""
+"""Files of a hub: fetched one by one, kept in the hub's own cache, never looked for outside their repository; sent."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -113,13 +115,98 @@ def _failed(repository: str, path: str, error: Exception) -> str:
     return f"no folder {what!r}, and the hub did not give it: {error}"
 
 
-def publish(folder: Path, repository: str, *, private: bool = False, message: str = "", **options: Any) -> str:
-    """Upload the files of a folder; the page that then shows them."""
+def publish(
+    repository: str,
+    write: Callable[[Path], None],
+    card: str,
+    *,
+    subfolder: str = "",
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload an SAE",
+    token: str | bool | None = None,
+) -> str:
+    """Upload what ``write`` writes into a folder, and a model card where the repository has none of its own there.
+
+    Returns:
+        The address of the commit.
+    Raises:
+        FormatError: the hub did not take it, saying what to do.
+    """
+    check_inside(subfolder, repository)
+    if len(repository.split("/")) != 2 or not all(repository.split("/")):
+        raise FormatError(f"{repository!r} is no repository; write 'user/name'")
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise FormatError("huggingface_hub is not installed: pip install huggingface_hub") from error
-    api = HfApi(**options)
-    api.create_repo(repository, private=private, exist_ok=True)
-    info = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message or "Upload an SAE")
+    with tempfile.TemporaryDirectory() as room:
+        write(Path(room))
+        (Path(room) / "README.md").write_text(card, encoding="utf-8")
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            info = api.upload_folder(
+                repo_id=repository,
+                folder_path=room,
+                path_in_repo=subfolder or None,
+                revision=revision,
+                commit_message=message,
+            )
+        except Exception as error:
+            raise FormatError(
+                f"the hub did not take {repository!r}: {error}. Log in with `hf auth login`, or pass token=, with the "
+                "right to write there"
+            ) from error
     return str(info)
+
+
+def model_card(config: Mapping[str, Any], repository: str, subfolder: str = "") -> str:
+    """A page about an SAE, from its config and metadata.
+
+    Args:
+        config: of `saehooks.SAEConfig.to_dict`.
+        repository: where it will lie.
+        subfolder: in it.
+    """
+    known = dict(config.get("metadata") or {})
+    training, metrics = known.get("training") or {}, known.get("metrics") or {}
+    below = f", subfolder={subfolder!r}" if subfolder else ""
+    settings = ", ".join(f"{name}={value!r}" for name, value in (config.get("settings") or {}).items())
+    about = {
+        "model": known.get("model_name"),
+        "site": " to ".join(str(known[name]) for name in ("hook_name", "hook_name_out") if known.get(name)) or None,
+        "head": known.get("head"),
+        "latents": f"{config['d_sae']} of width {config['d_in']}",
+        "architecture": f"{config['dictionary']} x {config['activation']}{f' ({settings})' if settings else ''}",
+        "processing": ", ".join(f"{k}={v}" for k, v in (known.get("processing") or {}).items()) or None,
+    }
+    lines = ["---", "library_name: saehooks", "tags:", "- sparse-autoencoder", "- interpretability"]
+    if known.get("model_name") and "/" in str(known["model_name"]):
+        lines.append(f"base_model: {known['model_name']}")
+    lines += ["---", "", f"# {repository.split('/')[-1]}{f', {subfolder}' if subfolder else ''}", ""]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in about.items() if value is not None),
+        "",
+    ]
+    lines += ["```python", "import saehooks as sh", "", f"sae = sh.load({repository!r}{below})"]
+    lines += ["with sh.read(model, sae) as trace:", "    model(tokens)", "```", ""]
+    for title, facts in (("Training", training), ("Metrics", metrics)):
+        rows = [f"| {name} | {value} |" for name, value in _flat(facts)]
+        lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""] if rows else []
+    return "\n".join(lines)
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Names and values of nested facts, floats to four digits."""
+    found: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            found.append((prefix + str(name), f"{value:.4g}"))
+        elif isinstance(value, str | int):
+            found.append((prefix + str(name), value))
+    return found
