@@ -178,6 +178,54 @@ def test_terms_an_sae_cannot_have_are_refused():
         training_loss(sae, x, LossConfig(aux_zipf=1.0))
 
 
+@pytest.mark.parametrize(("dictionary", "activation"), [("concepts", "sparsemax"), ("linear", "topk")])
+def test_prefixes_are_scored_by_the_first_latents_alone(dictionary, activation):
+    """The term is the mean over prefixes of the loss by their dense codes, and its gradient that of the dense loss."""
+    sae, x = sae_of(activation, dictionary, **({"k": 5} if activation == "topk" else {}))
+    found = training_loss(sae, x, LossConfig(prefix=0.5, prefixes=(4, 12)))
+    codes, right = sae.encode(x), []
+    for size in (4, 12):
+        values = codes.dense() * (torch.arange(24) < size)
+        scale = 1.0 if codes.scale is None else codes.scale[:, None]
+        recons = values @ sae.directions(torch.arange(24)) * scale + sae.dictionary.offset
+        right.append(reconstruction(x, recons, center=sae.dictionary.offset))
+    right = 0.5 * torch.stack(right).mean()
+    assert float(found.terms["prefix"]) == pytest.approx(float(right.detach()), rel=1e-9)
+    bare = training_loss(sae, x, LossConfig()).total
+    for one, other in zip(
+        torch.autograd.grad(found.total, [*sae.parameters()], retain_graph=True),
+        torch.autograd.grad(bare + right, [*sae.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_sae_trained_on_prefixes_is_better_at_them():
+    """With the term, the first quarter of the latents reconstructs better than without it."""
+    errors = {}
+    for name, loss in (("with", LossConfig(prefix=1.0, prefixes=(16,))), ("without", LossConfig())):
+        torch.manual_seed(0)
+        sae = sh.SAE(12, 64)
+        x = torch.randn(2048, 6, generator=torch.Generator().manual_seed(1)).relu() @ torch.randn(
+            6, 12, generator=torch.Generator().manual_seed(2)
+        )
+        trainer = Trainer(
+            sae, TrainConfig(batch_size=256, buffer_rows=512, lr=5e-3, warmup_steps=5, passes=8, loss=loss)
+        )
+        trainer.push(x)
+        trainer.drain()
+        errors[name] = float(training_loss(sae.eval(), x, LossConfig(prefix=1.0, prefixes=(16,))).terms["prefix"])
+    assert errors["with"] < 0.8 * errors["without"]
+
+
+@pytest.mark.parametrize("prefixes", [(8, 4), (0, 4), (4, 4), (4, 24), ()])
+def test_prefixes_that_do_not_ascend_are_refused(prefixes):
+    """Sizes must ascend, start above 0 and stay below d_sae; a coefficient needs sizes."""
+    sae, x = sae_of("topk", k=3)
+    with pytest.raises(ConfigError, match="prefix"):
+        training_loss(sae, x, LossConfig(prefix=1.0, prefixes=prefixes))
+
+
 def test_each_activation_brings_its_loss():
     """fit and train use the terms of the paper an activation comes from."""
     expected = {

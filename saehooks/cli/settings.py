@@ -69,6 +69,8 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
+        if inner[-1] is Ellipsis:
+            return {"type": inner[0], "nargs": "+", "metavar": "X"}
         return {"type": inner[0], "nargs": len(inner), "metavar": tuple(["X"] * len(inner))}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
 

@@ -42,6 +42,11 @@ class LossConfig:
     """Coefficient of the error's reconstruction by dead latents. Source: arXiv:2406.04093, appendix A.2."""
     aux_zipf: float = 0.0
     """Coefficient of the error's reconstruction by under-used latents. Source: arXiv:2411.02124."""
+    prefix: float = 0.0
+    """Coefficient of the mean reconstruction loss by the first latents alone, for each size in ``prefixes``: one SAE
+    good at several sizes, with any activation. Source: Matryoshka SAEs, arXiv:2503.17547."""
+    prefixes: tuple[int, ...] = ()
+    """Ascending numbers of latents, each below d_sae."""
     k_aux: int | None = None
     """Latents of a row in aux_k and aux_zipf; None for half of d_in."""
     dead_after: int = 50_000
@@ -52,11 +57,18 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.reconstruction not in RECONSTRUCTION:
             raise ConfigError(f"reconstruction={self.reconstruction!r}: choose one of {', '.join(RECONSTRUCTION)}")
-        negative = [n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf") if getattr(self, n) < 0]
+        negative = [n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf", "prefix") if getattr(self, n) < 0]
         if negative:
             raise ConfigError(f"coefficients must not be negative: {', '.join(negative)}")
         if (self.k_aux is not None and self.k_aux < 1) or (self.l0_target is not None and self.l0_target <= 0):
             raise ConfigError(f"k_aux and l0_target must be positive, got {self.k_aux} and {self.l0_target}")
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        ascending = all(a < b for a, b in zip((0, *self.prefixes), self.prefixes, strict=False))
+        if not ascending or bool(self.prefixes) != bool(self.prefix):
+            raise ConfigError(
+                f"prefixes={self.prefixes}, prefix={self.prefix}: write ascending numbers of latents and a positive "
+                "coefficient, such as LossConfig(prefixes=(512, 2048), prefix=1.0)"
+            )
 
 
 def default_loss(sae: SAE) -> LossConfig:
@@ -109,6 +121,8 @@ def training_loss(
         terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
     if config.gate:
         terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
+    if config.prefix:
+        terms["prefix"] = config.prefix * prefixes(sae, x, stages, config, kernel_step)
     for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
         if not coefficient:
             continue
@@ -178,6 +192,23 @@ def l0(sae: SAE, stages: Encoded, target: float | None = None) -> Tensor:
         raise ConfigError(f"the l0 penalty needs thresholds that learn (jumprelu), not {sae.activation.name!r}")
     mean = count.sum() / max(1, stages.support.offsets.numel() - 1)
     return mean if target is None else (mean / target - 1).square()
+
+
+def prefixes(sae: SAE, x: Tensor, stages: Encoded, config: LossConfig, kernel_step: Step = DEFAULT) -> Tensor:
+    """Scalar: the mean of the reconstruction losses by the first ``m`` latents alone, over the sizes m.
+
+    Raises:
+        ConfigError: a size that is not below d_sae.
+    """
+    if config.prefixes[-1] >= sae.d_sae:
+        raise ConfigError(f"prefixes={config.prefixes}: each must be below d_sae={sae.d_sae}")
+    codes = stages.candidates
+    losses = []
+    for size in config.prefixes:
+        first = codes.with_values(codes.values.masked_fill(codes.indices >= size, 0.0))
+        recons = sae.decode(first, step=kernel_step)
+        losses.append(reconstruction(x, recons, config.reconstruction, sae.dictionary.offset))
+    return torch.stack(losses).mean()
 
 
 def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str) -> Tensor:
