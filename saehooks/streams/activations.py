@@ -19,7 +19,7 @@ from saehooks.hosts import Host, Site, host
 from saehooks.streams.ahead import ahead
 from saehooks.streams.fingerprint import Fingerprint
 from saehooks.streams.harvest import batch_by_batch, checked_batches, harvest_sites
-from saehooks.streams.seen import Mark, identity_of, unseen
+from saehooks.streams.seen import Mark, identity_of, position_of, unseen
 from saehooks.streams.shards import BLOCK, DTYPES, ShardFolder
 from saehooks.where import Where, as_where, past_first
 
@@ -207,12 +207,12 @@ def harvest_to(
     current: list[Any] = []
 
     def noted() -> Iterator[Any]:
-        for _, batch in unseen(batches, [mark]):
-            current[:] = [batch]
+        for number, batch in unseen(batches, [mark]):
+            current[:] = [batch, position_of(batches, number)]
             yield batch
 
-    parts: Iterator[tuple[Tensor, Any]] = (
-        (rows, current[0]) for (rows,) in harvest_sites(source, noted(), [(site, where)])
+    parts: Iterator[tuple[Tensor, Any, Any]] = (
+        (rows, *current) for (rows,) in harvest_sites(source, noted(), [(site, where)])
     )
     if begun is None:
         first = next(parts, None)
@@ -230,20 +230,21 @@ def _measured(rows: Tensor) -> dict[str, Any]:
     return {"d_in": rows.shape[1], "median_norm": float(rows.float().norm(dim=1).median()) if len(rows) else None}
 
 
-def _write(folder: ShardFolder, parts: Iterable[tuple[Tensor, Any]], mark: Mark, shard_bytes: int) -> None:
+def _write(folder: ShardFolder, parts: Iterable[tuple[Tensor, Any, Any]], mark: Mark, shard_bytes: int) -> None:
     """Write shards that end where a batch ends, and say in the last line that the batches ended."""
     limit = max(1, shard_bytes // (folder.width * folder.dtype.itemsize))
     data, number, held, count = Fingerprint(mark.value, mark.last), mark.number, [], 0
-    for rows, batch in parts:
+    position = mark.position
+    for rows, batch, position in parts:
         held.append(_kept(rows, folder))
         data.add(batch)
         number, count = number + 1, count + len(held[-1])
         if count >= limit:
-            folder.append(torch.cat(held), Mark(number, data.value, data.last, mark.source))
+            folder.append(torch.cat(held), Mark(number, data.value, data.last, mark.source, position))
             held, count = [], 0
     if held or not folder.complete:
         rest = torch.cat(held) if held else torch.zeros(0, folder.width)
-        folder.append(rest, Mark(number, data.value, data.last, mark.source), complete=True)
+        folder.append(rest, Mark(number, data.value, data.last, mark.source, position), complete=True)
 
 
 def _kept(rows: Tensor, folder: ShardFolder) -> Tensor:

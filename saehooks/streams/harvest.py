@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
+from saehooks.hosts.base import is_tokens
 from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -115,6 +116,14 @@ def _run(source: Host, batch: Any) -> None:
     try:
         source.run(source.beside(batch))
     except SaehooksError:
+        raise
+    except IndexError as error:
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if isinstance(tokens, Tensor) and is_tokens(tokens):
+            raise ConfigError(
+                f"the largest token is {int(tokens.max())}, which the model does not know ({error}): are these tokens "
+                "of another model's tokenizer?"
+            ) from error
         raise
     except Exception as error:
         if isinstance(batch, Tensor) and batch.dim() == 2 and batch.is_floating_point():

@@ -20,6 +20,8 @@ class Mark(NamedTuple):
     """Fingerprint of the last of them alone."""
     source: str = ""
     """What they came from, by `identity_of`."""
+    position: list | None = None
+    """Where the last of them begins in a source that tells."""
 
 
 def identity_of(batches: Any) -> str:
@@ -46,7 +48,7 @@ def unseen(batches: Iterable[Any], marks: Iterable[Mark]) -> Iterator[tuple[int,
         _check_source(identity_of(batches), left.values())
     count = 0 if whole else max(0, first - 1)
     again = Fingerprint()
-    for batch in batches if whole else batches.from_batch(count):  # type: ignore[attr-defined]
+    for batch in batches if whole else _entered(batches, count, left[first]):
         _check(left, count, again, whole)
         if left:
             again.add(batch)
@@ -58,6 +60,16 @@ def unseen(batches: Iterable[Any], marks: Iterable[Mark]) -> Iterator[tuple[int,
         raise ConfigError(
             f"there are {count} batches, but {max(left)} were seen before: to go on, give the batches of the first run"
         )
+
+
+def _entered(batches: Any, number: int, mark: Mark) -> Iterator[Any]:
+    """The batches of a source from one on, from where a mark says that it begins."""
+    return batches.from_batch(number, mark.position) if hasattr(batches, "position_of") else batches.from_batch(number)
+
+
+def position_of(batches: Any, number: int) -> list | None:
+    """Where a batch begins, in a source that tells."""
+    return batches.position_of(number) if hasattr(batches, "position_of") else None
 
 
 def _check_source(identity: str, marks: Iterable[Mark]) -> None:

@@ -115,7 +115,7 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
         setattr(trainer, name, value)
     trainer.expected_steps = trainer.config.steps or trainer.expected_steps
     mark = Mark(**facts["data"])
-    trainer.data, trainer.source = Fingerprint(mark.value, mark.last), mark.source
+    trainer.data, trainer.source, trainer.position = Fingerprint(mark.value, mark.last), mark.source, mark.position
     trainer.history, trainer.seconds = facts["history"], facts["seconds"]
     return True
 

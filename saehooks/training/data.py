@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError, WidthError
 from saehooks.hosts import Host, Site
-from saehooks.streams import Mark, harvest_sites, identity_of, unseen
+from saehooks.streams import Mark, harvest_sites, identity_of, position_of, unseen
 
 ROWS = 8192
 """Rows of a tensor of activations that are taken in at once."""
@@ -24,6 +24,8 @@ class Part(NamedTuple):
     """What was read: it decides the fingerprint of the data."""
     rows: Mapping[Hashable, Tensor]
     """(n, d_in) activations of each site, by its key."""
+    position: list | None = None
+    """Where the batch begins in its source, if that tells."""
 
 
 class Data(Protocol):
@@ -78,7 +80,8 @@ class ModelData:
                 yield batch
 
         for rows in harvest_sites(self._source, noted(), list(self._sites.values())):
-            yield Part(*current[0], dict(zip(self._sites, rows, strict=True)))
+            number, batch = current[0]
+            yield Part(number, batch, dict(zip(self._sites, rows, strict=True)), position_of(self._batches, number))
 
 
 class OwnData:

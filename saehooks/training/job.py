@@ -63,7 +63,7 @@ class Job:
         if batches is not None:
             trainer.expect(batches, len(rows))
         try:
-            trainer.push(rows, part.batch)
+            trainer.push(rows, part.batch, part.position)
         except NotFiniteError as error:
             kept = f"; the checkpoint of step {self._saved} in {self.folder} is intact" if self._saved else ""
             raise NotFiniteError(f"{error}{kept if self.folder else ''}") from error

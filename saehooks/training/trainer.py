@@ -100,6 +100,8 @@ class Trainer:
         """Batches taken in whole."""
         self.data = Fingerprint()
         """Of those batches."""
+        self.position: list | None = None
+        """Where the last of them begins in its source, if that tells."""
         self.source = ""
         """What the batches come from, where they can be entered anywhere."""
         self.idle = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
@@ -126,14 +128,15 @@ class Trainer:
     @property
     def mark(self) -> Mark:
         """How far the batches were read."""
-        return Mark(self.batches_seen, self.data.value, self.data.last, self.source)
+        return Mark(self.batches_seen, self.data.value, self.data.last, self.source, self.position)
 
-    def push(self, rows: Tensor, batch: Any = None) -> None:
+    def push(self, rows: Tensor, batch: Any = None, position: list | None = None) -> None:
         """Take in rows (n, d_in), of any dtype and device, and train on the batches that become ready.
 
         Args:
             rows: activations.
             batch: what they came from, for the fingerprint by which a resumed training knows its data again.
+            position: where that begins in its source, if the source tells.
         Raises:
             NotFiniteError: an activation, or the loss, is NaN or infinite; the SAE is as after the last good step.
         """
@@ -143,6 +146,7 @@ class Trainer:
         self.rows_done += len(rows)
         self.batches_seen += 1
         self.data.add(batch)
+        self.position = position
 
     def drain(self) -> None:
         """Train on what is left in the buffer."""
