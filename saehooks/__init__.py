@@ -4,7 +4,7 @@
 ['ablate', 'attach', 'causal', 'clamp']
 """
 
-from saehooks import causal, edits
+from saehooks import causal, edits, presets
 from saehooks.activations import sparsemax
 from saehooks.attachments import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.causal import rank_latents
@@ -48,6 +48,7 @@ __all__ = [
     "not_special",
     "pooled",
     "positions",
+    "presets",
     "rank_latents",
     "read",
     "scale",

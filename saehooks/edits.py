@@ -93,6 +93,28 @@ def keep(latents: int | Iterable[int] | Tensor) -> Edit:
     return _edit("keep", chosen, function)
 
 
+def keep_top(k: int) -> Edit:
+    """Keep the k strongest latents of each position and set the others to zero; they stay in the support, holding 0.
+
+    Of equal values the lower latent stays.
+
+    >>> keep_top(1)(Codes.from_dense(torch.tensor([[1.0, 3.0, 2.0]]))).values
+    tensor([0., 3., 0.])
+    """
+    if not isinstance(k, int) or k < 0:
+        raise ConfigError(f"keep_top(k) needs a whole number k >= 0, got {k!r}")
+
+    def function(codes: Codes) -> Codes:
+        codes = codes.trimmed()
+        order = torch.sort(codes.values.detach(), descending=True, stable=True).indices
+        order = order[torch.sort(codes.rows[order], stable=True).indices]  # each row's entries, strongest first
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel(), device=order.device) - codes.offsets[codes.rows[order]]
+        return codes.with_values(codes.values.masked_fill(rank >= k, 0.0))
+
+    return _edit("keep_top", (), function)
+
+
 def clamp(values: Mapping[int, Value]) -> Edit:
     """Set each latent to its value in every row, inserting it where it was not selected."""
     chosen = _listed_with_values(values, "clamp({901: 8.0})")

@@ -200,3 +200,10 @@ PRESETS: dict[str, Callable[..., SAE]] = {
     )
 }
 """Presets by name: ``PRESETS["topk"](d_in=576, d_sae=3072, k=32)``."""
+
+
+def __getattr__(name: str) -> Any:
+    plain = name.lower().replace("_", "").replace("sae", "")
+    meant = next((one for one in __all__ if one.replace("_", "").replace("sae", "") == plain), None)
+    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(__all__))}"
+    raise AttributeError(f"saehooks.presets has no {name!r}; {hint}")

@@ -363,7 +363,10 @@ def _frozen(module: Any) -> Any:
 
 def _known(what: str, name: str, registry: dict[str, type]) -> Any:
     if name not in registry:
-        raise ConfigError(f"no {what} {name!r}; choose one of {', '.join(sorted(registry))}")
+        plain = str(name).lower().replace("_", "").replace("-", "")
+        meant = next((key for key in registry if key.replace("_", "") == plain), None)
+        hint = f"did you mean {meant!r}?" if meant else f"choose one of {', '.join(sorted(registry))}"
+        raise ConfigError(f"no {what} {name!r}; {hint}")
     return registry[name]
 
 

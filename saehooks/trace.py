@@ -100,6 +100,12 @@ class Forward:
         """(batch, pos) int64, how many latents each token uses."""
         return self.codes.support_size
 
+    @property
+    def l0(self) -> float:
+        """Mean number of latents at the positions where the attachment acts; NaN where there are none."""
+        sizes = self.support_size if self.mask is None else self.support_size[self.mask]
+        return float(sizes.double().mean())
+
     def top(self, k: int) -> Top:
         """The k strongest latents of each token, ``(latents, values)`` of shape (batch, pos, k)."""
         return self.codes.top(k)

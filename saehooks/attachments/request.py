@@ -43,7 +43,12 @@ def requested(saes: Any, at: str | tuple[str, str] | None, head: int | None) -> 
     if not isinstance(saes, (list, tuple)):
         saes = [_as_sae(saes)]
     found: dict[Any, Request] = {}
-    for sae in map(_as_sae, saes):
+    for place, sae in enumerate(map(_as_sae, saes)):
+        if sae.hook_name is None:
+            raise SiteError(
+                f"number {place} of the list of SAEs does not know its site: give them by name, as in "
+                "{'blocks.8.hook_resid_pre': sae}; sh.sites(model) lists the names"
+            )
         name, own_head = name_of(sae)
         key = name if own_head is None else (name, own_head)
         if key in found:

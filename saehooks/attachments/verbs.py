@@ -36,21 +36,36 @@ class Options(TypedDict, total=False):
     grads: bool
 
 
+SAEs = Mapping[Any, SAE] | Iterable[SAE]
+"""Several SAEs: by site name or (site name, head), or a list of SAEs that know their site. A block gives `Traces`."""
+
 # --------------------------------------------------------------------- the verbs
 
 
-def read(model: Any, sae: SAE, **options: Unpack[Options]) -> AbstractContextManager[Trace]:
+@overload
+def read(model: Any, sae: SAE, **options: Unpack[Options]) -> AbstractContextManager[Trace]: ...
+@overload
+def read(model: Any, sae: SAEs, **options: Unpack[Options]) -> AbstractContextManager[Traces]: ...
+def read(model: Any, sae: Any, **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.read(model, sae) as trace:`` records the codes and changes nothing: outputs are bit-identical.
 
     Args:
-        model, sae, options: as in `attach`.
+        model, sae, options: as in `attach`, whose ``saes`` may be several.
     """
     return attach(model, sae, **options)
 
 
+@overload
 def splice(
     model: Any, sae: SAE, edits: EditFunction | Iterable[EditFunction] = (), **options: Unpack[Options]
-) -> AbstractContextManager[Trace]:
+) -> AbstractContextManager[Trace]: ...
+@overload
+def splice(
+    model: Any, sae: SAEs, edits: EditFunction | Iterable[EditFunction] = (), **options: Unpack[Options]
+) -> AbstractContextManager[Traces]: ...
+def splice(
+    model: Any, sae: Any, edits: EditFunction | Iterable[EditFunction] = (), **options: Unpack[Options]
+) -> AbstractContextManager[Any]:
     """``with sh.splice(model, sae) as trace:`` the site carries the reconstruction, its error dropped.
 
     Args:
@@ -60,9 +75,17 @@ def splice(
     return attach(model, sae, edits=edits, **options)
 
 
+@overload
 def ablate(
     model: Any, sae: SAE, latents: int | Iterable[int] | Tensor, **options: Unpack[Options]
-) -> AbstractContextManager[Trace]:
+) -> AbstractContextManager[Trace]: ...
+@overload
+def ablate(
+    model: Any, sae: SAEs, latents: int | Iterable[int] | Tensor, **options: Unpack[Options]
+) -> AbstractContextManager[Traces]: ...
+def ablate(
+    model: Any, sae: Any, latents: int | Iterable[int] | Tensor, **options: Unpack[Options]
+) -> AbstractContextManager[Any]:
     """``with sh.ablate(model, sae, [1204, 77]):`` sets latents to zero; the reconstruction error is kept.
 
     Args:
@@ -72,9 +95,15 @@ def ablate(
     return attach(model, sae, edits=edit.zero(latents), **options)
 
 
+@overload
 def clamp(
     model: Any, sae: SAE, values: Mapping[int, Value], **options: Unpack[Options]
-) -> AbstractContextManager[Trace]:
+) -> AbstractContextManager[Trace]: ...
+@overload
+def clamp(
+    model: Any, sae: SAEs, values: Mapping[int, Value], **options: Unpack[Options]
+) -> AbstractContextManager[Traces]: ...
+def clamp(model: Any, sae: Any, values: Mapping[int, Value], **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.clamp(model, sae, {901: 8.0}, where=sh.last):`` sets latents to values, selected there or not.
 
     Args:
@@ -85,9 +114,17 @@ def clamp(
     return attach(model, sae, edits=edit.clamp(values), **options)
 
 
+@overload
 def scale(
     model: Any, sae: SAE, factors: Mapping[int, Value], **options: Unpack[Options]
-) -> AbstractContextManager[Trace]:
+) -> AbstractContextManager[Trace]: ...
+@overload
+def scale(
+    model: Any, sae: SAEs, factors: Mapping[int, Value], **options: Unpack[Options]
+) -> AbstractContextManager[Traces]: ...
+def scale(
+    model: Any, sae: Any, factors: Mapping[int, Value], **options: Unpack[Options]
+) -> AbstractContextManager[Any]:
     """``with sh.scale(model, sae, {9: 0.5}):`` multiplies latents where they are selected.
 
     Args:
@@ -97,9 +134,15 @@ def scale(
     return attach(model, sae, edits=edit.scale(factors), **options)
 
 
+@overload
 def steer(
     model: Any, sae: SAE, deltas: Mapping[int, Value], **options: Unpack[Options]
-) -> AbstractContextManager[Trace]:
+) -> AbstractContextManager[Trace]: ...
+@overload
+def steer(
+    model: Any, sae: SAEs, deltas: Mapping[int, Value], **options: Unpack[Options]
+) -> AbstractContextManager[Traces]: ...
+def steer(model: Any, sae: Any, deltas: Mapping[int, Value], **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.steer(model, sae, {901: +4.0}):`` adds to latents, selected there or not.
 
     Args:
@@ -121,9 +164,7 @@ class AttachOptions(Options, total=False):
 @overload
 def attach(model: Any, saes: SAE, **options: Unpack[AttachOptions]) -> AbstractContextManager[Trace]: ...
 @overload
-def attach(
-    model: Any, saes: Mapping[Any, SAE] | Iterable[SAE], **options: Unpack[AttachOptions]
-) -> AbstractContextManager[Traces]: ...
+def attach(model: Any, saes: SAEs, **options: Unpack[AttachOptions]) -> AbstractContextManager[Traces]: ...
 @contextmanager
 def attach(
     model: Any,

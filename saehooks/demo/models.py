@@ -14,7 +14,7 @@ from typing import Any
 from saehooks.demo.data import ASSETS
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
-from saehooks.sae import SAE
+from saehooks.sparse_coder import SparseCoder
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub name of the language model; nothing is asked of the hub."""
@@ -92,7 +92,7 @@ def small_clip() -> tuple[Any, Any, Any]:
         return clip.eval(), preprocess, open_clip.get_tokenizer(folder)
 
 
-def packaged_sae(name: str) -> SAE:
+def packaged_sae(name: str) -> SparseCoder:
     """Load one of the SAEs carried in the package: ``"smollm2"`` (block 15 of 30) or ``"tinyclip"`` (block 4 of 6).
 
     Raises:

@@ -88,13 +88,13 @@ def _page(index: LatentIndex, title: str, contexts: int, sampled: int, effects: 
 
 
 def _template(name: str) -> str:
-    return resources.files("saehooks.latents").joinpath("template", name).read_text(encoding="utf-8")
+    return resources.files("saehooks.latents").joinpath("template").joinpath(name).read_text(encoding="utf-8")
 
 
 def _packed(head: dict[str, Any], arrays: dict[str, tuple[str, Any]]) -> bytes:
     """A gzip of: the length of the head, the head as JSON, and each array on a multiple of four bytes."""
     ready = {name: np.ascontiguousarray(array, dtype=KINDS[kind]) for name, (kind, array) in arrays.items()}
-    places = {name: [kind, 0, ready[name].size] for name, (kind, _) in arrays.items()}
+    places: dict[str, list[Any]] = {name: [kind, 0, ready[name].size] for name, (kind, _) in arrays.items()}
 
     def text() -> bytes:
         found = json.dumps({**head, "arrays": places}, ensure_ascii=False).encode()
