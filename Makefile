@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.saehooks-ready
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-newest lint format setup lock clean gpu-bench gpu-test
+.PHONY: demo test test-newest lint format setup lock docs clean gpu-bench gpu-test
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saehooks demo --out out/demo.html
@@ -40,6 +40,11 @@ lock:
 # What newer releases of the dependencies can break, in .venv-newest, whose releases no lock chooses.
 test-newest:
 	PYTHON="$(PYTHON)" .ci/newest $(PYTEST_ARGS)
+
+# The guide and the reference as a site: out/docs/index.html. A dead link ends it.
+docs: $(READY)
+	@PYTHON="$(PYTHON)" .ci/environment .venv-docs docs --beside $(VENV)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --config-file .ci/mkdocs.yml
 
 # These two need no environment of their own: a GPU machine's python3 with torch, Triton, numpy, rich, safetensors and
 # (gpu-test) pytest will do.

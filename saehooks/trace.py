@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -106,9 +106,18 @@ class Forward:
         sizes = self.support_size if self.mask is None else self.support_size[self.mask]
         return float(sizes.double().mean())
 
-    def top(self, k: int) -> Top:
-        """The k strongest latents of each token, ``(latents, values)`` of shape (batch, pos, k)."""
-        return self.codes.top(k)
+    @overload
+    def top(self, k: int) -> Top: ...
+    @overload
+    def top(self, k: int, index: Any) -> Any: ...
+    def top(self, k: int, index: Any = None) -> Any:
+        """The k strongest latents of each token, ``(latents, values)`` of shape (batch, pos, k).
+
+        Args:
+            k: how many.
+            index: a `saehooks.LatentIndex`: then a table that shows what the latents stand for.
+        """
+        return self.codes.top(k) if index is None else index.of_trace(self, k)
 
     @property
     def acts(self) -> Tensor:

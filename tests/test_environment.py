@@ -24,7 +24,7 @@ def check(*arguments):
 def test_a_lock_names_one_release_a_package_and_python(lock):
     """Every line of a lock is ``name==release``, and no package is named twice without a marker."""
     lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
-    assert len(lines) > 100
+    assert len(lines) > 40
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==\S+( ; .+)?", line)] == []
     plain = [line.split("==")[0] for line in lines if " ; " not in line]
     assert len(plain) == len(set(plain))

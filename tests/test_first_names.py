@@ -80,15 +80,3 @@ def test_a_list_names_the_sae_that_knows_no_site(model, sae):
     with pytest.raises(SiteError, match="number 1 of the list"), sh.read(model, [sae, sh.SAE(d_in=8, d_sae=4)]):
         pass
     assert not model[0]._forward_hooks
-
-
-def test_a_long_list_of_sites_shows_a_page():
-    """The repr of many sites fits a page and says how to narrow it; the sequence still has them all."""
-    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(300)])
-    table = sh.sites(model)
-    assert len(table) == len(table.names) == 300
-    assert len(repr(table).splitlines()) < 45
-    assert "260 more" in repr(table)
-    assert repr(table).splitlines()[-1].startswith("299")
-    assert table._repr_html_().count("<tr>") < 45
-    assert len(repr(table.find("29")).splitlines()) == len(table.find("29")) + 1

@@ -1,9 +1,11 @@
-"""The guide and the README: their code runs as it stands, their errors are the real ones, their links lead somewhere."""
+"""The guide and the README: their code runs as it stands, their errors are the real ones, their links are alive."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -90,6 +92,32 @@ def test_links_lead_somewhere(page):
 def test_the_readme_is_short():
     """At most 200 lines."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+REFERENCE = re.findall(r"^::: (\S+)", (GUIDE / "reference.md").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_everything_in_the_reference_is_documented(name):
+    """Every public class, function, method and property has a docstring."""
+    module = importlib.import_module(name)
+    names = getattr(module, "__all__", None) or [n for n, one in vars(module).items() if _defined_in(one, module)]
+    missing = []
+    for public in [one for one in names if not one.startswith("_")]:
+        found = getattr(module, public)
+        if inspect.isclass(found) or inspect.isfunction(found):
+            missing += [f"{name}.{public}"] if not inspect.getdoc(found) else []
+        if inspect.isclass(found):
+            members = {n: m for n, m in vars(found).items() if not n.startswith("_")}
+            methods = {
+                n: m for n, m in members.items() if isinstance(m, (property, classmethod)) or inspect.isfunction(m)
+            }
+            missing += [f"{name}.{public}.{n}" for n in methods if not inspect.getdoc(getattr(found, n))]
+    assert missing == []
+
+
+def _defined_in(one: object, module: object) -> bool:
+    return getattr(one, "__module__", None) == module.__name__  # type: ignore[attr-defined]
 
 
 def test_every_page_is_on_the_site():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
 from saehooks.causal.runs import Place, as_data, check_metric, runner
-from saehooks.causal.table import Table
+from saehooks.causal.table import Table, words_of
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -137,12 +137,30 @@ class Curve(Table):
     """With all but n random active latents ablated, the mean over draws."""
     n_sequences: int
     draws: int
+    latents: tuple[int, ...] = ()
+    """The latents, best first, as many as the largest n."""
+    index: Any = None
+    """An index of the latents, for their words in the table."""
+
+    def with_index(self, index: Any) -> Curve:
+        """The same curve, with what the latents that each n adds stand for, by a `saehooks.LatentIndex`."""
+        return replace(self, index=index)
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict for each n."""
         columns = (self.counts, self.ablated, self.ablated_random, self.kept, self.kept_random)
         names = ("n", "top n ablated", "n random ablated", "only top n kept", "only n random kept")
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _shown(self) -> list[dict[str, Any]]:
+        rows = self.rows()
+        if self.index is None:
+            return rows
+        for row, before in zip(rows, (0, *self.counts), strict=False):
+            added = self.latents[before : row["n"]][:3]
+            words = [f"{latent} {words_of(self.index, self.site, latent, 2)}".rstrip() for latent in added]
+            row["adds"] = "; ".join(words) + ("; …" if row["n"] - before > 3 else "")
+        return rows
 
     def plot(self) -> Figure:
         """The four curves."""
@@ -175,6 +193,7 @@ def curve(
     counts: Sequence[int] = COUNTS,
     draws: int = 3,
     seed: int = 0,
+    index: Any = None,
     **options: Any,
 ) -> Curve:
     """Ablate the best n latents, and all but them, for several n; and as many random active ones beside it.
@@ -187,6 +206,7 @@ def curve(
         counts: the n.
         draws: how many random sets to average over, drawn from the latents that are selected in the data.
         seed: of the draws.
+        index: a `saehooks.LatentIndex` of this site: the table then says what the latents that each n adds stand for.
         options: ``at``, ``head``, ``where``, ``error``, ``batch_size``, ``run``, ``progress``, as in `ablate_sets`.
     Raises:
         ConfigError: an n is larger than the number of latents given, or of those active in the data.
@@ -227,6 +247,8 @@ def curve(
         kept_random=mean("keep random"),
         n_sequences=int((~found.clean.isnan()).sum()),
         draws=draws,
+        latents=tuple(best[: max(counts)]),
+        index=index if index is not None else getattr(latents, "index", None),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, check_metric, runner
-from saehooks.causal.table import SHOWN, Table, named
+from saehooks.causal.table import SHOWN, Table, labelled, named, words_of
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.hosts.frozen import frozen
@@ -50,6 +50,12 @@ class Graph(Table):
     n_sequences: int
     complete: bool = True
     """False when an interrupt ended it early."""
+    index: Any = None
+    """An index of the latents of each site, by site name; None for bare numbers."""
+
+    def with_index(self, index: Any) -> Graph:
+        """The same graph, with what latents stand for: ``{site: index}``, or the index of one of the sites."""
+        return replace(self, index=index)
 
     def rows(self, n: int | None = None) -> list[dict[str, Any]]:
         """The strongest n edges, or all, as plain dicts."""
@@ -60,11 +66,15 @@ class Graph(Table):
             for i, j in places
         ]
 
-    def plot(self, n: int = 40) -> Figure:
-        """The strongest n edges between the two columns of latents."""
+    def plot(self, n: int = 40, index: Any = None) -> Figure:
+        """The strongest n edges between the two columns of latents, with their words by an index."""
         from saehooks.show.effects import two_columns
 
-        edges = [(row["source"], row["target"], row["edge"]) for row in self.rows(n)]
+        known, (early, late) = index or self.index, self.sites
+        edges = [
+            (labelled(known, early, row["source"]), labelled(known, late, row["target"]), row["edge"])
+            for row in self.rows(n)
+        ]
         return two_columns(edges, titles=self.sites, title=f"edges: change of {self.metric}")
 
     def _caption(self) -> str:
@@ -72,7 +82,12 @@ class Graph(Table):
         return f"{self.sites[0]} -> {self.sites[1]}: effect on {self.metric}, {self.n_sequences} sequences{partial}"
 
     def _shown(self) -> list[dict[str, Any]]:
-        return named(self.rows(SHOWN), "source", "target")
+        rows = self.rows(SHOWN)
+        if self.index is not None:
+            for row in rows:
+                row["source stands for"] = words_of(self.index, self.sites[0], row["source"])
+                row["target stands for"] = words_of(self.index, self.sites[1], row["target"])
+        return named(rows, "source", "target")
 
 
 def latent_graph(
@@ -87,6 +102,7 @@ def latent_graph(
     batch_size: int | None = None,
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,
+    index: Any = None,
 ) -> Graph:
     """Find the latents of a later site that matter for a metric, and the latents of an earlier site that feed them.
 
@@ -98,6 +114,7 @@ def latent_graph(
         model, tokens, metric, where, batch_size, run, progress: as in `rank_latents`.
         saes: two SAEs by site name, the earlier site first.
         n_sources, n_targets: how many latents of each to keep.
+        index: ``{site: index of its latents}``, or the index of one of the sites, for words beside the latents.
     Raises:
         ConfigError: not two sites, a metric without a gradient at the clean run, or the later site named first.
     """
@@ -129,6 +146,7 @@ def latent_graph(
         edges=edges[sources] / seen,
         n_sequences=seen,
         complete=seen == data.total,
+        index=index,
     )
 
 

@@ -40,6 +40,7 @@ def rank_latents(
     batch_size: int | None = None,
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,
+    index: Any = None,
 ) -> Ranking:
     """Rank every active latent by what ablating it does to a metric.
 
@@ -64,6 +65,7 @@ def rank_latents(
         batch_size: sequences in a forward; by default as many as make about 1,024 tokens, or 64 images.
         run: from inputs to output, where the model has to be called in a way of its own.
         progress: a progress bar; by default only in a terminal.
+        index: a `saehooks.LatentIndex` of this site, whose words stand beside the latents.
     Returns:
         A `Ranking`: print it, ``.top(20)``, ``.to_pandas()``, ``.plot()``, ``.agreement``.
     Raises:
@@ -108,6 +110,7 @@ def rank_latents(
         mean_value=sums.mean_value[best],
         complete=complete and finished,
         cost=_cost(sums.seen, steps, measure),
+        index=index,
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saehooks.causal.table import SHOWN, Table, named
+from saehooks.causal.table import SHOWN, Table, labelled, named, words_of
 from saehooks.errors import ConfigError, LatentError
 from saehooks.show.values import number
 
@@ -62,6 +62,12 @@ class Ranking(Table):
     """False when an interrupt ended it early: then the effects are those of the sequences that were done."""
     cost: dict[str, float] = field(default_factory=dict)
     """What it took: sequences run forward and backward, and edited sequences run after the site."""
+    index: Any = None
+    """A `saehooks.LatentIndex`, whose words stand beside the latents; None for bare numbers."""
+
+    def with_index(self, index: Any) -> Ranking:
+        """The same ranking, with what each latent stands for by a `saehooks.LatentIndex` of the same site."""
+        return replace(self, index=index)
 
     @property
     def effect(self) -> Tensor:
@@ -116,13 +122,13 @@ class Ranking(Table):
             "mean_value": float(self.mean_value[i]),
         }
 
-    def plot(self, n: int = 20) -> Figure:
-        """Bars of the best n latents' effects."""
+    def plot(self, n: int = 20, index: Any = None) -> Figure:
+        """Bars of the best n latents' effects, with their words by an index."""
         from saehooks.show.figures import ranking_bars
 
         rows = self.rows(n)
         return ranking_bars(
-            [row["latent"] for row in rows],
+            [labelled(index or self.index, self.site, row["latent"]) for row in rows],
             self.effect[: len(rows)].tolist(),
             title=f"{self.site}: {len(rows)} of {len(self)} active latents",
             xlabel=f"change of {self.metric} when ablated",
@@ -151,7 +157,13 @@ class Ranking(Table):
         return text if self.complete else text + "; interrupted, partial"
 
     def _shown(self) -> list[dict[str, Any]]:
-        return named(self.rows(SHOWN), "latent")
+        rows = named(self.rows(SHOWN), "latent")
+        if self.index is None:
+            return rows
+        words = [{"stands for": words_of(self.index, self.site, int(row["latent"]))} for row in rows]
+        return [
+            {"rank": row["rank"], "latent": row["latent"], **word, **row} for row, word in zip(rows, words, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saehooks.errors import ConfigError
@@ -53,3 +54,20 @@ def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
     [{'latent': '1204', 'tokens': 1204}]
     """
     return [{key: str(value) if key in columns else value for key, value in row.items()} for row in rows]
+
+
+def words_of(index: Any, site: str, latent: int, n: int = 4) -> str:
+    """What a latent stands for, by an index of latents, or a mapping of several by site; "" where there is none.
+
+    >>> words_of(None, "blocks.8.hook_resid_pre", 901)
+    ''
+    """
+    found = index.get(site) if isinstance(index, Mapping) else index
+    if found is None or getattr(found, "site", site) != site:
+        return ""
+    return found.words(latent, n)
+
+
+def labelled(index: Any, site: str, latent: int) -> str:
+    """A latent by its number and its words: what a plot writes."""
+    return f"{latent} {words_of(index, site, latent, 3)}".rstrip()

@@ -349,7 +349,7 @@ def _index(
     directions = torch.cat([sae.directions(part) for part in every.split(4096)]) if neighbours or logits else None
     raises = lowers = None
     found = unembedding(host.model, site.name) if logits and walk.reads_tokens and site.head is None else None
-    if found is not None and found.weight.shape[1] == sae.d_in and directions is not None:
+    if found is not None and directions is not None and found.weight.shape[1] == directions.shape[1]:
         raises, lowers = _logit_effects(found, directions, min(logits, found.weight.shape[0]))
     fired_with = walk.cofiring.neighbours(neighbours) if neighbours else None
     alike = nearest(directions, neighbours) if neighbours and directions is not None else None

@@ -19,7 +19,7 @@ from saehooks.latents.cofiring import Neighbours
 from saehooks.latents.fingerprint import fingerprint
 from saehooks.latents.folder import read_tensors, write_index
 from saehooks.latents.latent import Context, Latent
-from saehooks.latents.listing import Listing
+from saehooks.latents.listing import Listing, TokenListing
 from saehooks.latents.tallies import GRID
 from saehooks.sae import SAE
 from saehooks.show.values import visible
@@ -79,6 +79,7 @@ class LatentIndex:
     _model: Any = field(default=None, init=False)
     _sae: Any = field(default=None, init=False)
     _where: Any = field(default=None, init=False)
+    _texts: dict[int, list[tuple[str, str | None]]] = field(default_factory=dict, init=False)
 
     # ------------------------------------------------------------- figures
 
@@ -155,10 +156,19 @@ class LatentIndex:
         self._check(latent)
         if latent in self.names:
             return self.names[latent]
-        words = [word for context in self.contexts(latent) if (word := self.word(context))]
+        words = [word for word in self._peaks(latent) if word]
         if self.labels is not None:  # the kind of image that is most frequent comes first
             words.sort(key=lambda word: -words.count(word))
         return " ".join(list(dict.fromkeys(words))[:n])
+
+    def _peaks(self, latent: int) -> list[str]:
+        """The token, or image label, of each of the strongest places, the strongest first."""
+        kept = self.best["scores"][latent] > -float("inf")
+        if self.metadata["grid"] is not None:
+            numbers = self.best["sequences"][latent][kept].tolist() if self.labels else []
+            return [self.labels[i] for i in numbers if i < len(self.labels)]  # type: ignore[index, arg-type]
+        tokens = self.best["tokens"][latent, :, self.metadata["before"]][kept]
+        return [visible(self.piece(token)) for token in tokens.tolist()]
 
     def word(self, context: Context) -> str:
         """The token at a place, its spaces visible; for an image its label."""
@@ -227,21 +237,32 @@ class LatentIndex:
         found: dict[str, float] = {}
         if word.search(self.names.get(latent, "").lower()):
             found["name"] = WEIGHTS["name"]
-        for context in self.contexts(latent) if int(self.counts[latent]) else ():
-            share = 1 / max(1, self.best["scores"].shape[1])
-            if context.tokens is None:
-                if word.search(self.word(context).lower()):
-                    found["label"] = found.get("label", 0) + WEIGHTS["label"] * share
-                continue
-            if word.search(self.piece(context.tokens[context.peak]).lower()):
-                found["peak"] = found.get("peak", 0) + WEIGHTS["peak"] * share
-            elif word.search(self.text(context).lower()):
+        share = 1 / max(1, self.best["scores"].shape[1])
+        for peak, text in self._said(latent):
+            kind = "label" if text is None else "peak"
+            if word.search(peak):
+                found[kind] = found.get(kind, 0) + WEIGHTS[kind] * share
+            elif text is not None and word.search(text):
                 found["context"] = found.get("context", 0) + WEIGHTS["context"] * share
         if self.raises is not None:
             hits = sum(bool(word.search(self.piece(token).lower())) for token in self.raises.latents[latent].tolist())
             if hits:
                 found["raises"] = WEIGHTS["raises"] * hits / self.raises.latents.shape[1]
         return sum(found.values()), next(iter(found), "")
+
+    def _said(self, latent: int) -> list[tuple[str, str | None]]:
+        """In small letters: what stands at each of the strongest places, and around it (None for images)."""
+        if latent not in self._texts:
+            peaks = [peak.lower() for peak in self._peaks(latent)]
+            if self.metadata["grid"] is not None:
+                self._texts[latent] = [(peak, None) for peak in peaks]
+            else:
+                kept = self.best["scores"][latent] > -float("inf")
+                rows = self.best["tokens"][latent][kept].tolist()
+                self._texts[latent] = [
+                    (peak, "".join(map(self.piece, row)).lower()) for peak, row in zip(peaks, rows, strict=True)
+                ]
+        return self._texts[latent]
 
     def text(self, context: Context) -> str:
         """The text of a context."""
@@ -292,6 +313,12 @@ class LatentIndex:
         places = {int(fired[i]): float(largest[fired[i]]) for i in order}
         rows = [{**self.row(latent), "value": value, "at": _peak(forward, latent)} for latent, value in places.items()]
         return Listing(f"strongest latents at {self.site}", rows, self)
+
+    def of_trace(self, forward: Forward, k: int = 5) -> TokenListing:
+        """The k strongest latents of each token of a trace, with what they stand for: ``trace.top(5, index=index)``."""
+        if forward.codes.d_sae != len(self):
+            raise ConfigError(f"this index is of {len(self)} latents, the trace of {forward.codes.d_sae}")
+        return TokenListing(self, forward, k)
 
     def _read(self, given: Any) -> Forward:
         model, sae = self._bound()

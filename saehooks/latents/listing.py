@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from saehooks.causal.table import Table, named
+from saehooks.causal.table import SHOWN, Table, labelled, named
+from saehooks.show.values import number, visible
 
 if TYPE_CHECKING:
     from saehooks.latents.index import LatentIndex
+    from saehooks.trace import Forward
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,3 +43,40 @@ class Listing(Table):
     def _shown(self) -> list[dict[str, Any]]:
         rows = named(self.rows(), "latent")
         return [{**row, "density": f"{row['density']:.3%}"} for row in rows]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenListing(Table):
+    """The strongest latents of each token of a trace, in words."""
+
+    index: LatentIndex
+    forward: Forward
+    k: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dict for each token: its text's number, position, the token, and its latents in words."""
+        return [row for text in range(len(self.forward.codes)) for row in self._rows_of(text)]
+
+    def _rows_of(self, text: int) -> list[dict[str, Any]]:
+        forward = self.forward
+        top, sizes = forward.codes[text].top(self.k), forward.support_size[text].tolist()
+        rows = []
+        for place, token in enumerate(forward.token_strings(text)):
+            pairs = zip(top.latents[place].tolist(), top.values[place].tolist(), strict=True)
+            words = [f"{labelled(self.index, self.index.site, a)} ({number(v)})" for a, v in pairs if a >= 0]
+            rows.append(
+                {
+                    "text": text,
+                    "pos": None if forward.start is None else forward.start + place,
+                    "token": visible(token),
+                    "support": sizes[place],
+                    "strongest": "; ".join(words),
+                }
+            )
+        return rows
+
+    def _caption(self) -> str:
+        return f"{self.index.site}: the {self.k} strongest latents of each token"
+
+    def _shown(self) -> list[dict[str, Any]]:
+        return self._rows_of(0)[: 2 * SHOWN] if len(self.forward.codes) else []

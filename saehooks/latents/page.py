@@ -6,7 +6,6 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -23,7 +22,6 @@ from saehooks.storage import write_file
 if TYPE_CHECKING:
     from saehooks.latents.cofiring import Neighbours
     from saehooks.latents.index import LatentIndex
-    from saehooks.latents.latent import Context
 
 LIMIT = 30_000_000
 """Bytes of a page, unless it is said."""
@@ -192,52 +190,56 @@ def _add_contexts(
     sampled: int,
 ) -> None:
     """Lists of contexts, those of a latent after those of the one before it; and of their tokens and shades."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("which", "value", "quantileOf", "peak", "sequence", "picture")
+    parts = [_chosen(index.best, contexts, spread=False), _chosen(index.drawn, sampled, spread=True)]
+    latents = torch.cat([latent for latent, _ in parts])
+    which = torch.cat([torch.full_like(latent, i) for i, (latent, _) in enumerate(parts)])
+    order = (latents * 2 + which).argsort(stable=True)
+    latents, which = latents[order], which[order]
+
+    def column(name: str) -> Tensor:
+        shelves = (index.best[name], index.drawn[name])
+        return torch.cat([shelf[places] for shelf, places in zip(shelves, parts, strict=True)])[order]
+
+    values, around, sequences, tokens = (column(name) for name in ("values", "around", "sequences", "tokens"))
+    shown = torch.ones_like(tokens, dtype=torch.bool) if head["kind"] == "images" else tokens >= 0
+    high = index.quantiles[latents, -1].abs().clamp(min=1e-30)
+    shades = (around / high[:, None] * 254).ceil().clamp(0, 254)
+    before = index.metadata["before"]
+    pictures = [number for number in sequences.unique().tolist() if number in index.pictures]
+    places = {number: place for place, number in enumerate(pictures)}
+    counts = torch.bincount(latents, minlength=len(index))
+    arrays |= {
+        "which": ("u1", which),
+        "value": ("f4", values),
+        "quantileOf": ("f4", (index.quantiles[latents] < values[:, None]).double().mean(1)),
+        "peak": ("u2", before - (~shown[:, :before]).sum(1)),
+        "sequence": ("u4", sequences),
+        "picture": ("u4", [places.get(number, NONE) for number in sequences.tolist()]),
+        "first": ("u4", [0, *counts.cumsum(0).tolist()]),
+        "start": ("u4", [0, *shown.sum(1).cumsum(0).tolist()]),
+        "tokens": ("u4", [] if head["kind"] == "images" else pieces.numbers(tokens[shown])),
+        "values": ("u1", torch.where(around.isnan(), LEFT_OUT, shades)[shown]),
     }
-    first, start, tokens, values = [0], [0], [], []
-    pictures: dict[int, int] = {}
-    for latent in range(len(index)):
-        fires = int(index.counts[latent]) > 0
-        high = abs(float(index.quantiles[latent, -1])) or 1.0
-        chosen = [(0, one) for one in index.contexts(latent)[:contexts]] if fires else []
-        chosen += [(1, one) for one in _spread(index.contexts(latent, sampled=True), sampled)] if fires else []
-        for which, context in chosen:
-            row = (which, context.value, context.quantile, max(0, context.peak), context.sequence)
-            for name, value in zip(columns, row, strict=False):
-                columns[name].append(value)
-            columns["picture"].append(_picture(context, pictures))
-            tokens += [] if context.tokens is None else [pieces.number(token) for token in context.tokens]
-            values.append(_shades(context.values, high))
-            start.append(start[-1] + len(context.values))
-        first.append(len(columns["which"]))
-    kinds = {"which": "u1", "value": "f4", "quantileOf": "f4", "peak": "u2", "sequence": "u4", "picture": "u4"}
-    arrays |= {name: (kinds[name], rows) for name, rows in columns.items()}
-    arrays |= {"first": ("u4", first), "start": ("u4", start), "tokens": ("u4", tokens)}
-    arrays["values"] = ("u1", np.concatenate(values) if values else [])
     head["pictures"] = [png_uri(index.pictures[number]) for number in pictures]
     if index.labels is not None:
-        head["labels"] = {i: index.labels[i] for i in set(columns["sequence"]) if i < len(index.labels)}
+        head["labels"] = {i: index.labels[i] for i in sequences.unique().tolist() if i < len(index.labels)}
 
 
-def _spread(found: list[Context], n: int) -> list[Context]:
-    """n of the contexts, evenly spaced from the strongest to the weakest."""
-    if n >= len(found):
-        return found
-    return [found[round(i * (len(found) - 1) / max(1, n - 1))] for i in range(n)]
+def _chosen(shelf: dict[str, Tensor], n: int, spread: bool) -> tuple[Tensor, Tensor]:
+    """(m,) latents and (m,) places of a shelf: at most n of each latent, the strongest first.
 
-
-def _shades(values: Sequence[float], high: float) -> np.ndarray:
-    """0 to 254 by value, 255 where the SAE does not act; what is active at all is at least 1."""
-    given = np.asarray(values, dtype=float)
-    shade = np.clip(np.ceil(np.nan_to_num(given) / high * 254), 0, 254)
-    return np.where(np.isnan(given), LEFT_OUT, shade)
-
-
-def _picture(context: Context, pictures: dict[int, int]) -> int:
-    if context.picture is None:
-        return NONE
-    return pictures.setdefault(context.sequence, len(pictures))
+    Args:
+        spread: evenly from the strongest to the weakest, instead of the strongest alone.
+    """
+    kept = shelf["scores"] > -float("inf")
+    order = shelf["values"].masked_fill(~kept, -float("inf")).argsort(dim=1, descending=True, stable=True)
+    held = kept.sum(1, keepdim=True)
+    rank = torch.arange(n)[None].expand(len(kept), -1)
+    wanted = rank < held
+    if spread:  # the i-th of n lies i / (n - 1) of the way down
+        rank = torch.where(held > n, (rank * (held - 1) / max(1, n - 1)).round().long(), rank)
+    latents = torch.arange(len(kept))[:, None].expand(-1, n)[wanted]
+    return latents, order.gather(1, rank.clamp(max=order.shape[1] - 1))[wanted]
 
 
 def _effects(given: Any, n: int) -> np.ndarray:

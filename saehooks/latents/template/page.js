@@ -123,13 +123,13 @@ function open_(i, quiet) {
       `values 5% ${number(quantile(i, .05))}, 50% ${number(quantile(i, .5))}, 95% ${number(quantile(i, .95))}, ` +
       `largest ${number(quantile(i, 1))}` + (D.effects ? ` · effect ${number(D.effects[i])}` : '') + '</p>' + values(i));
   }
+  parts.push(contexts(i, 0, 'Strongest', 'each in another ' + (D.kind === 'images' ? 'image' : 'sequence')));
   if (D.raises) {
     parts.push('<div class="columns">' + logits(i, 'Its direction raises', D.raises, D.raisesBy, '') +
       logits(i, 'and lowers', D.lowers, D.lowersBy, 'down') + '</div>');
   }
   const near = neighbours(i, 'Fires with', D.firesWith, D.firesWithBy) + neighbours(i, 'Points like', D.alike, D.alikeBy);
   if (near) parts.push('<div class="columns">' + near + '</div>');
-  parts.push(contexts(i, 0, 'Strongest', 'each in another ' + (D.kind === 'images' ? 'image' : 'sequence')));
   parts.push(contexts(i, 1, 'Drawn at random', 'from all places where it fires; the share of its values that are smaller'));
   $('latent').innerHTML = parts.join('');
   $('latent').scrollTop = 0;
