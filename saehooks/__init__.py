@@ -19,7 +19,7 @@ from saehooks.trace import Trace
 from saehooks.training.fit import fit, train
 from saehooks.training.losses import LossConfig
 from saehooks.training.trainer import TrainConfig, Trainer
-from saehooks.where import everywhere, last, not_special, pooled, positions
+from saehooks.where import everywhere, last, not_special, pooled, positions, steps, tokens
 
 __all__ = [
     "SAE",
@@ -56,6 +56,8 @@ __all__ = [
     "sparsemax",
     "splice",
     "steer",
+    "steps",
     "survey",
+    "tokens",
     "train",
 ]

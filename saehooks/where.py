@@ -3,7 +3,7 @@
 ``where=`` takes
 
 - ``sh.last``, ``sh.pooled``, ``sh.everywhere``, ``sh.positions([0, 3])``, ``sh.positions(slice(1, None))``,
-  ``sh.not_special(tokenizer)``, and ``a & b``, ``a | b``, ``~a`` of them;
+  ``sh.steps(range(10))``, ``sh.tokens([60])``, ``sh.not_special(tokenizer)``, and ``a & b``, ``a | b``, ``~a`` of them;
 - an int, a list of ints or a slice, as ``sh.positions`` takes them;
 - a boolean mask of shape (pos,) or (batch, pos), by columns;
 - a function ``(tokens, codes) -> mask``.
@@ -57,6 +57,8 @@ class Where:
     asked: tuple[int, ...] = ()
     """The positions that are asked for by number, negative ones from the end of the prompt: an error on leaving the
     block if one of them never came."""
+    asked_step = -1
+    """The last forward that is asked for by number: an error on leaving the block if there were fewer."""
 
     def mask(self, view: View) -> Tensor | None:
         """Bool mask, (pos,) or (batch, pos); None for everywhere. What it says of padding does not matter."""
@@ -143,6 +145,10 @@ class Both(Where):
     def asked(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.one.asked + self.other.asked
 
+    @property
+    def asked_step(self) -> int:  # type: ignore[override]
+        return max(self.one.asked_step, self.other.asked_step)
+
     def mask(self, view: View) -> Tensor | None:
         one, other = self.one.mask(view), self.other.mask(view)
         return other if one is None else one if other is None else one & other
@@ -162,6 +168,10 @@ class Either(Where):
     def asked(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.one.asked + self.other.asked
 
+    @property
+    def asked_step(self) -> int:  # type: ignore[override]
+        return max(self.one.asked_step, self.other.asked_step)
+
     def mask(self, view: View) -> Tensor | None:
         one, other = self.one.mask(view), self.other.mask(view)
         return None if one is None or other is None else one | other
@@ -171,16 +181,44 @@ class Either(Where):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Steps(Where):
+    """Every position of some of a block's forwards, and none of the others."""
+
+    listed: tuple[int, ...] | slice
+
+    @property
+    def asked_step(self) -> int:  # type: ignore[override]
+        if isinstance(self.listed, slice):
+            return self.listed.start or 0
+        return max(self.listed, default=-1)
+
+    def mask(self, view: View) -> Tensor | None:
+        number = view.columns.number
+        listed = range(number + 1)[self.listed] if isinstance(self.listed, slice) else self.listed
+        if number in listed:
+            return None
+        return torch.zeros(view.codes.shape[-1], dtype=torch.bool, device=view.codes.indices.device)
+
+    def __repr__(self) -> str:
+        if not isinstance(self.listed, slice):
+            return f"sh.steps({list(self.listed)})"
+        return f"sh.steps(slice({self.listed.start}, {self.listed.stop}, {self.listed.step}))"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Not(Where):
     """Where a rule does not hold; a position that it excludes need not come."""
 
     rule: Where
 
-    def mask(self, view: View) -> Tensor:
+    def mask(self, view: View) -> Tensor | None:
         found = self.rule.mask(view)
         if found is None:
             return torch.zeros(view.codes.shape[-1], dtype=torch.bool, device=view.codes.indices.device)
         return ~found
+
+    def __invert__(self) -> Where:
+        return self.rule
 
     def __repr__(self) -> str:
         return f"~{self.rule!r}"
@@ -341,6 +379,25 @@ def positions(listed: int | Iterable[int] | slice) -> Where:
         raise WhereError(f"positions must be whole numbers or a slice; got {listed!r}") from None
 
 
+def steps(listed: int | Iterable[int] | slice) -> Where:
+    """All positions of some forwards: ``steps(0)``, ``steps(range(10))``, ``steps(slice(5, None))``.
+
+    Forwards past the site are counted from 0 in each block. In a diffusion model, whose every denoising step is one
+    forward, ``steps(range(10)) & mask`` acts at some places in the first ten steps.
+
+    >>> steps(range(3)), steps(slice(5, None)) | steps(0)
+    (sh.steps([0, 1, 2]), (sh.steps(slice(5, None, None)) | sh.steps([0])))
+    """
+    found = positions(listed)
+    if isinstance(found, Span):
+        ends = (found.span.start, found.span.stop)
+        if all(end is None or end >= 0 for end in ends):
+            return Steps(found.span)
+    elif isinstance(found, Positions) and min(found.listed, default=0) >= 0:
+        return Steps(found.listed)
+    raise WhereError(f"steps are counted from 0, as nobody knows how many will come; got {listed!r}")
+
+
 def not_special(tokenizer: Any = None) -> Where:
     """Skip special tokens (BOS, EOS, padding ...), by the tokenizer's ``all_special_ids``.
 
@@ -348,6 +405,20 @@ def not_special(tokenizer: Any = None) -> Where:
         tokenizer: a tokenizer, or a list of token ids; the model's own tokenizer when left out.
     """
     return NotSpecial(tokenizer)
+
+
+def tokens(listed: int | Iterable[int]) -> Where:
+    """Where certain tokens are, such as the places of a picture in a multimodal model's text:
+    ``sh.tokens(model.config.image_token_id)``.
+
+    >>> tokens(60), ~tokens([0, 60])
+    (~sh.not_special([60]), sh.not_special([0, 60]))
+    """
+    try:
+        ids = [listed.__index__()] if hasattr(listed, "__index__") else [one.__index__() for one in listed]
+    except (TypeError, AttributeError):
+        raise WhereError(f"tokens must be token ids, whole numbers; got {listed!r}") from None
+    return ~NotSpecial(ids)
 
 
 def as_where(where: Any) -> Where:
@@ -428,6 +499,12 @@ def where_of(sae: SAE, where: Any = None, *, training: bool = False) -> Where:
     return LeftOut(known or (past_first if training else everywhere))
 
 
+_MAKERS: dict[str, Callable[..., Where]] = {
+    "positions": positions,
+    "not_special": not_special,
+    "steps": steps,
+    "tokens": tokens,
+}
 _NAMES = {"everywhere": everywhere, "last": last, "pooled": pooled}
 
 
@@ -459,9 +536,8 @@ def _evaluate(node: ast.AST) -> Where:
         raise ValueError("no rule")
     if call is None and name.attr in _NAMES:
         return _NAMES[name.attr]
-    if call is not None and name.attr in ("positions", "not_special") and len(call.args) <= 1:
-        given = [_literal(one) for one in call.args]
-        return not_special(*given) if name.attr == "not_special" else positions(*given)
+    if call is not None and name.attr in _MAKERS and len(call.args) <= 1:
+        return _MAKERS[name.attr](*(_literal(one) for one in call.args))
     raise ValueError("no rule")
 
 
@@ -504,12 +580,14 @@ class Came:
 
     def __init__(self, where: Where):
         self._asked = tuple(dict.fromkeys(where.asked))
+        self._asked_step, self._steps = where.asked_step, 0
         self._came: set[int] = set()
         self._end = 0
         self._told: Tensor | None = None  # the same, as padded batches told it: not waited for before the end
 
     def add(self, columns: Columns) -> None:
         """Take note of one forward."""
+        self._steps = max(self._steps, columns.number + 1)
         if len(self._came) == len(self._asked):
             return
         place, length = columns.place, columns.length
@@ -524,7 +602,12 @@ class Came:
         self._told = told if self._told is None else torch.maximum(self._told, told.to(self._told.device))
 
     def check(self, site: str) -> None:
-        """Raise WhereError if a position that was asked for never came."""
+        """Raise WhereError if a position, or a forward, that was asked for never came."""
+        if self._asked_step >= self._steps:
+            raise WhereError(
+                f"step {self._asked_step} at '{site}' never came: the forwards of this block were steps "
+                f"0 to {self._steps - 1}"
+            )
         if self._told is not None:
             *came, end = self._told.tolist()
             self._came |= {p for p, it_did in zip(self._asked, came, strict=True) if it_did}

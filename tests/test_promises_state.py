@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import os
 import pickle
 import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +315,37 @@ def test_activations_that_the_model_wrote_over_are_an_error(mode, dtype):
             model(x, write=False)
         assert torch.equal(trace.acts, model.first(x))
         assert trace.nmse > 0
+
+
+# ---------------------------------------------------------------------------- memory
+
+FORWARDS = int(os.environ.get("SAEHOOKS_FORWARDS", "600"))
+"""How many attached forwards the test of memory makes."""
+
+
+def resident():
+    """Bytes of memory that this process holds; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def test_memory_is_flat_over_many_forwards():
+    """Attached forwards, in one block and in a block each, leave no object behind and no memory."""
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 64))
+    sae = SAE(32, 64, "linear", "relu", hook_name="1").eval()
+
+    def forwards(n):
+        with torch.no_grad(), steer(model, sae, {7: 1.0}, where=[1, -1]):
+            for _ in range(n):
+                model(TOKENS)
+        for _ in range(n // 20):
+            with torch.no_grad(), read(model, sae):
+                model(TOKENS)
+
+    forwards(300)
+    gc.collect()
+    before = len(gc.get_objects()), resident()
+    forwards(FORWARDS)
+    gc.collect()
+    assert len(gc.get_objects()) - before[0] < 200
+    assert resident() - before[1] < 20e6

@@ -25,7 +25,7 @@ from saehooks.hosts.wrappers import ModuleNames
 
 LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|in|out)")
 
-ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention)\w*\.", re.IGNORECASE)
+ATTENTION = re.compile(r"(^|[._])(attn|attention)(\d*|_pool)\.", re.IGNORECASE)
 """Names of what is inside of an attention layer."""
 
 
