@@ -58,7 +58,7 @@ def test_batches_are_moved_to_the_model(tiny_hf):
     """Tensors, also those in dicts and pairs, follow the model to its device; what is no tensor stays."""
     source = host(tiny_hf.to("meta"))
     tokens = torch.zeros(2, 5, dtype=torch.int64)
-    found = source.beside({"input_ids": tokens, "pair": (tokens, "text"), "n": 3})
+    found = source.to_device({"input_ids": tokens, "pair": (tokens, "text"), "n": 3})
     assert found["input_ids"].device == found["pair"][0].device == source.device == torch.device("meta")
     assert found["pair"][1:] == ("text",)
     assert found["n"] == 3

@@ -36,7 +36,7 @@ def warn_if_foreign(sae: SparseCoder, host: Host, site: Site) -> None:
             + "; ".join(differing)
         )
     if sae.hook_name is not None and not _same_place(sae.hook_name, metadata.get("head"), host, site):
-        _warn(f"this SAE was trained at '{sae.hook_name}', and is being attached at '{site.given}'")
+        _warn(f"this SAE was trained at '{sae.hook_name}', and is being attached at '{site.requested_name}'")
 
 
 def _warn(message: str) -> None:
@@ -59,7 +59,7 @@ def _bare(model_name: Any) -> str:
 
 def _same_place(then: str, head: int | None, host: Host, site: Site) -> bool:
     """Whether a site's name, in this family of models or in another one, means this site."""
-    if then in (site.name, site.given, *site.aliases):
+    if then in (site.name, site.requested_name, *site.aliases):
         return head in (None, site.head)
     try:
         return host.site(then, head).key == site.key or _boundary(then) == _boundary(site.name) is not None

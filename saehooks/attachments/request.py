@@ -116,8 +116,8 @@ def check(attachments: Iterable[Attachment]) -> None:
         for site, _ in attachment.places:
             if site.key in places:
                 raise SiteError(
-                    f"two SAEs were given for one site: '{places[site.key].given}' and '{site.given}' are the same "
-                    "place; a site carries one, nest two blocks instead"
+                    f"two SAEs were given for one site: '{places[site.key].requested_name}' and "
+                    f"'{site.requested_name}' are the same place; a site carries one, nest two blocks instead"
                 )
             places[site.key] = site
         if attachment.site.width is not None:

@@ -98,6 +98,6 @@ def attachment_of(host: Host, site: Site, sae: SparseCoder, *given: Any, out: st
         return TranscoderAttachment(host, site, sae, *given, out=written_by(host, sae, out))
     if out is not None:
         raise ConfigError(
-            f"at=({site.given!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two"
+            f"at=({site.requested_name!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two"
         )
     return Attachment(host, site, sae, *given)

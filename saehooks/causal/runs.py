@@ -242,7 +242,7 @@ def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Run:
     else:
         options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         call = lambda inputs: model(inputs, **options)  # noqa: E731
-    return lambda inputs: _tensor_of(call(host.beside(inputs)))
+    return lambda inputs: _tensor_of(call(host.to_device(inputs)))
 
 
 def _tensor_of(output: Any) -> Tensor:

@@ -52,5 +52,5 @@ def run(arguments: argparse.Namespace) -> None:
         live = False if arguments.json else None
         with torch.no_grad(), measure(opened.model, sae, arguments.at, live=live, **options) as figures:
             for batch in batches:
-                run(source.beside(batch))
+                run(source.to_device(batch))
     print(json.dumps(figures.summary(), indent=1) if arguments.json else figures)

@@ -39,7 +39,7 @@ def run_batch(model: Any, found: Measurement, batch: Any) -> None:
         found: takes the labels of a loader, where it classifies.
     """
     host = host_of(model)
-    batch = host.beside(batch)
+    batch = host.to_device(batch)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         if len(batch) > 1 and isinstance(found.comparison, EmbeddingComparison):
             found.comparison.offer_labels(batch[1])

@@ -74,7 +74,7 @@ class Site:
 
     name: str
     """The portable name, such as ``blocks.8.hook_resid_pre``."""
-    given: str
+    requested_name: str
     """The name it was asked by."""
     module: nn.Module = field(repr=False)
     """The module whose output, or input, is the site."""
@@ -234,14 +234,14 @@ class Host(ABC):
         """Where the model's parameters live."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def beside(self, batch: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
         """A batch with its tensors, also those in dicts, lists and tuples, on the model's device."""
         if isinstance(batch, Tensor):
             return batch.to(self.device, non_blocking=True)
         if isinstance(batch, Mapping):
-            return {name: self.beside(value) for name, value in batch.items()}
+            return {name: self.to_device(value) for name, value in batch.items()}
         if type(batch) in (list, tuple):
-            return type(batch)(self.beside(value) for value in batch)
+            return type(batch)(self.to_device(value) for value in batch)
         return batch
 
     @property

@@ -49,7 +49,7 @@ class ModuleHost(Host):
         module, width = self._modules[found], self._widths.of(found)
         return Site(
             name=found,
-            given=name,
+            requested_name=name,
             module=module,
             width=width,
             aliases=self._aliases(found),

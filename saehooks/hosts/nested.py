@@ -109,4 +109,4 @@ class NestedHost(ModuleHost):
         """A site of a part, as it is called here."""
         full = f"{path}.{site.name}"
         name, other = (site.name, full) if len(self._parts) == 1 else (full, site.name)
-        return replace(site, name=name, given=given, aliases=(*site.aliases, other))
+        return replace(site, name=name, requested_name=given, aliases=(*site.aliases, other))

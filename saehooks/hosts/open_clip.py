@@ -61,7 +61,7 @@ class OpenClipHost(Host):
         width = self._width(place)
         return Site(
             name=names[0],
-            given=name,
+            requested_name=name,
             module=place.module,
             width=width,
             slot=place.slot,

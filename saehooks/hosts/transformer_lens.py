@@ -80,7 +80,7 @@ class TransformerLensHost(Host):
         portable = portable_name(names)
         return Site(
             name=portable,
-            given=given,
+            requested_name=given,
             module=point,
             width=width,
             head=head,

@@ -139,7 +139,7 @@ class Walk:
             stack.enter_context(torch.no_grad())
             traces = stack.enter_context(attach(self.host.model, self.sae, keep_all=True, **self.options))
             stack.enter_context(self.host.stop_at(self.site))
-            self.host.run(self.host.beside(batch))
+            self.host.run(self.host.to_device(batch))
         if not traces.calls:
             raise NeverFiredError(f"the forward passed without reaching '{self.site.name}'")
         return traces.forwards

@@ -74,7 +74,7 @@ def write_delphi(
             for batch in checked_batches(batches):
                 first = sum(map(len, tokens))
                 with torch.no_grad(), read(model, sae, **options) as trace, host.stop_at(site):
-                    host.run(host.beside(batch))
+                    host.run(host.to_device(batch))
                 tokens.append(_tokens(trace, tokens))
                 _append(trace, first, bounds, scratch)
                 shown.step()

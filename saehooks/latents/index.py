@@ -330,7 +330,7 @@ class LatentIndex:
         where = self._where
         options = {"at": self.site, "head": self.metadata["head"], **({} if where is None else {"where": where})}
         with torch.no_grad(), read(model, sae, **options) as trace, host.stop_at(host.site(self.site, options["head"])):
-            host.run(host.beside(given))
+            host.run(host.to_device(given))
         return trace
 
     # -------------------------------------------------------------- tables

@@ -114,7 +114,7 @@ def _last_reached(source: Host, batch: Any, sites: list[Site]) -> Site:
 
 def _run(source: Host, batch: Any) -> None:
     try:
-        source.run(source.beside(batch))
+        source.run(source.to_device(batch))
     except SaehooksError:
         raise
     except IndexError as error:

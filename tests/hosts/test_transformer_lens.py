@@ -96,7 +96,7 @@ def test_alias_and_canonical_name_are_one_site(tiny_bridge):
     found = host(tiny_bridge)
     old, new = found.site("blocks.1.hook_resid_pre"), found.site("blocks.1.hook_in")
     assert (old.key, old.name, new.name) == (new.key, "blocks.1.hook_resid_pre", "blocks.1.hook_resid_pre")
-    assert (new.given, new.aliases) == ("blocks.1.hook_in", ("blocks.1.hook_in",))
+    assert (new.requested_name, new.aliases) == ("blocks.1.hook_in", ("blocks.1.hook_in",))
     assert found.site("blocks.0.hook_resid_post").key != old.key
     assert found.site("blocks.1.attn.hook_z", head=1).key != found.site("blocks.1.attn.hook_z").key
 
