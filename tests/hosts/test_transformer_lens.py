@@ -141,7 +141,7 @@ def test_grouped_heads_are_counted(tiny_hf_bridge):
         ("blocks.1.hook_attn_in", r"model.set_use_attn_in\(True\)"),
         ("blocks.1.attn.hook_result", r"model.set_use_attn_result\(True\)"),
         ("blocks.1.hook_q_input", r"model.set_use_split_qkv_input\(True\)"),
-        ("zzz", r"saehooks.hosts\(model\) lists all"),
+        ("zzz", r"sh.sites\(model\) lists all"),
         (8, "a site is a name"),
         (["blocks.1.hook_in"], "a site is a name"),
     ],
