@@ -232,7 +232,7 @@ IMPOSSIBLE = {
 }
 """What the host itself refuses."""
 
-APART = {("mamba", "packed"), ("gpt2", "packed"), ("opt", "packed"), ("mamba", "second turn"), ("gemma", "second turn")}
+APART = {("mamba", "packed"), ("gpt2", "packed"), ("opt", "packed"), ("mamba", "second turn")}
 """What the host does not know: packed rows, or a second turn (a state, or a window, cannot go on from a text)."""
 
 
