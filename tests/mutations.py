@@ -61,8 +61,7 @@ MUTATIONS = [
         "hosts/method_wrapper.py",
         "            self._layers[place].below = layer.below",
         "            self._layers[place].below = self._method",
-        f"{MODELS} test_promises_state.py",
-        "two_blocks or out_of_order",
+        "hosts/test_method_wrapper.py",
     ),
     Mutation(
         "hooks: what a hook returns keeps its own dtype",
