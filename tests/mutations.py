@@ -84,8 +84,8 @@ MUTATIONS = [
         "edits.py",
         "        return original.with_values(edited.values - original.values)",
         "        return original.with_values(original.values - edited.values)",
-        "test_promises.py",
-        "test_2_rows",
+        "test_attach.py",
+        "by_the_formula",
     ),
     Mutation(
         "hooks: an edit acts outside of where",
@@ -97,9 +97,9 @@ MUTATIONS = [
     ),
     Mutation(
         "hooks: autocast reaches into the SAE",
-        "attachments/attachment.py",
-        "torch.autocast(acts.device.type, enabled=False)",
-        "torch.autocast(acts.device.type, enabled=torch.is_autocast_enabled(acts.device.type))",
+        "sparse_coder.py",
+        "        return torch.autocast(device.type, enabled=False)",
+        "        return torch.autocast(device.type, enabled=True)",
         f"test_attach.py {MODELS}",
         "autocast",
     ),
@@ -115,8 +115,7 @@ MUTATIONS = [
         "hosts/layout.py",
         "    values = [*holder[:place], new, *holder[place + 1 :]]",
         "    values = [*holder[:place], new]",
-        "hosts/test_module.py test_promises.py",
-        "test_2",
+        "hosts/test_module.py",
     ),
     # -------------------------------------------------------------- positions
     Mutation(
@@ -145,7 +144,7 @@ MUTATIONS = [
         "hosts/sequences.py",
         "return counted.masked_fill(~full[:, start:], -1)",
         "return counted",
-        f"{WHERE} {MODELS}",
+        WHERE,
         "padd",
     ),
     Mutation(
@@ -176,8 +175,7 @@ MUTATIONS = [
         "where.py",
         "return None if view.columns.text.pictured else view.columns.place != 0",
         "return None if view.columns.text.pictured else view.columns.place >= 0",
-        f"{WHERE} test_train.py",
-        "left_out",
+        WHERE,
     ),
     Mutation(
         "positions: what never came is not said",

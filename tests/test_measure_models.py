@@ -340,6 +340,39 @@ def test_vision_models_of_hugging_face():
     assert found["n_images"] == 4
 
 
+def test_hooked_vision_models():
+    """A model with hook points that reads pictures, as ViT-Prisma's do, is compared by the cosine of its output."""
+    lens = pytest.importorskip("transformer_lens")
+    points = pytest.importorskip("transformer_lens.hook_points")
+    base = lens.HookedRootModule if hasattr(lens, "HookedRootModule") else points.HookedRootModule
+
+    class HookedViT(base):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Conv2d(3, WIDTH, 4, 4), nn.Linear(WIDTH, WIDTH)
+            self.cls_token, self.head = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Linear(WIDTH, 10)
+            self.hook_resid_post = points.HookPoint()
+            self.setup()
+
+        def forward(self, input, stop_at_layer=None):
+            patches = self.embed(input).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(len(input), -1, -1), patches], 1)
+            x = self.hook_resid_post(torch.tanh(self.mix(x)))
+            return self.head(x.mean(1) + x[:, 0])
+
+    torch.manual_seed(0)
+    model, sae, images = HookedViT().eval(), relu_sae(), torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        clean = model(images)
+        with instead(model.hook_resid_post, lambda x: recons_of(sae, x)):
+            spliced = model(images)
+    right = float(F.cosine_similarity(clean, spliced).mean())
+    assert sh.measure(model, sae, images.split(2), "hook_resid_post")["cos_spliced"] == pytest.approx(right, abs=1e-6)
+    found = run_block(model, sae, "hook_resid_post", lambda: model(images))
+    assert found["cos_spliced"] == pytest.approx(right, abs=1e-6)
+    assert found["n_tokens"] == 4 * 17
+
+
 class Swapped(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from saehooks import where as w
+from saehooks.attachments import attach
 from saehooks.codes import Codes
 from saehooks.errors import WhereError
 from saehooks.hosts import host
@@ -155,6 +156,17 @@ def test_padding_has_no_position(rule, right, left):
     """In a padded row positions count its text alone, and no rule holds at padding."""
     assert one(rule, mask=RIGHT)[1] == right
     assert one(rule, mask=LEFT)[1] == left
+
+
+def test_edits_of_ones_own_see_no_position_at_padding(tiny_hf):
+    """The positions that an edit is given count each text, and are -1 at padding, on either side."""
+    seen, sae = [], SAE(32, 48, "linear", "relu").eval()
+    ids = torch.tensor([[0, 5, 6, 7], [0, 8, 2, 2]])
+    for mask, call in ((RIGHT, ids), (LEFT, torch.tensor([[0, 5, 6, 7], [2, 2, 0, 8]]))):
+        with attach(tiny_hf, sae, at="model.layers.1", edits=lambda codes, context: (seen.append(context), codes)[1]):
+            tiny_hf(call, attention_mask=mask.long())
+    assert seen[0].positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
+    assert seen[1].positions.tolist() == [[0, 1, 2, 3], [-1, -1, 0, 1]]
 
 
 def test_a_new_turn_counts_from_its_own_end():
