@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from saehooks.known_bad import known_bad
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which any library may do first
 
@@ -18,6 +20,14 @@ ASSETS = Path(__file__).parents[1] / "saehooks" / "demo" / "assets"
 def pytest_make_parametrize_id(config, val, argname):
     """Functions as parameters are named by their name: an address would differ between parallel workers."""
     return getattr(val, "__name__", None) if callable(val) else None
+
+
+def pytest_collection_modifyitems(items):
+    """Under releases known not to work together, the tests of what they break are expected to fail, with the reason."""
+    found = known_bad()
+    for item in items:
+        if found and item.get_closest_marker("bridge_cache"):
+            item.add_marker(pytest.mark.xfail(reason=found[0].sentence(), strict=False))
 
 
 WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(61))]

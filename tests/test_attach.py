@@ -433,6 +433,7 @@ def test_trace_before_the_first_forward(tiny, sae):
 # ------------------------------------------------------------------- real use in models
 
 
+@pytest.mark.bridge_cache
 def test_text_is_generated_with_a_clamp(tiny_hf_bridge, tiny_tokenizer):
     """``generate`` on a string, clamped at the last position and after, changes what comes."""
     sae = SAE(d_in=32, d_sae=64, hook_name="blocks.1.hook_resid_post")

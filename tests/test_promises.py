@@ -447,7 +447,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("family", ["module", "bridge"])
+@pytest.mark.parametrize("family", ["module", pytest.param("bridge", marks=pytest.mark.bridge_cache)])
 def test_6_the_same_tokens_with_and_without_kv_cache(request, family, rule):
     """Steering at absolute positions generates one text, however the forwards are cut up."""
     model = request.getfixturevalue("tiny_hf" if family == "module" else "tiny_hf_bridge")

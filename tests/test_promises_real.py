@@ -44,6 +44,7 @@ def test_2_bit_identity_on_smollm2(real_lm):
     assert state(real_lm) == before
 
 
+@pytest.mark.bridge_cache
 @torch.no_grad()
 def test_6_generation_with_and_without_kv_cache_on_smollm2(real_lm):
     """A real model, steered from the prompt's last position on, writes one text with the cache and without."""

@@ -49,6 +49,8 @@ THEMES = {
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 """Steering strengths, in typical values of the latent."""
+SEED = 1
+"""Of the texts that the model writes."""
 WRITTEN = (0.0, 1.0, 2.0, 4.0)
 """Strengths at which the model writes."""
 
@@ -103,15 +105,24 @@ class Language:
         return prompt_tokens(self.tokenizer, prompt)[None]
 
     def generated(self, prompt: str) -> str:
-        """What the model writes after a prompt, always taking the likeliest token."""
-        tokens = self.encode_prompt(prompt)
-        options = {"max_new_tokens": self.budget.new_tokens, "do_sample": False}
-        out, again = (
-            self.model.generate(tokens, use_past_kv_cache=cached, return_type="tokens", verbose=False, **options)
-            for cached in (True, False)
-        )
+        """What the model writes after a prompt, drawn with one seed: the likeliest tokens alone go round in circles."""
+        tokens, texts = self.encode_prompt(prompt), []
+        for cached in (True, False):
+            with torch.random.fork_rng():
+                torch.manual_seed(SEED)
+                texts.append(self.model.generate(tokens, use_past_kv_cache=cached, **self.drawn))
+        out, again = texts
         self.checks.append(torch.equal(out, again))
         return self.tokenizer.decode(out[0, tokens.shape[1] :].tolist(), skip_special_tokens=True)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How texts are drawn."""
+        length = self.budget.new_tokens
+        return {
+            "max_new_tokens": length, "do_sample": True, "temperature": 0.7, "top_k": 40,
+            "return_type": "tokens", "verbose": False,
+        }  # fmt: skip
 
     def next_probs(self, tokens: Tensor) -> Tensor:
         """(vocabulary,) probabilities of the token after the last."""

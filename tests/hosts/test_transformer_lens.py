@@ -222,6 +222,7 @@ def test_a_result_of_another_shape_is_refused(tiny_bridge, wrong):
         run(tiny_bridge)
 
 
+@pytest.mark.bridge_cache
 def test_calls_know_tokens_and_absolute_positions(tiny_hf_bridge, watched):
     """Every way of running the model shows its tokens; with a KV cache ``start`` counts what is cached."""
     prompt = tiny_hf_bridge.to_tokens("w1 w2 w3")
