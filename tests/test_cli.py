@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def trained(tmp_path_factory):
 
 def test_help_teaches(capsys):
     """Every command says what it is for and shows an example."""
-    for command in ([], ["demo"], ["fit"], ["measure"], ["sites"], ["info"]):
+    for command in ([], ["demo"], ["fit"], ["harvest"], ["measure"], ["sites"], ["info"]):
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--help"])
         text = capsys.readouterr().out
@@ -155,3 +156,84 @@ def test_settings_of_the_loss_betas_and_buffer_are_used(tmp_path):
     assert training["loss"]["aux_k"] == 1 / 32
     assert main(f"{common} --loss-reconstruction nothing --out {tmp_path / 'x'}".split()) == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_harvest_and_fit_from_disk(tmp_path):
+    """What ``harvest`` writes, ``fit --activations`` trains on; the SAE knows its site."""
+    common = f"harvest --model tinyclip --at {SITE} --sequences 4 --dtype bfloat16 --to {tmp_path / 'acts'}"
+    assert main(common.split()) == 0
+    assert main(common.split()) == 0
+    acts = sh.Activations(tmp_path / "acts")
+    assert (acts.rows, acts.d_in, acts.dtype) == (500 * 65, 128, torch.bfloat16)
+    fit = f"fit --activations {tmp_path / 'acts'} --d-sae 64 --batch-size 512 --steps 3 --out {tmp_path / 'sae'}"
+    assert main(fit.split()) == 0
+    sae = sh.load(tmp_path / "sae")
+    assert sae.hook_name == SITE
+    assert main(["measure", str(tmp_path / "sae"), "--model", "tinyclip", "--json"]) == 0
+
+
+GRID = """
+[small]
+d_sae = 64
+[topk]
+at = "visual.blocks.2.hook_resid_post"
+d_sae = 96
+dictionary = "linear"
+activation = "topk"
+k = 4
+training = { lr = 0.001, seed = 3, betas = [0.8, 0.99] }
+loss = { l1 = 0.1 }
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML is read by Python 3.11 and later")
+def test_several_saes_by_a_file(tmp_path, capsys):
+    """Each SAE of the file is the one that flags of its own would have made, bit for bit."""
+    (tmp_path / "grid.toml").write_text(GRID)
+    common = ["fit", "--model", "tinyclip", "--batch-size", "256", "--steps", "3", "--sequences", "1"]
+    assert main([*common, "--at", SITE, "--saes", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "grid")]) == 0
+    assert "topk: Trainer(step 3/3" in capsys.readouterr().out
+    assert main([*common, "--at", SITE, "--d-sae", "64", "--out", str(tmp_path / "small")]) == 0
+    own = "--at visual.blocks.2.hook_resid_post --d-sae 96 --dictionary linear --activation topk --k 4 --lr 0.001"
+    more = "--seed 3 --betas 0.8 0.99 --loss-l1 0.1 --out"
+    assert main([*common, *own.split(), *more.split(), str(tmp_path / "topk")]) == 0
+    for name in ("small", "topk"):
+        one, other = sh.load(tmp_path / "grid" / name), sh.load(tmp_path / name)
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items()), name
+        assert one.hook_name == other.hook_name
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML is read by Python 3.11 and later")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[a]\nactivation = 'topk'", "[a] does not say how large the SAE is"),
+        ("d_sae = 4", "one table for each SAE"),
+        ("[a", "cannot be read as TOML"),
+        ("[a]\nd_sae = 64\nnothing = 1", "unknown setting nothing"),
+        ("[a]\nd_sae = 64\ntraining = { speed = 1 }", "TrainConfig has no speed"),
+    ],
+)
+def test_a_file_of_saes_that_cannot_be_used_says_why(tmp_path, capsys, text, said):
+    """One line names the table and what to write."""
+    (tmp_path / "grid.toml").write_text(text)
+    command = f"fit --model tinyclip --at {SITE} --saes {tmp_path / 'grid.toml'} --out {tmp_path / 'x'}"
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fit --d-sae 64 --out x", "give --model NAME, or --activations"),
+        (f"fit --model tinyclip --at {SITE} --out x", "how large is the SAE"),
+        ("fit --model tinyclip --d-sae 64 --out x", "Write --at SITE"),
+        ("fit --activations nowhere --d-sae 64 --out x", "no activations in"),
+    ],
+)
+def test_what_fit_needs_is_said(command, said, capsys, tmp_path, monkeypatch):
+    """A model or activations, a site, a size."""
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err

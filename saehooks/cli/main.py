@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from saehooks.cli import demo, doctor, fit, info, measure, sites
+from saehooks.cli import demo, doctor, fit, harvest, info, measure, sites
 from saehooks.errors import SaehooksError
 
 TOP = """\
@@ -24,7 +24,7 @@ In Python:
       model(tokens)
 """
 
-COMMANDS = (demo, fit, measure, sites, info, doctor)
+COMMANDS = (demo, fit, harvest, measure, sites, info, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

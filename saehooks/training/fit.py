@@ -33,6 +33,7 @@ def train(
     head: int | None = None,
     where: Any = None,
     config: TrainConfig | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
     """Train on what ordinary calls of the model bring past a site: ``with sh.train(model, new, at=...) as trainer:``.
@@ -47,6 +48,7 @@ def train(
         where: which positions; left out, all but the first of each text, or where the SAE was trained before. Never
             padding.
         config: settings; single ones may be given by name instead, such as ``lr=4e-4``.
+        on_record: called with each record of the history as it is made: see `Trainer`.
     Raises:
         SiteError, WidthError: on entering, when the site does not exist or does not fit.
         NeverFiredError: on leaving, when no forward passed the site.
@@ -56,7 +58,7 @@ def train(
     source = host(model)
     site = find(source, sae, at, head)
     rule = where_of(sae, where, training=True)
-    trainer = Trainer(sae, _config(config, settings))
+    trainer = Trainer(sae, _config(config, settings), on_record)
 
     def receive(rows: Tensor) -> None:
         # Activation checkpointing around the site counts the tensors that are saved: those of the training are not its.
@@ -99,6 +101,7 @@ def fit(
     eval_batches: Iterable[Any] | None = None,
     config: TrainConfig | Mapping[str, TrainConfig] | None = None,
     progress: bool | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
     **settings: Any,
 ) -> Trainer | dict[str, Trainer]:
     """Train an SAE on the activations of a site, stopping each forward there: ``sh.fit(model, new, batches, at=...)``.
@@ -116,6 +119,8 @@ def fit(
         resume: go on from the checkpoint in ``out``, if there is one: bit for bit as if never interrupted (on CPU).
         eval_batches: held-out batches, evaluated every ``eval_every`` steps and at the end.
         progress: show a progress display; by default in a terminal or notebook.
+        on_record: called with each record of a history as it is made, of several SAEs with its name as ``"sae"``:
+            ``on_record=saehooks.training.watching.tensorboard("logs")``.
     Returns:
         The trainer, with its history; of several SAEs a dict of them. SAEs are trained in place and left in eval mode.
     Raises:
@@ -131,7 +136,7 @@ def fit(
     targets = {name: _target(model, one, at, head, where) for name, one in saes.items()}
     jobs = {}
     for name, one in saes.items():
-        trainer = Trainer(one, _config(config, settings, name))
+        trainer = Trainer(one, _config(config, settings, name), _named(on_record, name))
         jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume)
     if is_activations(model):
         if batches is not None:
@@ -148,6 +153,13 @@ def fit(
     run_jobs(jobs, data, progress, {name: targets[name].remember for name in jobs})
     trainers = {name: job.trainer for name, job in jobs.items()}
     return trainers[""] if isinstance(sae, SAE) else trainers
+
+
+def _named(on_record: Callable[[dict[str, Any]], None] | None, name: str) -> Callable[[dict[str, Any]], None] | None:
+    """The same callback, told whose a record is where there are several."""
+    if on_record is None or not name:
+        return on_record
+    return lambda record: on_record({"sae": name, **record})
 
 
 class Target(NamedTuple):

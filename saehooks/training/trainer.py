@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,13 +71,20 @@ class Trainer:
     Args:
         sae: trained in place.
         config: settings.
+        on_record: called with each record of the history as it is made; an evaluation comes as a record of its own
+            with the same step. See `saehooks.training.watching` for TensorBoard, Weights & Biases and trackio.
     Raises:
         ConfigError: an SAE that cannot be trained: in float16, frozen, or made under inference_mode.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, sae: SAE, config: TrainConfig | None = None) -> None:
+    def __init__(
+        self, sae: SAE, config: TrainConfig | None = None, on_record: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         _check_trainable(sae)
+        if on_record is not None and not callable(on_record):
+            raise TypeError(f"on_record is called with each record, got {type(on_record).__name__}")
+        self._on_record = on_record
         self.sae, self.config = sae, config or TrainConfig()
         self.loss_config = self.config.loss or default_loss(sae)
         self.optimizer = TableAdam(sae, lr=self.config.lr, betas=self.config.betas)
@@ -286,18 +293,18 @@ class Trainer:
         if self.steps % self.config.log_every and not self.finished and self.steps > 1:
             return
         self.check_finite()
-        self.history.append(
-            {
-                "step": self.steps,
-                "rows": self.rows_seen,
-                "loss": float(loss.total),
-                **{f"loss_{name}": float(term) for name, term in loss.terms.items()},
-                "nmse": nmse(x, loss.recons),
-                "l0": float(codes.sizes.double().mean()),
-                "dead": self.dead,
-                "lr": self.optimizer.param_groups[0]["lr"],
-            }
-        )
+        record = {
+            "step": self.steps,
+            "rows": self.rows_seen,
+            "loss": float(loss.total),
+            **{f"loss_{name}": float(term) for name, term in loss.terms.items()},
+            "nmse": nmse(x, loss.recons),
+            "l0": float(codes.sizes.double().mean()),
+            "dead": self.dead,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.history.append(record)
+        self._hand_on(record)
 
     @property
     def dead(self) -> int:
@@ -316,9 +323,15 @@ class Trainer:
         record = {f"eval_{name}": value for name, value in found.items()}
         if self.history and self.history[-1]["step"] == self.steps:
             self.history[-1].update(record)
+            self._hand_on({"step": self.steps, **record})
         else:
             self.history.append({"step": self.steps, "rows": self.rows_seen, **record})
+            self._hand_on(self.history[-1])
         return found
+
+    def _hand_on(self, record: dict[str, Any]) -> None:
+        if self._on_record is not None:
+            self._on_record(dict(record))
 
     def latest(self, name: str) -> float | None:
         """The last recorded value of a column of the history."""
