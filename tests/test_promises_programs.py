@@ -268,7 +268,7 @@ class Run:
     # leaves
 
     def do_call(self) -> None:
-        with torch.no_grad(), contextlib.suppress(SaehooksError):
+        with torch.no_grad(), contextlib.suppress(SaehooksError, AttributeError):  # a stopped forward gives None
             self.host.call(self.host.model)
 
     def do_backward(self) -> None:
@@ -306,7 +306,7 @@ class Run:
     def do_compile(self) -> None:
         if not self.open:  # outside of blocks it would really compile, which is slow
             return
-        with torch.no_grad(), contextlib.suppress(SaehooksError):
+        with torch.no_grad(), contextlib.suppress(SaehooksError, AttributeError):
             self.host.call(torch.compile(self.host.model, backend="eager"))
 
     # branches

@@ -198,6 +198,19 @@ def test_threads_share_a_model(tiny_hf, hooks_of):
     assert torch.equal(logits(tiny_hf), clean)
 
 
+@pytest.mark.parametrize("slot", ["in", "out"])
+def test_a_hook_that_another_thread_takes_away_in_a_forward_does_nothing(slot):
+    """torch has listed the hooks of a module when the block ends elsewhere, and calls one without its keywords."""
+    module, seen = nn.Linear(2, 2), []
+    register = module.register_forward_pre_hook if slot == "in" else module.register_forward_hook
+    first = register(lambda *_: ours.remove())
+    ours = hook_module(module, slot, lambda *args: seen.append(args))
+    x = torch.randn(1, 2)
+    assert torch.equal(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
+    assert seen == []
+    first.remove()
+
+
 def test_a_stop_in_one_thread_counts_its_own_calls(tiny_hf):
     """A forward of another thread, which began before, is stopped at its own entry point, not at somebody else's."""
     host = hosts.host(tiny_hf)

@@ -18,6 +18,10 @@ TABLES: dict[str, tuple[str, ...]] = {
 """Where torch keeps hooks of each slot: the hooks first, then what is known about them, under the same keys."""
 
 
+ARGUMENTS = {"in": 2, "out": 3}
+"""How many arguments a hook of each slot gets beside its module: args, kwargs, output."""
+
+
 class BlockHook:
     """One hook of one block on one module; in a copy of the module it is gone."""
 
@@ -29,7 +33,8 @@ class BlockHook:
             self._handle = module.register_forward_hook(self, with_kwargs=True, prepend=first)
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self._fn(module, *args)
+        # In a forward of another thread, while the hook comes or goes, torch may not know that it takes keywords.
+        return self._fn(module, *args) if len(args) == ARGUMENTS[self._slot] else None
 
     def remove(self) -> None:
         self._handle.remove()
