@@ -19,7 +19,7 @@ from torch import nn
 
 from saehooks import hosts
 from saehooks.attachments import attach, read, splice, steer
-from saehooks.errors import ConfigError
+from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.evaluation import measure
 from saehooks.hosts.frozen import frozen
 from saehooks.hosts.hooks import hook_module
@@ -362,3 +362,38 @@ def test_memory_is_flat_over_many_forwards():
     gc.collect()
     assert len(gc.get_objects()) - before[0] < 200
     assert resident() - before[1] < 20e6
+
+
+# ------------------------------------------------------- statistics and determined weights
+
+
+class Statistics(nn.Module):
+    """A model in train mode whose forwards update statistics, and whose weights others determine."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.middle = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+        self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5))
+
+    def forward(self, x):
+        return self.last(self.middle(torch.relu(self.norm(self.first(x)))).mean((2, 3)))
+
+
+def test_statistics_are_updated_as_without_a_block():
+    """Listing sites and entering a block touch no buffer; attached forwards update them as plain ones do."""
+    model, images = Statistics().train(), torch.randn(4, 3, 8, 8)
+    before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict().items()}
+    assert {"first", "norm", "middle", "last"} <= set(hosts.sites(model).names)
+    sae = SAE(8, 16, "linear", "relu").eval()
+    with pytest.raises(NeverFiredError), splice(model, sae, at="middle"):
+        pass
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name][0])
+        assert tensor._version == before[name][1]
+    twin = copy.deepcopy(model)
+    with read(model, sae, at="norm"), read(model, SAE(5, 16), at="last"):
+        for _ in range(3):
+            assert torch.equal(model(images), twin(images))
+    for (name, tensor), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name

@@ -211,3 +211,48 @@ def test_a_row_of_the_table_is_no_name(tiny_hf):
     """Whoever writes what the table shows for several sites is told to take one."""
     with pytest.raises(SiteError, match=r"stands for several sites.* such as 'model\.layers\.0\.mlp'"):
         host(tiny_hf).site("model.layers.{0-3}.mlp")
+
+
+def hugging_face_clip():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "projection_dim": 16}
+    text = {"hidden_size": 24, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, **sizes}
+    vision = {"hidden_size": 32, "image_size": 16, "patch_size": 4, **sizes}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
+def hugging_face_vit():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16}
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=32, patch_size=4, **sizes))
+
+
+def timm_vit():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=16, patch_size=4, embed_dim=32, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks"),
+    [
+        (hugging_face_clip, {"text_model.encoder.layers.1": 24, "vision_model.encoder.layers.1": 32}),
+        (hugging_face_vit, {"layers.1": 32, "layers.1.attention": 32, "layers.1.mlp": 32}),
+        (timm_vit, {"blocks.1": 32, "blocks.1.attn": 32, "blocks.1.mlp": 32}),
+    ],
+)
+def test_blocks_of_vision_transformers_are_listed(make, blocks):
+    """Each with its width; where sites are listed, what passes has that width."""
+    model = make().eval()
+    widths = {info.name: info.width for info in sites(model)}
+    assert blocks.items() <= widths.items()
+    seen = {}
+    handles = [
+        host(model).site(name).hook(lambda acts, name=name: seen.update({name: acts.shape[-1]})) for name in widths
+    ]
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        model(input_ids=TOKENS[:1], pixel_values=images) if make is hugging_face_clip else model(images)
+    for handle in handles:
+        handle.remove()
+    assert seen.items() <= widths.items()
+    assert set(blocks) <= set(seen)
