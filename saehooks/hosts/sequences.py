@@ -375,11 +375,12 @@ class SequenceWatch:
     @contextmanager
     def going_on(self, generation: Generation) -> Iterator[None]:
         """A part of a generation."""
-        self._here.generations.append(generation)
+        generations = self._here.generations  # of this thread, also when the block ends in another one meanwhile
+        generations.append(generation)
         try:
             yield
         finally:
-            self._here.generations.remove(generation)
+            generations.remove(generation)
 
     @property
     def generation(self) -> Generation | None:
