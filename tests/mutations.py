@@ -277,8 +277,8 @@ MUTATIONS = [
     Mutation(
         "measure: resuming is not tried before it is trusted",
         "evaluation/three_runs.py",
-        "            self._resume = all(equal_up_to_rounding(*pair) for pair in pairs)",
-        "            self._resume = True",
+        "            self._resume = _same_rows(_tensor(",
+        "            self._resume = True or _same_rows(_tensor(",
         MODELS,
         "handed_on",
     ),
@@ -318,12 +318,12 @@ MUTATIONS = [
     ),
     # ----------------------------------------------------------------- causal
     Mutation(
-        "causal: only the last time that a module runs counts",
+        "causal: only the first time that a module runs counts",
         "causal/ablation.py",
         "passes = tuple(one.codes.where(one.mask) for one in trace.forwards)",
         "passes = tuple(one.codes.where(one.mask) for one in trace.forwards[:1])",
         EFFECTS,
-        "several",
+        "plain_modules",
     ),
     Mutation(
         "causal: codes of the clean run are used again at every firing",

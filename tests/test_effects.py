@@ -122,16 +122,16 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("pos", [16, 2, 3])
 @pytest.mark.parametrize(
-    ("make", "site"),
+    ("make", "site", "resumed"),
     [
-        (Shared, "block"),
-        (Positions, "mix"),
-        (lambda: Positions(in_place=True), "mix"),
-        (Routed, "site"),
+        (Shared, "block", 1),
+        (Positions, "mix", 1),
+        (lambda: Positions(in_place=True), "mix", 0),
+        (Routed, "site", 1),
     ],
     ids=["runs three times", "no batch axis", "written in place", "one axis for two"],
 )
-def test_plain_modules(make, site, pos):
+def test_plain_modules(make, site, resumed, pos):
     """Many texts in forwards of two sizes give what a plain hook gives text by text, however the model is made."""
     torch.manual_seed(0)
     model, sae = make().eval(), relu_sae()
@@ -142,6 +142,7 @@ def test_plain_modules(make, site, pos):
     for latent in wanted:
         right = effect_alone(model, model.get_submodule(site), sae, latent, texts.tolist(), after_first)
         assert found.of(latent)["exact"] == pytest.approx(right, abs=2e-6), latent
+    assert found.cost["resumed_at_site"] == resumed
 
 
 @pytest.mark.parametrize(

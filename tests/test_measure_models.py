@@ -558,7 +558,7 @@ class Shared(nn.Module):
 
 
 class Overwritten(nn.Module):
-    """Writes into what an earlier module returned, so that handing it out again would be wrong."""
+    """In some texts writes into what an earlier module returned, so that handing it out again would be wrong."""
 
     def __init__(self):
         super().__init__()
@@ -566,8 +566,9 @@ class Overwritten(nn.Module):
 
     def forward(self, ids):
         x = self.embed(ids)
-        with torch.no_grad():
-            x.mul_(1.5)
+        if int(ids[0, 0]) > 5:
+            with torch.no_grad():
+                x.mul_(1.5)
         y = self.site(x)
         return self.head(y + x.mul(2))
 

@@ -109,7 +109,7 @@ class ThreeRuns:
         comparison = result.comparison
         passage = self._passage(call, seen[0].columns)
         targets = comparison.targets(call, passage, output)
-        spliced, output = _tensor(comparison, output).detach(), None
+        spliced, output = _tensor(comparison, output), None
         self._try_once(call, comparison, prefix, passage, targets, spliced)
         zero = comparison.reduce(_tensor(comparison, self._rerun(call, comparison, "zero", prefix)), targets)
         now.mode = "off"
@@ -176,9 +176,7 @@ class ThreeRuns:
         recorded = self._now.attachment
         if self._resume and not self._tried_resuming:
             self._tried_resuming = True
-            resumed = _tensor(comparison, self._spliced_again(call, comparison, prefix))
-            pairs = zip(resumed, spliced, strict=True) if resumed.shape == spliced.shape else [(resumed, spliced)]
-            self._resume = all(equal_up_to_rounding(*pair) for pair in pairs)
+            self._resume = _same_rows(_tensor(comparison, self._spliced_again(call, comparison, prefix)), spliced)
         if self._settled and not self._tried_changing and isinstance(comparison, LogitsComparison):
             changed = comparison.with_other_ends(call, passage, targets)
             if changed is not None:
@@ -236,6 +234,11 @@ def _tensor(comparison: Comparison, output: Any) -> Tensor:
     if found is None:
         raise ConfigError(f"{comparison.nothing_found}: {comparison.how_to_call()}")
     return found
+
+
+def _same_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are the same up to rounding, row by row: no copy of all of them is made."""
+    return one.shape == other.shape and all(equal_up_to_rounding(*rows) for rows in zip(one, other, strict=True))
 
 
 def _refuse_empty(call: Call) -> None:
