@@ -100,7 +100,7 @@ MUTATIONS = [
         "sparse_coder.py",
         "        return torch.autocast(device.type, enabled=False)",
         "        return torch.autocast(device.type, enabled=True)",
-        f"test_attach.py {MODELS}",
+        "test_sae.py",
         "autocast",
     ),
     Mutation(
@@ -323,7 +323,7 @@ MUTATIONS = [
         "passes = tuple(one.codes.where(one.mask) for one in trace.forwards)",
         "passes = tuple(one.codes.where(one.mask) for one in trace.forwards[:1])",
         EFFECTS,
-        "plain_modules",
+        "runs_again",
     ),
     Mutation(
         "causal: codes of the clean run are used again at every firing",

@@ -117,7 +117,7 @@ class Routed(nn.Module):
 
     def forward(self, ids):
         x = self.mix(self.embed(ids).flatten(0, 1)).unflatten(0, ids.shape)
-        return self.head(torch.tanh(self.site(x).cumsum(1)))
+        return self.head(torch.tanh((self.site(x) + x).cumsum(1)))
 
 
 @pytest.mark.parametrize("pos", [16, 2, 3])
@@ -143,6 +143,27 @@ def test_plain_modules(make, site, resumed, pos):
         right = effect_alone(model, model.get_submodule(site), sae, latent, texts.tolist(), after_first)
         assert found.of(latent)["exact"] == pytest.approx(right, abs=2e-6), latent
     assert found.cost["resumed_at_site"] == resumed
+
+
+def test_latents_that_fire_only_when_a_module_runs_again():
+    """A latent that is silent the first time a module runs, and fires the second or third, has its effect alike."""
+    torch.manual_seed(0)
+    model, sae = Shared().eval(), sh.SAE(WIDTH, 96, "linear", "topk", k=2).eval()
+    texts, at = torch.randint(3, WORDS, (3, 5)), {"at": "block", "where": sh.everywhere}
+    with torch.no_grad(), sh.read(model, sae, keep_all=True, **at) as trace:
+        model(texts)
+    fired = [set(one.codes.indices.tolist()) for one in trace.forwards]
+    later = sorted((fired[1] | fired[2]) - fired[0])[:3]
+    assert later
+    found = sh.rank_latents(model, sae, texts, exact=later, progress=False, **at)
+    for latent in later:
+        with torch.no_grad():
+            clean = model(texts)
+            with sh.ablate(model, sae, [latent], **at):
+                edited = model(texts)
+        ce = [F.cross_entropy(run[:, :-1].flatten(0, 1), texts[:, 1:].flatten()) for run in (clean, edited)]
+        assert found.of(latent)["exact"] == pytest.approx(float(ce[1] - ce[0]), abs=2e-6)
+        assert found.of(latent)["exact"] != 0
 
 
 @pytest.mark.parametrize(

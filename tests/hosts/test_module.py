@@ -73,6 +73,10 @@ def test_the_first_tensor_of_an_output_is_the_site(wrap, unwrap):
     assert type(out) is type(wrap(x))
     assert torch.equal(unwrap(out), x + 1)
     assert torch.equal(x, torch.ones(2, 3, 4))
+    if not isinstance(out, torch.Tensor):
+        held = [*(out.values() if isinstance(out, dict) else out)]
+        assert len(held) == 2
+        assert sum(one is None for one in held) == 1
 
 
 def test_a_model_output_keeps_its_type(tiny_hf):
