@@ -474,3 +474,43 @@ def test_both_towers_in_one_call(tiny_clip):
         tiny_clip(torch.randn(2, 3, 16, 16), text)
     assert traces["visual.blocks.1.hook_resid_post"].tokens is None
     assert torch.equal(traces["text.blocks.1.hook_resid_post"].tokens, text)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("hook_name", "at"), ("layer", "at"), ("positions", "where"), ("wher", "where"), ("keep_al", "keep_all")],
+)
+def test_a_misspelt_keyword_is_answered_with_the_right_one(tiny, sae, wrong, right):
+    """Names of other tools, and slips, raise an error that says what to write."""
+    with (
+        pytest.raises(TypeError, match=f"no keyword {wrong}=; did you mean {right}=") as caught,
+        read(tiny, sae, **{wrong: 1}),
+    ):
+        tiny(X)
+    assert isinstance(caught.value, ConfigError)
+
+
+def test_a_write_that_misses_the_stream_of_a_bridge_is_said(tiny_hf_bridge):
+    """A splice at hook_resid_mid warns when it is entered; reading there does not."""
+    sae, tokens = SAE(32, 64), torch.tensor([[0, 5, 6]])
+    block, said = splice(tiny_hf_bridge, sae, at="blocks.1.hook_resid_mid"), "reaches the MLP.*'blocks.1.hook_attn_out'"
+    with pytest.warns(UserWarning, match=said), block:
+        tiny_hf_bridge(tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with read(tiny_hf_bridge, sae, at="blocks.1.hook_resid_mid") as trace:
+            tiny_hf_bridge(tokens)
+    assert "where=sh.everywhere)" in repr(trace)
+
+
+def test_a_trace_shows_where_it_acted(tiny, sae):
+    """The repr names the rule, written or left out, and L0 is of the positions where it holds."""
+    with read(tiny, sae, where=last) as trace:
+        tiny(X)
+    assert "where=sh.last)" in repr(trace)
+    assert f"l0={trace.support_size[:, -1].double().mean():.1f}," in repr(trace)
+    sae.cfg.metadata["training"] = {"positions": "all but the first"}
+    with ablate(tiny, sae, [3]) as trace:
+        tiny(X)
+    assert "where=all but the first)" in repr(trace)
+    assert trace.mask.tolist() == [[False, True, True, True, True]] * 2

@@ -146,3 +146,15 @@ def test_select_rows_counts_negative_rows_from_the_end():
     found = codes.select_rows(rows)
     assert torch.equal(found.dense(), dense[rows])
     assert torch.equal(found.scale, torch.arange(4.0)[rows])
+
+
+def test_codes_times_a_number_or_a_tensor():
+    """``codes * 2`` and ``codes / 2`` scale the values; a tensor of the batch shape scales each row by its own."""
+    codes = Codes.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+    assert (codes * 2).dense().tolist() == (2 * codes).dense().tolist() == [[0.0, 4.0], [2.0, 0.0]]
+    assert (codes / 2).dense().tolist() == [[0.0, 1.0], [0.5, 0.0]]
+    assert (codes * torch.tensor([3.0, 5.0])).dense().tolist() == [[0.0, 6.0], [5.0, 0.0]]
+    with pytest.raises(WidthError, match="does not broadcast"):
+        codes * torch.ones(3)
+    with pytest.raises(TypeError):
+        codes * "two"

@@ -201,3 +201,45 @@ def test_merging_random_codes_agrees_with_dense():
     mask = torch.rand(4, 5) < 0.5
     merged = edits.merge_rows(Codes.from_dense(one), Codes.from_dense(other), mask)
     assert torch.equal(merged.dense(), torch.where(mask[..., None], other, one))
+
+
+def test_strongest_keeps_the_largest_of_each_row(codes):
+    """``strongest(k)`` zeroes all but the k largest values of each row; ties go to the lower latent."""
+    assert edits.strongest(1)(codes).dense().tolist() == [[[0.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]
+    assert edits.strongest(9)(codes).dense().tolist() == DENSE.tolist()
+    level = Codes.from_dense(torch.tensor([[1.0, 1.0, 1.0]]))
+    assert edits.strongest(2)(level).dense().tolist() == [[1.0, 1.0, 0.0]]
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="at least 1"):
+            edits.strongest(wrong)
+
+
+def test_an_edit_that_writes_in_place_works_on_a_copy(codes):
+    """What a user's edit writes into its codes takes effect, and the codes it was given stay as they were."""
+
+    def zero(codes):
+        codes.values[codes.indices == 1] = 0
+        return codes
+
+    def swap(codes):
+        codes.indices[0] = 0
+        return codes
+
+    def stretch(codes):
+        codes.scale.mul_(2)
+        return codes
+
+    assert edits.run([zero], codes).dense().tolist() == [[[0.0, 0.0, 0.0, 0.5], [1.0, 0.0, -3.0, 0.0]]]
+    assert edits.run([swap], codes).dense().tolist() == [[[2.0, 0.0, 0.0, 0.5], [1.0, 0.0, -3.0, 0.0]]]
+    assert edits.run([stretch], codes).scale.tolist() == [2.0, 20.0]
+    assert codes.dense().tolist() == DENSE.tolist()
+    assert codes.scale.tolist() == [1.0, 10.0]
+    with torch.inference_mode():
+        assert edits.run([zero], Codes.from_dense(DENSE)).dense()[0, 0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_an_edit_that_changes_values_alone_keeps_the_support_object(codes):
+    """The support that nobody wrote into is the original's: then nothing has to be matched."""
+    edited = edits.run([lambda codes: codes.with_values(codes.values * 2)], codes)
+    assert edited.indices is codes.indices
+    assert edited.scale is codes.scale

@@ -26,20 +26,20 @@ def warn_if_foreign(sae: SparseCoder, host: Host, site: Site) -> None:
     here, metadata = host.describe(), sae.cfg.metadata
     then, now = metadata.get("model_name"), here.get("model_name")
     if then and now and _bare(then) != _bare(now):
-        _warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}")
+        warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}")
     then, now = metadata.get("processing") or {}, here.get("processing") or {}
     known = [k for k in then if then[k] is not None and now.get(k) is not None]
     differing = [f"{k}={then[k]!r} there, {now[k]!r} here" for k in known if then[k] != now[k]]
     if differing:
-        _warn(
+        warn(
             "this SAE was trained on a model whose weights were processed differently, which changes the activations: "
             + "; ".join(differing)
         )
     if sae.hook_name is not None and not _same_place(sae.hook_name, metadata.get("head"), host, site):
-        _warn(f"this SAE was trained at '{sae.hook_name}', and is being attached at '{site.requested_name}'")
+        warn(f"this SAE was trained at '{sae.hook_name}', and is being attached at '{site.requested_name}'")
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 

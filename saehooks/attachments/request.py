@@ -7,11 +7,12 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from saehooks.attachments.attachment import Attachment
-from saehooks.attachments.foreign import warn_if_foreign
+from saehooks.attachments.foreign import warn, warn_if_foreign
 from saehooks.attachments.resolve import check_width, name_of
 from saehooks.edits import Edit
 from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
 from saehooks.hosts.base import Site
+from saehooks.hosts.transformer_lens import MISSES_THE_STREAM
 from saehooks.sae import SparseCoder
 
 
@@ -126,3 +127,7 @@ def check(attachments: Iterable[Attachment]) -> None:
             if isinstance(one, Edit):
                 one.check(sae.d_sae)
         warn_if_foreign(sae, attachment.host, attachment.site)
+        written = attachment.places[-1][0]
+        if attachment.changes and written.note.startswith(MISSES_THE_STREAM):
+            instead = written.name.replace("hook_resid_mid", "hook_attn_out")
+            warn(f"'{written.name}': {written.note}; to change the stream there, attach at '{instead}'")

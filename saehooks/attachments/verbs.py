@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saehooks import edits as edit
 from saehooks.attachments.attachment import Attachment
+from saehooks.attachments.foreign import warn
 from saehooks.attachments.request import check, refuse_unknown, requested, spread
 from saehooks.attachments.transcoder import attachment_of
 from saehooks.edits import EditFunction, Value, as_edits
@@ -234,3 +235,8 @@ def attach(
         yield traces[None] if isinstance(saes, SparseCoder) else Traces(traces)
     for attachment in attachments.values():  # not reached when the block failed
         attachment.check_used(watch.calls)
+        if attachment.changes and watch.awaits_gradients(attachment.site):
+            warn(
+                f"a forward past '{attachment.site.name}' was checkpointed (use_reentrant=True) and never ran again "
+                "inside the block: call backward inside it, or its gradients are those of a model without the edits"
+            )

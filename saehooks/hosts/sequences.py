@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -282,6 +283,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
+        self.grads = False  # whether the call that runs was begun with gradients
         self.generations: list[Generation] = []
         self.counts: list[tuple[Any, dict[Hashable, int]]] = []  # Python frame of a checkpoint -> firings in it
 
@@ -308,6 +310,7 @@ class SequenceWatch:
         self._here = _Thread()
         self._seen: OrderedDict[Any, Columns] = OrderedDict()
         self._fired: dict[Any, int] = {}
+        self._awaited: set[tuple[Hashable, int]] = set()
         self.calls = 0
         """How many calls of the model, or of a part of it, began."""
 
@@ -351,9 +354,17 @@ class SequenceWatch:
             columns = self._columns(site, acts, frames[-1].text if frames else Text(), number)
         for place in places:
             self._seen[place] = columns
+        if any(region.f_code.co_name == "forward" for region in regions) and self._here.grads:
+            self._awaited.add((site.key, columns.number))
+        elif again:
+            self._awaited.discard((site.key, columns.number))
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
         return replace(columns, again=True) if again else columns
+
+    def awaits_gradients(self, site: Site) -> bool:
+        """Whether a forward past a site was checkpointed, without its graph, and did not run again so far."""
+        return any(key == site.key for key, _ in self._awaited)
 
     @contextmanager
     def calling(self, module: nn.Module, given: Given, **more: Any) -> Iterator[Text]:
@@ -422,6 +433,7 @@ class SequenceWatch:
         parent = frames[-1] if frames else None
         if parent is None:
             self.calls += 1
+            self._here.grads = torch.is_grad_enabled()
         text = self._text(module, given, None if parent is None else parent.text)
         frame = _Frame(module, running, text, given.kind == "text")
         frames.append(frame)
@@ -590,7 +602,7 @@ class SequenceWatch:
                 alive.append(place)
                 if not place and not regions:
                     break
-            elif regions and here.f_code.co_filename == CHECKPOINT_FILE and here.f_code.co_name in CHECKPOINTED:
+            elif regions and here.f_code.co_filename == CHECKPOINT_FILE and _is_checkpoint(here.f_code):
                 found.append(here)
             here = here.f_back
         if len(alive) != len(frames):
@@ -732,6 +744,12 @@ def _inferred(module: nn.Module, prompt: Tensor, given: Mapping[str, Any]) -> Te
     if pad is None or pad == end or (isinstance(end, (list, tuple)) and pad in end):
         return None
     return prompt != pad
+
+
+def _is_checkpoint(code: CodeType) -> bool:
+    """Whether a function of torch's is one that runs what is checkpointed."""
+    held = CHECKPOINTED.get(code.co_name)
+    return held is not None and held[0] in (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
 
 
 def _checkpoint_of(region: Any) -> list[Hashable]:

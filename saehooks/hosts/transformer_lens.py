@@ -52,6 +52,10 @@ RESIDUAL = re.compile(
 )
 
 
+MISSES_THE_STREAM = "on a bridge, what is written here reaches the MLP and not the residual stream"
+"""What to know of a bridge's hook_resid_mid."""
+
+
 class TransformerLensHost(Host):
     """A HookedTransformer or a TransformerBridge, whose sites are its hook points."""
 
@@ -173,7 +177,7 @@ class TransformerLensHost(Host):
         if gate:
             return f"off: model.set_{gate}(True) switches it on"
         if hasattr(self.model, "original_model") and any(one.endswith("hook_resid_mid") for one in names):
-            return "on a bridge, what is written here reaches the MLP and not the residual stream"
+            return MISSES_THE_STREAM
         return ""
 
     def _heads(self, names: Sequence[str]) -> tuple[int, int] | tuple[None, int]:

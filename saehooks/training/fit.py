@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from saehooks.attachments.request import refuse_unknown
 from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts import Site, host
@@ -212,9 +213,7 @@ def _config(
     config: TrainConfig | Mapping[str, TrainConfig] | None, settings: dict[str, Any], name: str = ""
 ) -> TrainConfig:
     known = set(TrainConfig.__dataclass_fields__)
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ConfigError(f"unknown setting {', '.join(unknown)}; training takes {', '.join(sorted(known))}")
+    refuse_unknown("training", sorted(set(settings) - known), ("at", "head", "where", "out", "config", *sorted(known)))
     if isinstance(config, Mapping):
         if name not in config:
             raise ConfigError(f"config= has no entry for the SAE {name!r}; it has {', '.join(map(repr, config))}")
