@@ -329,7 +329,7 @@ class SparseCoder(nn.Module):
         """
         self.check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
         state = self.state_dict()
-        self.load_state_dict({name: _laid_out(t, state[name]) for name, t in tensors.items()}, assign=True)
+        self.load_state_dict({name: laid_out(t, state[name]) for name, t in tensors.items()}, assign=True)
         self.finished = True
         self.eval()
 
@@ -342,7 +342,7 @@ class SparseCoder(nn.Module):
         return f"{type(self).__name__}({sizes}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
 
 
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in the type and memory layout of a parameter, copied only where it has another."""
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor

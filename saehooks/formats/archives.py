@@ -24,7 +24,7 @@ from saehooks.errors import FormatError
 from saehooks.formats.pickles import Calls, Reference, read_pickle
 from saehooks.storage import StoredTensor
 
-MOST_EXPANSION = 64
+MOST_EXPANSION = 16
 """A compressed file that unpacks to more than so many times its size is refused."""
 ALWAYS = 16 * 2**20
 """Bytes that a compressed file may unpack to in any case."""
@@ -114,7 +114,7 @@ def _storage_id(found: Any) -> tuple[torch.dtype, str, int]:
         STORAGES.get(kind.name) if isinstance(kind, Reference) and kind.module in ("torch", "torch.storage") else None
     )
     if dtype is None or not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise FormatError(f"it refers to a storage in a way that is not understood: {found!r:.100}")
+        raise FormatError("it refers to a storage in a way that is not understood")
     return dtype, key, numel
 
 
@@ -162,20 +162,30 @@ def _reads(file: BinaryIO, path: Path | None, start: int, length: int) -> Callab
 def _calls() -> Calls:
     """The functions that files of tensors call, and what is done for them."""
     return {
-        ("collections", "OrderedDict"): lambda *pairs: dict(*pairs),
+        ("collections", "OrderedDict"): _ordered_dict,
         ("torch._utils", "_rebuild_tensor"): _tensor,
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
         ("torch.storage", "_load_from_bytes"): _storage_of_bytes,
         ("torch", "Size"): lambda sizes: tuple(sizes),
-        ("torch", "device"): lambda *parts: ":".join(map(str, parts)),
+        ("torch", "device"): lambda *parts: ":".join(str(part) for part in parts if isinstance(part, (str, int))),
     }
+
+
+def _ordered_dict(*pairs: Any) -> dict[str, Any]:
+    """The dict of a call with (name, value) pairs, or with nothing."""
+    made = dict(*pairs) if all(isinstance(name, str) for one in pairs for name, _ in one) else None
+    if made is None:
+        raise FormatError("a dict inside it has keys that are no names")
+    return made
 
 
 def _storage_of_bytes(data: Any) -> Storage:
     """A storage that lies inside a pickle as a file of torch of its own."""
-    found = _open_pickles(io.BytesIO(data)) if isinstance(data, bytes) and data[:2] != b"PK" else None
+    # A storage as torch writes it contains no other.
+    whole = isinstance(data, bytes) and data[:2] != b"PK" and b"_load_from_bytes" not in data
+    found = _open_pickles(io.BytesIO(data)) if whole else None
     if not isinstance(found, Storage):
         raise FormatError("a tensor inside it is stored in a way that is not understood")
     return found

@@ -7,8 +7,9 @@ done here; any other stays an `Unmade`, which holds what the pickle gave it.
 
 from __future__ import annotations
 
+import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, NamedTuple
 
 from saehooks.errors import FormatError
@@ -45,6 +46,9 @@ class _Mark:
 
 
 MARK = _Mark()
+MOST_VALUES = 10**7
+DEEPEST = 100
+"""Values in a pickle, and how deep in each other; pickles of SAEs have hundreds, ten deep."""
 Calls = dict[tuple[str, str], Callable[..., Any]]
 """What is done for the functions that are understood, by module and name."""
 
@@ -69,15 +73,64 @@ def read_pickle(file: BinaryIO, calls: Calls, storage: Callable[[Any], Any]) -> 
     """
     machine = Machine(calls, storage)
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in pickletools.genops(_Whole(file)):
             if opcode.name == "STOP":
-                return machine.pop()
+                found = machine.pop()
+                _written_out(found, {}, 0)
+                return found
             machine.step(opcode.name, argument)
     except FormatError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, RecursionError) as error:
         raise FormatError(f"it is not a readable pickle ({type(error).__name__}: {error})") from error
     raise FormatError("it is not a readable pickle (it does not end)")
+
+
+class _Whole:
+    """A file that is not asked for more bytes than it has: memory is taken for what is there, not for what is said."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.readline, self.tell = file, file.readline, file.tell
+        start = file.tell()
+        self.end = file.seek(0, io.SEEK_END)
+        file.seek(start)
+
+    def read(self, count: int) -> bytes:
+        if count > self.end - self.file.tell():
+            raise ValueError("it is cut off")
+        return self.file.read(count)
+
+
+def _written_out(value: Any, sizes: dict[int, int], depth: int) -> int:
+    """Values in all if shared ones are written out each time; an error where they are too many, too deep or in a circle."""
+    if isinstance(value, Unmade):
+        parts: tuple[Any, ...] = (value.kind, value.arguments, value.attributes)
+    elif isinstance(value, dict):
+        parts = (*value.keys(), *value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)) and not isinstance(value, Reference):
+        parts = tuple(value)
+    else:
+        return 1
+    if sizes.get(id(value), 1) == 0 or depth > DEEPEST:
+        raise FormatError("it is a pickle of values in a circle, or deep in each other, which no file of tensors needs")
+    if id(value) not in sizes:
+        sizes[id(value)] = 0
+        sizes[id(value)] = 1 + sum(_written_out(part, sizes, depth + 1) for part in parts)
+    if sizes[id(value)] > MOST_VALUES:
+        raise FormatError("it is a pickle that repeats values over and over, which no file of tensors needs")
+    return sizes[id(value)]
+
+
+def _keys(values: Iterable[Any]) -> Iterable[Any]:
+    """Keys of a dict or entries of a set, which are hashed: none that nests values in each other."""
+    for value in values:
+        if isinstance(value, frozenset) or any(isinstance(part, (tuple, frozenset)) for part in _parts(value)):
+            raise FormatError("it is a pickle with keys of nested values, which no file of tensors needs")
+        yield value
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 class Machine:
@@ -152,10 +205,10 @@ class Machine:
 
     def _dict(self, _: Any) -> None:
         values = self.since_mark()
-        self.stack.append(dict(zip(values[::2], values[1::2], strict=True)))
+        self.stack.append(dict(zip(_keys(values[::2]), values[1::2], strict=True)))
 
     def _frozenset(self, _: Any) -> None:
-        self.stack.append(frozenset(self.since_mark()))
+        self.stack.append(frozenset(_keys(self.since_mark())))
 
     def _append(self, _: Any) -> None:
         self._extend([self.pop()])
@@ -166,7 +219,7 @@ class Machine:
     def _additems(self, _: Any) -> None:
         values, found = self.since_mark(), self.stack[-1]
         if isinstance(found, set):
-            found.update(values)
+            found.update(_keys(values))
 
     def _extend(self, values: list[Any]) -> None:
         found = self.stack[-1]
@@ -184,7 +237,7 @@ class Machine:
 
     def _set(self, values: list[Any]) -> None:
         found = self.stack[-1]
-        pairs = dict(zip(values[::2], values[1::2], strict=True))
+        pairs = dict(zip(_keys(values[::2]), values[1::2], strict=True))
         if isinstance(found, dict):
             found.update(pairs)
         elif isinstance(found, Unmade):
