@@ -86,6 +86,11 @@ class LinearDictionary(RowDecoder):
         spread = (x - mean).std(1, keepdim=True)
         return (x - mean) / (spread + LAYER_NORM_EPS), spread[:, 0], mean
 
+    def target(self, x: Tensor, prepared: Prepared) -> Tensor:
+        if self.row_norm is None:
+            return super().target(x, prepared)
+        return prepared.queries if self.apply_b_dec_to_input else prepared.queries - self.b_dec
+
     @property
     def keys(self) -> Tensor:
         return self.W_enc.T

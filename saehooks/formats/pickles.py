@@ -102,7 +102,7 @@ class _Whole:
 
 
 def _written_out(value: Any, sizes: dict[int, int], depth: int) -> int:
-    """Values in all if shared ones are written out each time; an error where they are too many, too deep or in a circle."""
+    """Values in all if shared ones are written out each time. Too many, too deep or in a circle: an error."""
     if isinstance(value, Unmade):
         parts: tuple[Any, ...] = (value.kind, value.arguments, value.attributes)
     elif isinstance(value, dict):

@@ -17,6 +17,7 @@ from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts import Site, host
 from saehooks.sae import SAE
+from saehooks.sparse_coder import SparseCoder
 from saehooks.streams import Tap, checked_batches, harvest_sites
 from saehooks.training.data import Data, ModelData, OwnData, is_activations
 from saehooks.training.job import Job, check_trained
@@ -131,7 +132,7 @@ def fit(
         StorageError: the folder cannot be written to, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
-    saes = {"": sae} if isinstance(sae, SAE) else dict(sae)
+    saes = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
     if not saes:
         raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
     targets = {name: _target(model, one, at, head, where) for name, one in saes.items()}
@@ -153,7 +154,7 @@ def fit(
             job.held_out = held_out[job.key]
     run_jobs(jobs, data, progress, {name: targets[name].remember for name in jobs})
     trainers = {name: job.trainer for name, job in jobs.items()}
-    return trainers[""] if isinstance(sae, SAE) else trainers
+    return trainers[""] if isinstance(sae, SparseCoder) else trainers
 
 
 def _named(on_record: Callable[[dict[str, Any]], None] | None, name: str) -> Callable[[dict[str, Any]], None] | None:
