@@ -120,7 +120,7 @@ class Transcoder(SparseCoder):
         if isinstance(d_out, bool) or not isinstance(d_out, int) or d_out < 1:
             raise ConfigError(f"d_out must be a positive integer, got {d_out!r}")
         if settings.get("refine"):
-            raise ConfigError("refine= is for SAEs: it compares a reconstruction with the input, and a transcoder has two")
+            raise ConfigError("refine= compares a reconstruction with the input, and transcoders write another")
         given = {"hook_name": hook_name, "hook_name_out": hook_name_out}
         metadata = {name: site for name, site in given.items() if site is not None}
         settings = {"d_out": d_out, "skip": skip, **settings}

@@ -367,8 +367,8 @@ def _check_trainable(sae: SAE) -> None:
     """Raise ConfigError for an SAE whose parameters no optimiser can change."""
     if not isinstance(sae, SAE):
         raise ConfigError(
-            f"a {type(sae).__name__} cannot be trained here: it predicts one site from another, and training brings the "
-            "rows of one; load transcoders that others have trained"
+            f"a {type(sae).__name__} cannot be trained here: it predicts one site from another, and training brings "
+            "the rows of one; load transcoders that others have trained"
         )
     if sae.dtype == torch.float16:
         raise ConfigError(
