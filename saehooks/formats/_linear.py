@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import FormatError
-from saehooks.formats.contents import Contents
+from saehooks.formats.contents import FLOATS, Contents
 from saehooks.sae import SAEConfig, SparseCoder, without_memory
 from saehooks.storage import StoredTensor
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass

@@ -87,9 +87,6 @@ def open_torch_file(path: str | Path, start: int = 0) -> Any:
 
 def _open_zip(path: Path) -> Any:
     entries = _entries(path)
-    inside = {name.split("/", 1)[-1] for name in entries}
-    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
-        raise FormatError("it is a TorchScript archive, which is a program; none is opened")
     roots = [name.removesuffix("data.pkl") for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise FormatError("it is a zip archive, but not one of torch.save")
@@ -274,6 +271,9 @@ def _entries(path: Path, packed: bool = False) -> dict[str, zipfile.ZipInfo]:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+    inside = {name.split("/", 1)[-1] for name in entries}
+    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
+        raise FormatError("it is a TorchScript archive, which is a program; none is opened")
     total = 0
     for name, entry in entries.items():
         stored = entry.compress_type == zipfile.ZIP_STORED

@@ -11,11 +11,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from saehooks.errors import FormatError
 from saehooks.formats.pickles import plain
 from saehooks.storage import StoredTensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Value = TypeVar("Value")
 REQUIRED: Any = object()
@@ -119,6 +122,8 @@ class Contents:
         found = self._tensors.pop(name)
         if not isinstance(found, StoredTensor):
             raise FormatError(f"{self.where}: {name} is a {type(found).__name__}, expected a tensor")
+        if sizes and found.dtype not in FLOATS:
+            raise FormatError(f"{self.where}: {name} holds {str(found.dtype)[6:]} numbers, which no weights are")
         if len(found.shape) != len(sizes):
             raise FormatError(f"{self.where}: {name} has the shape {found.shape}, expected {len(sizes)} axes")
         for size, axis in zip(found.shape, sizes, strict=True):

@@ -20,6 +20,7 @@ from saehooks.formats.contents import Contents
 from saehooks.formats.saelens_writing import save
 from saehooks.sae import SparseCoder
 from saehooks.storage import open_folder
+from saehooks.where import positions
 
 __all__ = ["load", "read", "save"]
 
@@ -241,8 +242,22 @@ def _metadata(contents: Contents, facts: dict[str, Any], kind: str, hook_name: s
         "head": head,
         "model_name": model,
         "processing": processing or None,
+        "training": _positions(source.get("seqpos_slice")),
         "source": source,
     }
+
+
+def _positions(found: Any) -> dict[str, str] | None:
+    """Where in its texts an SAE was trained, in the words of `where=`, if their slice leaves any position out."""
+    ends = found if isinstance(found, list | tuple) else ()
+    if len(ends) > 3 or any(type(end) not in (int, type(None)) for end in ends) or 0 in ends[2:]:
+        return None
+    kept = slice(*ends) if ends else slice(None)
+    if (kept.start or 0, kept.stop, kept.step or 1) == (0, None, 1):
+        return None
+    if (kept.start, kept.stop, kept.step or 1) == (1, None, 1):
+        return {"positions": "all but the first"}
+    return {"positions": repr(positions(kept))}
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")

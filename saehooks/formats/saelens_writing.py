@@ -124,6 +124,8 @@ def _metadata(sae: SparseCoder) -> dict[str, Any]:
         "hook_head_index": known.get("head"),
         "model_name": known.get("model_name"),
     }
+    if (known.get("training") or {}).get("positions") == "all but the first":
+        metadata["seqpos_slice"] = [1, None]
     if kwargs:
         metadata["model_from_pretrained_kwargs"] = kwargs
     if "d_out" in sae.cfg.settings:

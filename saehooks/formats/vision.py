@@ -56,10 +56,10 @@ def read_pair(
     if norm in ROW_NORMS:
         settings["row_norm"] = ROW_NORMS[norm]
     settings["apply_b_dec_to_input"] = contents.setting("apply_b_dec_to_input", bool, True)
-    for axis in ("d_in", "d_sae"):
-        size = contents.setting(axis, int, None)
-        if size is not None:
-            contents.size(axis, size, f"{axis} in the config")
+    contents.size("d_in", contents.setting("d_in", int), "d_in in the config")
+    size = contents.setting("d_sae", int, None)
+    if size is not None:
+        contents.size("d_sae", size, "d_sae in the config")
     parts = LinearParts(
         W_enc=contents.tensor("W_enc", "d_in", "d_sae"),
         W_dec=contents.tensor("W_dec", "d_sae", "d_in"),
@@ -105,7 +105,10 @@ def _metadata(contents: Contents, hook_name: str | None) -> dict[str, Any]:
         site = f"visual.blocks.{layer}.{kind}"
     facts = {**contents.known(TRAINING), **contents.known(OF_SAELENS)}
     simple = {name: value for name, value in facts.items() if isinstance(value, str | int | float | bool)}
-    return {"hook_name": hook_name or site, "model_name": model, "source": {"format": "vision", **simple}}
+    places = {"cls_token_only": "sh.positions([0])", "use_patches_only": "all but the first"}
+    rule = next(({"positions": rule} for name, rule in places.items() if facts.get(name) is True), None)
+    source = {"format": "vision", **simple}
+    return {"hook_name": hook_name or site, "model_name": model, "training": rule, "source": source}
 
 
 # ------------------------------------------------------------------------ saev
