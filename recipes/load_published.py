@@ -3,7 +3,7 @@
     python recipes/load_published.py --demo                                  # builds such a file first: no download
     python recipes/load_published.py sae.pt --out saes/published --at visual.blocks.10.hook_resid_post
 
-The file is a pickle; it is read without running anything in it (see `saehooks.formats.unpickling`). Saved again as a
+The file is a pickle; it is read without running anything in it (see `saehooks.formats.pickles`). Saved again as a
 folder of `cfg.json` and safetensors it needs no pickle any more, and works with every verb:
 `with sh.read(clip, sh.load("saes/published")) as trace: ...`.
 """

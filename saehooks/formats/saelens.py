@@ -20,7 +20,6 @@ from saehooks.formats.contents import Contents
 from saehooks.formats.saelens_writing import save
 from saehooks.sae import SparseCoder
 from saehooks.storage import open_folder
-from saehooks.where import positions
 
 __all__ = ["load", "read", "save"]
 
@@ -257,7 +256,7 @@ def _positions(found: Any) -> dict[str, str] | None:
         return None
     if (kept.start, kept.stop, kept.step or 1) == (1, None, 1):
         return {"positions": "all but the first"}
-    return {"positions": repr(positions(kept))}
+    return {"positions": f"sh.positions({kept})"}
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
