@@ -256,7 +256,8 @@ def _positions(found: Any) -> dict[str, str] | None:
         return None
     if (kept.start, kept.stop, kept.step or 1) == (1, None, 1):
         return {"positions": "all but the first"}
-    return {"positions": f"sh.positions({kept})"}
+    said = f"{kept.start}, {kept.stop}" + ("" if kept.step is None else f", {kept.step}")
+    return {"positions": f"sh.positions(slice({said}))"}
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
