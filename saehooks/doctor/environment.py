@@ -93,7 +93,7 @@ def _cpu_kernels() -> Finding:
     try:
         loops = import_module("saehooks.kernels.cpu.select")
     except Exception as error:  # numba refuses some releases of numpy, with errors of its own
-        why = f"numba cannot be imported ({_first_line(error)})"
+        why = f"numba cannot be imported ({first_line(error)})"
         return Finding("kernels", "cpu", "wrong", f"{why}; write: pip install --upgrade numba")
     folder = _cache_folder(loops)
     if folder is None:
@@ -124,14 +124,15 @@ def _gpu_kernels() -> list[Finding]:
                 warnings.simplefilter("ignore")
                 import_module("saehooks.kernels.gpu").probe(device)
         except Exception as error:  # no Triton, an old one, an old GPU, no C compiler: whatever keeps them from running
-            detail = f"plain torch on {name}, more slowly: {_first_line(error)}; write: pip install --upgrade triton"
+            detail = f"plain torch on {name}, more slowly: {first_line(error)}; write: pip install --upgrade triton"
             findings.append(Finding("kernels", str(device), "note", detail))
         else:
             findings.append(Finding("kernels", str(device), "ok", f"Triton on {name}"))
     return findings
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 

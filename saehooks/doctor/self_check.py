@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from saehooks import kernels
 from saehooks.attachments import read, steer
-from saehooks.doctor.environment import Finding, Status
+from saehooks.doctor.environment import Finding, Status, first_line
 from saehooks.sae import SAE
 
 PROMPT = torch.tensor([[0, 5, 6, 7, 8, 9]])
@@ -30,7 +31,7 @@ def self_check_findings() -> list[Finding]:
     """
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(0)
-        findings = [_tried("kernels agree", lambda device=one: kernels_agree(device)) for one in _devices()]
+        findings = [_tried("kernels agree", partial(kernels_agree, one)) for one in _devices()]
         for name, make in (("torch", plain), ("transformers", hugging_face), ("transformer-lens", bridge)):
             findings += _model_checks(name, make)
     return findings
@@ -58,7 +59,7 @@ def _tried(name: str, check: Callable[[], str | None]) -> Finding:
     try:
         fault = check()
     except Exception as error:  # whatever a library raises here is a finding, not the end of the others
-        fault = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        fault = first_line(error)
     status: Status = "ok" if fault is None else "wrong"
     return Finding("self-check", name, status, fault or "yes")
 
@@ -163,7 +164,7 @@ def _model_checks(name: str, make: Callable[[], Tiny]) -> list[Finding]:
     except ModuleNotFoundError:  # its extra is missing, which the releases say
         return []
     except Exception as error:  # as above
-        return [_tried(f"{name}: a tiny model", lambda error=error: f"{type(error).__name__}: {error}")]
+        return [Finding("self-check", f"{name}: a tiny model", "wrong", first_line(error))]
     findings = [_tried(f"{name}: read changes nothing", lambda: read_is_identical(tiny))]
     if tiny.cache is not None:
         findings.append(_tried(f"{name}: the same tokens with a KV cache", lambda: cache_is_right(tiny)))
