@@ -43,3 +43,7 @@ class StorageError(SaehooksError, OSError):
 
 class NotFiniteError(SaehooksError, ArithmeticError):
     """NaN or infinity where a finite number is needed."""
+
+
+class InexactError(SaehooksError, ArithmeticError):
+    """Two ways of selecting, which must agree, did not: raised only under ``SAEHOOKS_SCREEN=check``."""

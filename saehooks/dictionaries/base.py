@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from saehooks import kernels
 from saehooks.codes import Codes, offsets_of
 from saehooks.kernels import DEFAULT, BatchRule, RowRule, Step, Support
+from saehooks.kernels.step import ScreenTables
 
 
 class Prepared(NamedTuple):
@@ -41,6 +43,7 @@ class Dictionary(nn.Module):
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
+        self._screen_tables = ScreenTables()
 
     # ---- the parts a subclass defines
 
@@ -122,7 +125,9 @@ class Dictionary(nn.Module):
             keys = keys.masked_fill(silenced[:, None], 0.0)
             bias = None if bias is None else bias.masked_fill(silenced, 0.0)
         if among is None:
-            support = kernels.select(prepared.queries, keys, rule, bias, step=step)
+            # While training the keys change in each step: a copy of them would not be used again.
+            kept = None if self.training or silenced is not None else self._screen_tables
+            support = kernels.select(prepared.queries, keys, rule, bias, step=replace(step, screen_tables=kept))
         else:
             few = None if bias is None else bias[among]
             support = kernels.select(prepared.queries, keys[among], rule, few, step=step)

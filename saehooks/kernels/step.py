@@ -7,9 +7,9 @@ sums, and where the bfloat16 copies of tables are. An SAE without one works by d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Step:
     """Keeps the gradients of some tables as sparse sums, for an optimiser that takes them so."""
     bfloat16_tables: Bfloat16Tables | None = None
     """One bfloat16 copy of each table for all that read it in this step."""
+    screen_tables: ScreenTables | None = None
+    """Where the CPU's screen keeps its copy of the keys between steps; None: it is made for each selection."""
 
     def exact(self) -> Step:
         """The same step with codes as long as they are: for what takes no padding."""
@@ -180,6 +182,43 @@ class Bfloat16Tables:
         if name not in self._made:
             self._made[name] = table.detach(), table.detach().to(torch.bfloat16)
         return self._made[name][1]
+
+
+class ScreenTables:
+    """The CPU screen's rounded copy of one table, kept while the table is the same.
+
+    A table is the same if it lies where it lay, unchanged as far as torch counts changes; it is held, so that no other
+    can take its place. Copies of an SAE, and its pickle, start without one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, Tensor | None, Any] | None = None
+
+    def of(self, keys: Tensor, bias: Tensor | None, make: Callable[[Tensor, Tensor | None], Any]) -> Any:
+        """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed."""
+        kept = self._kept
+        if kept is not None:
+            held, version, held_bias, rounded = kept
+            unchanged = _place(held) == _place(keys) and not keys.is_inference() and keys._version == version
+            both = held_bias is not None and bias is not None
+            if unchanged and (torch.equal(held_bias, bias) if both else held_bias is bias):
+                return rounded
+        rounded = make(keys, bias)
+        if not keys.is_inference():
+            self._kept = keys, keys._version, None if bias is None else bias.clone(), rounded
+        return rounded
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held beyond the table itself."""
+        kept = self._kept
+        return 0 if kept is None else kept[3].table.nbytes + kept[3].norms.nbytes
+
+    def __deepcopy__(self, memo: dict) -> ScreenTables:
+        return ScreenTables()
+
+    def __reduce__(self) -> tuple:
+        return ScreenTables, ()
 
 
 # ------------------------------------------------------------ sizes of codes to come

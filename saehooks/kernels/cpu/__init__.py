@@ -1,7 +1,8 @@
 """The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
 
 from saehooks.kernels.cpu.products import sddmm, spmm, spmm_transposed
-from saehooks.kernels.cpu.select import select_products, select_rows
+from saehooks.kernels.cpu.screen import select_products
+from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.reference.adam import adam_step
 from saehooks.kernels.reference.products import sum_by_latent
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights

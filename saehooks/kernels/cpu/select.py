@@ -18,19 +18,11 @@ from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import serves
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
-from saehooks.kernels.reference.select import select_products as select_in_chunks
-from saehooks.kernels.rules import BatchRule, Entmax, RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
 from saehooks.kernels.step import DEFAULT, Step
 
 RULES = (Sparsemax, Entmax, TopK, Threshold)
 """What these loops know; the reference selects by other rules."""
-
-
-def select_products(
-    queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, step: Step = DEFAULT
-) -> Support:
-    """Support of the scores ``queries @ keys.T + bias``, made in chunks and selected from; they are never all kept."""
-    return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
 
 
 def select_rows(scores: Tensor, rule: RowRule, step: Step = DEFAULT) -> Support:

@@ -1,0 +1,772 @@
+"""Exact selection through a bfloat16 screen: only candidates are scored in float32.
+
+An exact selection needs exact scores of the candidates alone. Queries and keys are multiplied in bfloat16, which
+AVX-512 and AMX do several times faster; the error of each row's scores is bounded; whatever may still be above the
+row's threshold is a candidate, is scored in float32, and the rule is applied to those scores. The support, and the
+scores up to their last bit, are those that float32 products give.
+
+The bound, by Cauchy-Schwarz, for queries q and keys k that are rounded to q' and k':
+``|q.k - q'.k'| <= |q - q'| max|k| + |q'| max|k - k'|``, plus what sums of d terms lose in float32, plus the rounding of
+the score to bfloat16. Rows that are not finite, or have too many candidates (ties, the first steps of a training), are
+scored in float32 as a whole: no list can overflow.
+
+Whether this is faster is measured once for each shape on the machine at hand. The environment variable
+``SAEHOOKS_SCREEN`` says otherwise: ``on`` or ``off`` forces it, ``check`` compares every selection with the exact path.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saehooks.codes import offsets_of
+from saehooks.errors import ConfigError, InexactError
+from saehooks.kernels.cpu.numba_jit import numba_jit
+from saehooks.kernels.cpu.products import serves
+from saehooks.kernels.cpu.select import (
+    ENTMAX,
+    RULES,
+    THRESHOLD,
+    TOPK,
+    described,
+    entmax_newton,
+    kth_largest,
+    newton,
+    ordered_key,
+    select_rows,
+)
+from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.memory import reusable_empty
+from saehooks.kernels.reference.across_rows import largest
+from saehooks.kernels.reference.select import CPU_SCORE_BYTES, join
+from saehooks.kernels.reference.select import select_products as select_in_chunks
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Support, Threshold
+from saehooks.kernels.step import DEFAULT, Step
+
+MODES = ("on", "off", "check")
+MODE = os.environ.get("SAEHOOKS_SCREEN") or None
+"""Of the whole process, if its environment says one; None: where it was measured to be faster."""
+
+ROUNDING = 1.02 * 2.0**-8
+"""Relative error of rounding to bfloat16, and a little more."""
+SUMMING = 2.0**-23
+"""Relative error a term of a float32 sum, twice over."""
+SMALLEST = 1e-12
+"""Norms below this are not screened: the squares of what they lose may underflow."""
+LARGEST = 1e18
+"""Norms above this are not screened: products may overflow."""
+TILE = 32
+"""Columns are padded to a multiple of this, which AMX multiplies at no cost."""
+EXTRA = 2
+"""Columns for the bias: its value in bfloat16, and what that leaves."""
+FAR = 2.0**100
+"""Biases beyond this, infinities too, count as this."""
+
+
+def select_products(
+    queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, step: Step = DEFAULT
+) -> Support:
+    """Support of the scores ``queries @ keys.T + bias``, through the screen where that is faster."""
+    exactly = lambda: select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)  # noqa: E731
+    if MODE not in (None, *MODES):
+        raise ConfigError(f"SAEHOOKS_SCREEN={MODE!r}: choose one of {', '.join(MODES)}, or leave it out")
+    if MODE == "off" or not _can_screen(queries, keys, rule):
+        return exactly()
+    if MODE is None and not is_faster(queries.shape[0], *keys.shape, kept=step.screen_tables is not None):
+        return exactly()
+    found = _screened(queries.detach(), keys.detach(), rule, bias, step)
+    if MODE == "check":
+        _compare(found, exactly(), queries, keys, bias)
+    return found
+
+
+def _can_screen(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule) -> bool:
+    return (
+        isinstance(rule, (*RULES, BatchTopK))
+        and serves(queries)
+        and serves(keys)
+        and queries.numel() > 0
+        and keys.shape[0] >= 64
+        and keys.is_contiguous()
+    )
+
+
+def _compare(found: Support, exact: Support, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+    """Raise InexactError where one selected what the other did not, beyond the last bits of a score."""
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    mine, theirs = (one.rows * d_sae + one.indices for one in (found, exact))
+    apart = torch.cat([mine[~torch.isin(mine, theirs)], theirs[~torch.isin(theirs, mine)]])
+    row, latent = apart // d_sae, apart % d_sae
+    score = (queries.detach()[row].double() * keys.detach()[latent].double()).sum(1)
+    score = score if bias is None else score + bias.detach()[latent].double()
+    size = queries.detach()[row].double().norm(dim=1) * keys.detach()[latent].double().norm(dim=1)
+    distance = (score - exact.threshold[row].double()).abs()
+    wrong = (distance > 4 * queries.shape[1] * 2.0**-24 * (size + score.abs())).nonzero()[:, 0]
+    if wrong.numel() and len(exact.threshold) == rows:
+        one = int(wrong[0])
+        raise InexactError(
+            f"the bfloat16 screen and the exact path differ in row {int(row[one])}, latent {int(latent[one])}, score "
+            f"{float(score[one]):.9g}, threshold {float(exact.threshold[row[one]]):.9g}; set SAEHOOKS_SCREEN=off"
+        )
+
+
+# ------------------------------------------------------------------- when it pays
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether this machine multiplies bfloat16 at least twice as fast as float32, by a small measurement."""
+    times = _product_times(128, 4096, 512)
+    return times[1] < 0.5 * times[0]
+
+
+def is_faster(rows: int, d_sae: int, d_in: int, kept: bool = False) -> bool:
+    """Whether the screen is faster for a shape; measured once for each power of two of it.
+
+    Args:
+        rows, d_sae, d_in: of the product.
+        kept: whether the copy of the table is at hand; it costs as much as some 50 rows.
+    """
+    if d_sae < 1024 or rows < (8 if kept else 128) or not has_bfloat16_products():
+        return False
+    return _is_faster(min(rows, 256).bit_length(), min(d_sae, 8192).bit_length(), max(TILE, d_in))
+
+
+@cache
+def _is_faster(rows_bits: int, d_sae_bits: int, d_in: int) -> bool:
+    """Compares the two products, with half as much again for selecting and scoring candidates."""
+    exact, half = _product_times(2 ** (rows_bits - 1), 2 ** (d_sae_bits - 1), d_in)
+    return 1.5 * half < exact
+
+
+def _product_times(rows: int, d_sae: int, d_in: int) -> tuple[float, float]:
+    """Seconds of a float32 and of a bfloat16 product: the fastest of five."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        queries = torch.ones(rows, d_in, dtype=dtype, device="cpu")
+        keys, out = (
+            torch.ones(d_sae, d_in, dtype=dtype, device="cpu"),
+            torch.empty(rows, d_sae, dtype=dtype, device="cpu"),
+        )
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.mm(queries, keys.T, out=out)
+            times.append(time.perf_counter() - started)
+        found.append(min(times))
+    return found[0], found[1]
+
+
+# ------------------------------------------------------------------- rounded tables
+
+
+class Rounded(NamedTuple):
+    """Rows in bfloat16, with two columns for a bias and padding, and what rounding them lost."""
+
+    table: Tensor
+    """(rows, width) bfloat16."""
+    norms: np.ndarray
+    """(3, rows) float32: the norm of each row, of what rounding lost of it, and of what is left."""
+    bias_lost: float = 0.0
+    """The most that rounding lost of a bias."""
+    bias_size: float = 0.0
+    """The largest bias that is not FAR."""
+
+
+def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
+    """Keys (d_sae, d) in bfloat16, their bias (d_sae,) in two columns of it."""
+    if bias is None or not bias.any():
+        return _rounded(keys, 0, 0)
+    rounded = _rounded(keys, 0, 0)
+    near = bias.clamp(-FAR, FAR)
+    high = near.to(torch.bfloat16)
+    low = torch.where(near.abs() < FAR, near - high.float(), 0.0).to(torch.bfloat16)
+    d = keys.shape[1]
+    rounded.table[:, d], rounded.table[:, d + 1] = high, low
+    lost = (near.double() - high.double() - low.double()).abs()
+    close = near.abs() < FAR
+    sizes = (float(torch.where(close, one, 0.0).max()) for one in (lost, near.abs()))
+    return rounded._replace(**dict(zip(("bias_lost", "bias_size"), sizes, strict=True)))
+
+
+def _rounded(rows: Tensor, first: int, second: int) -> Rounded:
+    """Rows (n, d) in bfloat16, with two more columns of these bits, and zeros up to a multiple of TILE."""
+    rows = rows.contiguous()
+    n, d = rows.shape
+    width = -(-(d + EXTRA) // TILE) * TILE
+    table = reusable_empty(n, width // 2).view(torch.bfloat16)
+    norms = np.empty((3, n), np.float32)
+    bits, out = rows.numpy().view(np.int32), table.view(torch.int16).numpy()
+    spread(
+        lambda start, stop: _round_range(rows.numpy(), bits, out, first, second, norms, start, stop),
+        blocks(n, max(1, GRAIN // max(1, d))),
+    )
+    return Rounded(table, norms)
+
+
+ONE = 0x3F80
+"""The bits of 1 in bfloat16."""
+
+
+# --------------------------------------------------------------------- the screen
+
+
+def _screened(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None, step: Step) -> Support:
+    """Support through the screen; rows that it cannot decide are selected exactly."""
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    shift = None if bias is None else bias.detach().float()
+    screened_rule = rule
+    if isinstance(rule, Threshold) and isinstance(rule.theta, Tensor) and rule.theta.numel() > 1:
+        # Above a threshold of its own is above 0, once that is subtracted.
+        theta = rule.theta.detach().float().reshape(-1)
+        shift, screened_rule = -theta if shift is None else shift - theta, Threshold(0.0)
+    tables = step.screen_tables
+    rounded = rounded_keys(keys, shift) if tables is None else tables.of(keys, shift, rounded_keys)
+    errors = _errors(queries, rounded)
+    if errors is None:
+        return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
+    job = _Job(queries.contiguous(), keys, rule, screened_rule, bias, rounded, *errors)
+    if isinstance(rule, BatchTopK):
+        found = _across_rows(job)
+        return found or select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
+    parts = []
+    for start, stop in _chunks(rows, d_sae):
+        part, undecided = _by_row(job, start, stop)
+        parts.append(part)
+        if undecided * 4 > stop - start and stop < rows:  # most rows have too many candidates: so will the others
+            parts.append(select_in_chunks(queries[stop:], keys, rule, bias, step, by_row=select_rows))
+            break
+    return join(parts, keys)
+
+
+class _Job(NamedTuple):
+    """What all chunks of a selection share."""
+
+    queries: Tensor
+    keys: Tensor
+    rule: RowRule | BatchRule
+    screened_rule: RowRule | BatchRule
+    """The rule as the screen sees it, the bias and thresholds of latents in its columns."""
+    bias: Tensor | None
+    rounded: Rounded
+    half: Tensor
+    """(rows, width) bfloat16 queries."""
+    errors: np.ndarray
+    """(rows,) float32, the most that a score of the row is off, before it is rounded to bfloat16; not finite where
+    the row cannot be screened."""
+
+    def scores(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, d_sae) int16, the bits of the bfloat16 scores of some rows."""
+        count, d_sae = stop - start, self.keys.shape[0]
+        held = reusable_empty(count, -(-d_sae // 2)).view(-1).view(torch.bfloat16)
+        out = held[: count * d_sae].view(count, d_sae)
+        torch.mm(self.half[start:stop], self.rounded.table.T, out=out)
+        return out.view(torch.int16).numpy()
+
+
+def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose scores fit; a small one first, which says whether rows can be decided at all."""
+    most = max(1, CPU_SCORE_BYTES // (2 * d_sae))
+    first = min(most, rows // 8 if rows >= 1024 else rows)
+    ranges, start = [(0, first)], first
+    count = max(1, -(-(rows - first) // most))
+    size = max(1, -(-(rows - first) // count))
+    while start < rows:
+        ranges.append((start, min(start + size, rows)))
+        start += size
+    return ranges
+
+
+def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray] | None:
+    """Rounded queries and the bound of each row's error; None if no row can be screened."""
+    key, key_lost, key_left = (float(norm.max()) for norm in rounded.norms)
+    if not (SMALLEST < key < LARGEST and key_left < LARGEST):
+        return None
+    half, norms = _rounded(queries, ONE, ONE)[:2]
+    whole, lost, left = (norm.astype(np.float64) for norm in norms)
+    width = rounded.table.shape[1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        errors = (lost * key + left * key_lost) * (1 + 1e-3) + width * SUMMING * (left * key_left + whole * key)
+        errors += rounded.bias_lost + width * SUMMING * rounded.bias_size + 1e-17 * (whole + left + key) + 1e-34
+        errors = np.where((whole > SMALLEST) & (whole < LARGEST), errors * (1 + 1e-6), np.inf)
+    return half, errors.astype(np.float32)
+
+
+def _group_count(d_sae: int, k: int) -> int:
+    """Number of strided groups: enough for k of them, and for few scores to share one with a candidate."""
+    return min(d_sae, max(d_sae // 16, 512, 2 * k))
+
+
+def _room(d_sae: int, k: int) -> int:
+    """Candidates from which on a row is cheaper to score as a whole."""
+    return max(64 + 2 * k, d_sae // 12)
+
+
+def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
+    """Support of a range of rows by a row rule, and how many of them had to be selected exactly."""
+    d_sae, count = job.keys.shape[0], stop - start
+    kind, k, alpha, theta = described(job.screened_rule, d_sae)
+    _, _, _, own_theta = described(job.rule, d_sae)
+    scores, groups, room = job.scores(start, stop), _group_count(d_sae, k), _room(d_sae, k)
+    sizes = np.empty(count, np.int64)
+    thresholds = np.full(count, float(own_theta.min()), np.float32)
+    arrays = (scores, job.queries[start:stop].numpy(), job.keys.numpy(), _array(job.bias), job.errors[start:stop])
+
+    def work(first: int, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        parts, size = [], max(room, (last - first) * max(128, 2 * k))
+        while first < last:
+            indices, picked = np.empty(size, np.int64), np.empty(size, np.float32)
+            first, used = _screen_range(
+                *arrays, first, last, kind, k, alpha, theta[0], own_theta, groups, room, indices, picked, sizes,
+                thresholds,
+            )  # fmt: skip
+            parts.append((indices[:used], picked[:used]))
+            size = max(room, 2 * size)
+        return parts
+
+    found = [part for parts in spread(work, blocks(count, max(1, GRAIN // d_sae))) for part in parts]
+    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
+    undecided = torch.from_numpy(sizes < 0).nonzero()[:, 0]
+    decided = torch.from_numpy(np.maximum(sizes, 0))
+    support = Support(indices, offsets_of(decided), torch.from_numpy(thresholds), picked)
+    if undecided.numel():
+        exact = select_in_chunks(job.queries[start:stop][undecided], job.keys, job.rule, job.bias, by_row=select_rows)
+        support = _merged(support, exact, undecided)
+    return support, undecided.numel()
+
+
+def _merged(support: Support, exact: Support, rows: Tensor) -> Support:
+    """The support with other rows' entries in place of rows (n,) that are empty in it."""
+    row = torch.cat([support.rows, rows[exact.rows]])
+    order = row.sort(stable=True).indices
+    sizes = support.offsets.diff().index_copy(0, rows, exact.offsets.diff())
+    threshold = support.threshold.index_copy(0, rows, exact.threshold.float())
+    scores = None if exact.scores is None else torch.cat([support.scores, exact.scores])[order]
+    return Support(torch.cat([support.indices, exact.indices])[order], offsets_of(sizes), threshold, scores)
+
+
+def _across_rows(job: _Job) -> Support | None:
+    """Support of all rows together, `BatchTopK`; None if a row cannot be screened, or too much may be selected."""
+    rows, d_sae, k = job.queries.shape[0], job.keys.shape[0], job.rule.k  # type: ignore[union-attr]
+    total, groups = k * rows, _group_count(d_sae, 2 * k)
+    if not np.isfinite(job.errors).all() or total > rows * groups:
+        return None
+    chunks = _chunks(rows, d_sae)[1:] or [(0, rows)]
+    chunks[0] = 0, chunks[0][1]
+    maxima = np.empty((rows, groups), np.float32)
+    for start, stop in chunks:
+        scores = job.scores(start, stop)
+        spread(
+            lambda a, b, scores=scores, start=start: _lower_maxima_range(
+                scores, job.errors[start:], maxima[start:], a, b
+            ),
+            blocks(stop - start, max(1, GRAIN // d_sae)),
+        )
+    bits = maxima.reshape(-1).view(np.int32).copy()
+    bound = max(0.0, _value_of_rank(bits, total))
+    most = max(2 * total, rows * _room(d_sae, k))
+    found, sizes, used = [], np.zeros(rows, np.int64), 0
+    for start, stop in chunks:
+        if len(chunks) > 1:  # the scores were made over by later chunks
+            scores = job.scores(start, stop)
+        arrays = scores, job.queries[start:stop].numpy(), job.keys.numpy(), _array(job.bias), job.errors[start:stop]
+
+        def work(first: int, last: int, arrays=arrays, start=start) -> list[tuple[np.ndarray, np.ndarray]]:
+            parts, size = [], max(d_sae, (last - first) * max(128, 4 * k))
+            while first < last:
+                indices, picked = np.empty(size, np.int64), np.empty(size, np.float32)
+                first, count = _reach_range(
+                    *arrays, first, last, np.float32(bound), groups, indices, picked, sizes[start:]
+                )
+                parts.append((indices[:count], picked[:count]))
+                size = max(d_sae, 2 * size)
+            return parts
+
+        for parts in spread(work, blocks(stop - start, max(1, GRAIN // d_sae))):
+            found += parts
+            used += sum(len(indices) for indices, _ in parts)
+        if used > most:
+            return None
+    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
+    kept = picked > 0
+    if int(kept.sum()) > total:
+        best = largest(picked.masked_fill(~kept, -torch.inf), total)
+        kept = torch.zeros_like(kept).index_fill_(0, best, True)
+    row = Support(indices, offsets_of(torch.from_numpy(sizes))).rows[kept]
+    smallest = picked[kept].min() if bool(kept.any()) else picked.new_tensor(torch.inf)
+    offsets = offsets_of(torch.bincount(row, minlength=rows))
+    return Support(indices[kept], offsets, smallest.expand(rows), picked[kept])
+
+
+def _array(bias: Tensor | None) -> np.ndarray:
+    return np.zeros(0, np.float32) if bias is None else bias.detach().float().contiguous().numpy()
+
+
+# ----------------------------------------------------------------------- loops
+
+
+@numba_jit
+def _round_range(rows, bits, out, first, second, norms, start, stop):
+    """Round rows to bfloat16, to nearest and ties to even, and note their norms, what they lost, and what is left."""
+    d = rows.shape[1]
+    width = out.shape[1]
+    for r in range(start, stop):
+        x, b, o = rows[r], bits[r], out[r]
+        whole = np.float32(0.0)
+        lost = np.float32(0.0)
+        left = np.float32(0.0)
+        for j in range(d):
+            u = b[j]
+            rounded = (u + np.int32(0x7FFF) + ((u >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+            o[j] = np.int16(rounded)
+            back = np.int32(rounded << np.int32(16)).view(np.float32)
+            whole += x[j] * x[j]
+            lost += (x[j] - back) * (x[j] - back)
+            left += back * back
+        o[d] = first
+        o[d + 1] = second
+        for j in range(d + 2, width):
+            o[j] = 0
+        norms[0, r] = np.sqrt(whole)
+        norms[1, r] = np.sqrt(lost)
+        norms[2, r] = np.sqrt(left)
+
+
+@numba_jit
+def _ordered(b):
+    """An int16 that orders as the bfloat16 of these bits does."""
+    return b ^ ((b >> np.int16(15)) & np.int16(0x7FFF))
+
+
+@numba_jit
+def _value(key):
+    """The number of an ordered int16."""
+    b = np.int16(key ^ ((key >> np.int16(15)) & np.int16(0x7FFF)))
+    return np.int32(np.int32(b) << np.int32(16)).view(np.float32)
+
+
+@numba_jit
+def _key_below(x):
+    """The largest ordered int16 whose number is at most x, which is finite."""
+    key = _ordered(np.int16(np.float32(x).view(np.int32) >> np.int32(16)))  # rounds towards zero
+    if _value(key) > np.float32(x):
+        key = np.int16(key - np.int16(1))
+    return key
+
+
+@numba_jit
+def _group_maxima(row, maxima):
+    """Fill the largest bits of each strided group (column mod their number), as int16.
+
+    That is the largest score of the group if any is positive; else some other score of the group, which bounds the
+    threshold too, less well.
+    """
+    groups = maxima.size
+    for g in range(groups):
+        maxima[g] = row[g]
+    start = groups
+    while start + 4 * groups <= row.size:
+        a = row[start : start + groups]
+        b = row[start + groups : start + 2 * groups]
+        c = row[start + 2 * groups : start + 3 * groups]
+        d = row[start + 3 * groups : start + 4 * groups]
+        for g in range(groups):
+            x = a[g] if a[g] > b[g] else b[g]
+            y = c[g] if c[g] > d[g] else d[g]
+            x = x if x > y else y
+            maxima[g] = x if x > maxima[g] else maxima[g]
+        start += 4 * groups
+    while start < row.size:
+        a = row[start : min(start + groups, row.size)]
+        for g in range(a.size):
+            maxima[g] = a[g] if a[g] > maxima[g] else maxima[g]
+        start += groups
+
+
+@numba_jit
+def _reaching(row, key, maxima, opened, places):
+    """Write the places of the scores of at least an ordered int16, ascending; return how many.
+
+    With a positive key only groups whose largest reaches it are read again, and bits compare as scores do.
+    """
+    found = 0
+    if key <= 0:
+        for j in range(row.size):
+            places[found] = j
+            found += _ordered(row[j]) >= key
+        return found
+    groups = maxima.size
+    many = 0
+    for g in range(groups):
+        opened[many] = g
+        many += maxima[g] >= key
+    start = 0
+    while start < row.size:
+        part = row[start : min(start + groups, row.size)]
+        for i in range(many):
+            g = opened[i]
+            if g < part.size:
+                places[found] = start + g
+                found += part[g] >= key
+        start += groups
+    return found
+
+
+@numba_jit
+def _kth_key(keys, size, k):
+    """The k-th largest of keys[:size] (int16)."""
+    low = np.int32(-32768)
+    high = np.int32(32767)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        at_least = 0
+        pivot = np.int16(middle)
+        for j in range(size):
+            at_least += keys[j] >= pivot
+        if at_least >= k:
+            low = middle
+        else:
+            high = middle - 1
+    return np.int16(low)
+
+
+@numba_jit
+def _least(keys, size, work, error, kind, k, alpha, theta):
+    """A number that the rounded score of whatever can be selected reaches, from some of the row's scores.
+
+    Each score may be too large by its rounding and by ``error``; the threshold of scores that are all too small is too
+    small, and so is that of a part of them.
+    """
+    if kind == THRESHOLD:
+        return np.float64(theta) - error
+    if kind == TOPK:
+        bound = -error
+        if size >= k:
+            v = np.float64(_value(_kth_key(keys, size, k)))
+            bound = max(bound, v - ROUNDING * abs(v) - 2.0 * error)
+        return bound
+    best = keys[0]
+    for j in range(size):
+        best = keys[j] if keys[j] > best else best
+    v = np.float64(_value(best))
+    shift = v - ROUNDING * abs(v)
+    factor = alpha - 1.0 if kind == ENTMAX else 1.0
+    for j in range(size):
+        v = np.float64(_value(keys[j]))
+        # Lowered, the largest may no longer be the largest: none may exceed the shift.
+        work[j] = factor * min(v - ROUNDING * abs(v) - shift, 0.0)
+    if kind == ENTMAX:
+        power = 1.0 / factor
+        tau = entmax_newton(work, size, power) * power
+    else:
+        tau = newton(work, size, -1.0)
+    return shift + tau - 2.0 * error - 1e-6 * (abs(shift) + 1.0) * 0.125
+
+
+@numba_jit
+def _dots(x, keys, places, found, out):
+    """``x . keys[place]`` of the found places, four at a time."""
+    d = x.size
+    p = 0
+    while p + 4 <= found:
+        a, b = keys[places[p]], keys[places[p + 1]]
+        c, e = keys[places[p + 2]], keys[places[p + 3]]
+        s0 = np.float32(0.0)
+        s1 = np.float32(0.0)
+        s2 = np.float32(0.0)
+        s3 = np.float32(0.0)
+        for j in range(d):
+            s0 += x[j] * a[j]
+            s1 += x[j] * b[j]
+            s2 += x[j] * c[j]
+            s3 += x[j] * e[j]
+        out[p] = s0
+        out[p + 1] = s1
+        out[p + 2] = s2
+        out[p + 3] = s3
+        p += 4
+    while p < found:
+        a = keys[places[p]]
+        s0 = np.float32(0.0)
+        for j in range(d):
+            s0 += x[j] * a[j]
+        out[p] = s0
+        p += 1
+
+
+@numba_jit
+def _settle(scores, places, found, work, kind, k, alpha, theta):
+    """Keep of some places (and their exact scores) those a rule selects; return how many, and the threshold."""
+    kept = 0
+    if kind == THRESHOLD:
+        for j in range(found):
+            place, score = places[j], scores[j]
+            places[kept] = place
+            scores[kept] = score
+            kept += score > (theta[0] if theta.size == 1 else theta[place])
+        return kept, 0.0
+    if kind == TOPK:
+        for j in range(found):
+            place, score = places[j], scores[j]
+            places[kept] = place
+            scores[kept] = score
+            kept += score > 0.0
+        if kept < k:
+            return kept, 0.0
+        found = kept
+        keys = work.view(np.int32)
+        bits = scores.view(np.int32)
+        for j in range(found):
+            keys[j] = bits[j]
+        smallest = kth_largest(keys, found, k)
+        above = 0
+        for j in range(found):
+            above += keys[j] > smallest
+        ties = k - above
+        kept = 0
+        for j in range(found):
+            if keys[j] > smallest or (keys[j] == smallest and ties > 0):
+                ties -= keys[j] == smallest
+                places[kept] = places[j]
+                scores[kept] = scores[j]
+                kept += 1
+        return kept, np.float64(np.int32(smallest).view(np.float32))
+    shift = np.float64(scores[0])
+    for j in range(found):
+        shift = max(shift, np.float64(scores[j]))
+    factor = alpha - 1.0 if kind == ENTMAX else 1.0
+    for j in range(found):
+        work[j] = factor * (np.float64(scores[j]) - shift)
+    if kind == ENTMAX:
+        power = 1.0 / factor
+        tau = entmax_newton(work, found, power) * power
+    else:
+        tau = newton(work, found, -1.0)
+    for j in range(found):
+        place, score = places[j], scores[j]
+        places[kept] = place
+        scores[kept] = score
+        kept += np.float64(score) - shift > tau
+    return kept, shift + tau
+
+
+@numba_jit
+def _screen_range(
+    scores16, queries, keys, bias, errors, start, stop, kind, k, alpha, theta, own_theta, groups, room, indices, picked,
+    sizes, thresholds,
+):  # fmt: skip
+    """Select rows start to stop into indices and picked, until those are full; the size of an undecided row is -1.
+
+    Returns:
+        The first row that was not done, and how many entries were written.
+    """
+    d_sae = scores16.shape[1]
+    many = min(d_sae, 4 * room)
+    maxima = np.empty(groups, np.int16)
+    keys16 = np.empty(max(groups, many), np.int16)
+    opened = np.empty(groups + 1, np.int32)
+    work = np.empty(max(groups, many), np.float64)
+    exact = np.empty(room, np.float32)
+    places = np.empty(d_sae + 1, np.int32)
+    fold = 4 if kind != TOPK and groups >= 1024 else 1
+    used = 0
+    for r in range(start, stop):
+        if used + room > indices.size:
+            return r, used
+        sizes[r] = -1
+        error = np.float64(errors[r])
+        if not error < np.inf:
+            continue
+        row = scores16[r]
+        _group_maxima(row, maxima)
+        least = np.float64(theta) - error
+        if kind != THRESHOLD:
+            # Fewer, larger groups bound the simplex well enough, for less arithmetic.
+            size = groups // fold
+            for g in range(size):
+                keys16[g] = _ordered(maxima[g])
+            for part in range(1, fold):
+                for g in range(size):
+                    key = _ordered(maxima[part * size + g])
+                    keys16[g] = key if key > keys16[g] else keys16[g]
+            least = _least(keys16, size, work, error, kind, k, alpha, theta)
+        found = _reaching(row, _key_below(least - ROUNDING * abs(least)), maxima, opened, places)
+        if kind != THRESHOLD and k < found <= many:
+            # The candidates' own scores bound it better than the maxima of groups.
+            for j in range(found):
+                keys16[j] = _ordered(row[places[j]])
+            least = max(least, _least(keys16, found, work, error, kind, k, alpha, theta))
+            key = _key_below(least - ROUNDING * abs(least))
+            kept = 0
+            for j in range(found):
+                place = places[j]
+                places[kept] = place
+                kept += _ordered(row[place]) >= key
+            found = kept
+        if found > room:
+            continue
+        _dots(queries[r], keys, places, found, exact)
+        if bias.size:
+            for j in range(found):
+                exact[j] += bias[places[j]]
+        size, threshold = _settle(exact, places, found, work, kind, k, alpha, own_theta)
+        for j in range(size):
+            indices[used + j] = places[j]
+            picked[used + j] = exact[j]
+        sizes[r] = size
+        if kind != THRESHOLD:
+            thresholds[r] = threshold
+        used += size
+    return stop, used
+
+
+@numba_jit
+def _lower_maxima_range(scores16, errors, maxima, start, stop):
+    """Fill what the scores of each group's largest are at least, for rows start to stop."""
+    groups = maxima.shape[1]
+    held = np.empty(groups, np.int16)
+    for r in range(start, stop):
+        _group_maxima(scores16[r], held)
+        for g in range(groups):
+            v = np.float64(_value(_ordered(held[g])))
+            maxima[r, g] = v - ROUNDING * abs(v) - np.float64(errors[r])
+
+
+@numba_jit
+def _value_of_rank(bits, rank):
+    """The rank-th largest of float32 numbers, given by their bits, which are made over."""
+    for j in range(bits.size):
+        bits[j] = ordered_key(bits[j])
+    return np.int32(ordered_key(kth_largest(bits, bits.size, rank))).view(np.float32)
+
+
+@numba_jit
+def _reach_range(scores16, queries, keys, bias, errors, start, stop, bound, groups, indices, picked, sizes):
+    """Exact scores of whatever may reach a bound, of rows start to stop, until indices is full."""
+    d_sae = scores16.shape[1]
+    places = np.empty(d_sae + 1, np.int32)
+    maxima = np.empty(groups, np.int16)
+    opened = np.empty(groups + 1, np.int32)
+    used = 0
+    for r in range(start, stop):
+        least = np.float64(bound) - np.float64(errors[r])
+        least -= 1e-6 * abs(least)
+        _group_maxima(scores16[r], maxima)
+        found = _reaching(scores16[r], _key_below(least - ROUNDING * abs(least)), maxima, opened, places)
+        if used + found > indices.size:
+            return r, used
+        out = picked[used : used + found]
+        _dots(queries[r], keys, places, found, out)
+        for j in range(found):
+            indices[used + j] = places[j]
+            if bias.size:
+                out[j] += bias[places[j]]
+        sizes[r] = found
+        used += found
+    return stop, used
