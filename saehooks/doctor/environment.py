@@ -83,7 +83,7 @@ def _kernels() -> list[Finding]:
         status: Status = "note" if forced in kernels.BACKENDS else "wrong"
         detail = f"SAEHOOKS_KERNELS={forced} names the kernels of every device; unset it for the fastest"
         return [Finding("kernels", "all devices", status, detail)]
-    return [_cpu_kernels(), *_gpu_kernels()]
+    return [_cpu_kernels(), *_cpu_screen(), *_gpu_kernels()]
 
 
 def _cpu_kernels() -> Finding:
@@ -103,6 +103,14 @@ def _cpu_kernels() -> Finding:
         )
         return Finding("kernels", "cpu", "note", detail)
     return Finding("kernels", "cpu", "ok", f"numba, compiled once and kept in {folder}")
+
+
+def _cpu_screen() -> list[Finding]:
+    try:
+        screen = import_module("saehooks.kernels.cpu.screen")
+    except Exception:  # `_cpu_kernels` says so
+        return []
+    return [Finding("kernels", "cpu screen", "ok", f"selection through bfloat16 products: {screen.describe()}")]
 
 
 def _cache_folder(loops: Any) -> str | None:

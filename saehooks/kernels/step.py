@@ -212,7 +212,7 @@ class ScreenTables:
     def nbytes(self) -> int:
         """Memory that is held beyond the table itself."""
         kept = self._kept
-        return 0 if kept is None else kept[3].table.nbytes + kept[3].norms.nbytes
+        return 0 if kept is None else kept[3].nbytes
 
     def __deepcopy__(self, memo: dict) -> ScreenTables:
         return ScreenTables()

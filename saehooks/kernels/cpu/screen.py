@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import os
 import time
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,8 @@ TILE = 32
 """Columns are padded to a multiple of this, which AMX multiplies at no cost."""
 EXTRA = 2
 """Columns for the bias: its value in bfloat16, and what that leaves."""
+FEW_ROWS = 64
+"""Products of so many rows are faster from a table that was laid out for them."""
 FAR = 2.0**100
 """Biases beyond this, infinities too, count as this."""
 
@@ -121,9 +124,9 @@ def _compare(found: Support, exact: Support, queries: Tensor, keys: Tensor, bias
 
 @cache
 def has_bfloat16_products() -> bool:
-    """Whether this machine multiplies bfloat16 at least twice as fast as float32, by a small measurement."""
-    times = _product_times(128, 4096, 512)
-    return times[1] < 0.5 * times[0]
+    """Whether this machine multiplies bfloat16 half as fast again as float32, or more, by a small measurement."""
+    exact, half = _product_times(256, 4096, 512)
+    return 1.5 * half < exact
 
 
 def is_faster(rows: int, d_sae: int, d_in: int, kept: bool = False) -> bool:
@@ -133,40 +136,52 @@ def is_faster(rows: int, d_sae: int, d_in: int, kept: bool = False) -> bool:
         rows, d_sae, d_in: of the product.
         kept: whether the copy of the table is at hand; it costs as much as some 50 rows.
     """
-    if d_sae < 1024 or rows < (8 if kept else 128) or not has_bfloat16_products():
+    if d_sae < 1024 or rows * d_sae < 2**14 or (rows < 128 and not kept) or not has_bfloat16_products():
         return False
-    return _is_faster(min(rows, 256).bit_length(), min(d_sae, 8192).bit_length(), max(TILE, d_in))
+    few = kept and rows <= FEW_ROWS
+    return _is_faster(min(rows, 256).bit_length(), min(d_sae, 8192).bit_length(), max(TILE, d_in), few)
 
 
 @cache
-def _is_faster(rows_bits: int, d_sae_bits: int, d_in: int) -> bool:
-    """Compares the two products, with half as much again for selecting and scoring candidates."""
-    exact, half = _product_times(2 ** (rows_bits - 1), 2 ** (d_sae_bits - 1), d_in)
-    return 1.5 * half < exact
+def _is_faster(rows_bits: int, d_sae_bits: int, d_in: int, few: bool) -> bool:
+    """Compares the two products, and allows for selecting and scoring candidates."""
+    exact, half = _product_times(2 ** (rows_bits - 1), 2 ** (d_sae_bits - 1), d_in, few)
+    return (1.25 if few else 1.5) * half < exact
 
 
-def _product_times(rows: int, d_sae: int, d_in: int) -> tuple[float, float]:
-    """Seconds of a float32 and of a bfloat16 product: the fastest of five."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        queries = torch.ones(rows, d_in, dtype=dtype, device="cpu")
-        keys, out = (
-            torch.ones(d_sae, d_in, dtype=dtype, device="cpu"),
-            torch.empty(rows, d_sae, dtype=dtype, device="cpu"),
-        )
-        times = []
-        for _ in range(5):
+def _product_times(rows: int, d_sae: int, d_in: int, packed: bool = False) -> tuple[float, float]:
+    """Seconds of a float32 and of a bfloat16 product: the fastest of nine, so that other programs do not count."""
+    made = {"dtype": torch.float32, "device": "cpu"}
+    queries, keys = torch.ones(rows, d_in, **made), torch.ones(d_sae, d_in, **made)
+    out, rounded = torch.empty(rows, d_sae, **made), Rounded(keys.bfloat16(), np.empty((3, 0)), reused=packed)
+    half, half_out = queries.bfloat16(), out.bfloat16()
+    jobs = (lambda: torch.mm(queries, keys.T, out=out), lambda: rounded.products(half, half_out))
+    found: list[list[float]] = [[], []]
+    for _ in range(9):
+        for times, job in zip(found, jobs, strict=True):
             started = time.perf_counter()
-            torch.mm(queries, keys.T, out=out)
+            job()
             times.append(time.perf_counter() - started)
-        found.append(min(times))
-    return found[0], found[1]
+    return min(found[0]), min(found[1])
+
+
+def describe() -> str:
+    """What this machine was found to do, in a line."""
+    if MODE is not None:
+        return f"forced by SAEHOOKS_SCREEN={MODE}"
+    if not has_bfloat16_products():
+        return "off: bfloat16 products are not half as fast again as float32 ones here"
+    chosen = [
+        f"{rows} x {d_sae}" for rows in (1, 16, 512) for d_sae in (4096, 24576) if is_faster(rows, d_sae, 576, True)
+    ]
+    return f"on where it is faster, for an SAE in use (rows x latents, width 576): {', '.join(chosen) or 'nowhere'}"
 
 
 # ------------------------------------------------------------------- rounded tables
 
 
-class Rounded(NamedTuple):
+@dataclass
+class Rounded:
     """Rows in bfloat16, with two columns for a bias and padding, and what rounding them lost."""
 
     table: Tensor
@@ -177,6 +192,34 @@ class Rounded(NamedTuple):
     """The most that rounding lost of a bias."""
     bias_size: float = 0.0
     """The largest bias that is not FAR."""
+    reused: bool = False
+    """Whether it is kept, so that laying it out once more is worth it."""
+
+    @cached_property
+    def largest(self) -> tuple[float, float, float]:
+        """The largest of each kind of norm."""
+        norm, lost, left = self.norms.max(axis=1)
+        return float(norm), float(lost), float(left)
+
+    @cached_property
+    def packed(self) -> Tensor | None:
+        """The table as oneDNN lays it out for products of few rows; None where this torch does not offer that."""
+        try:
+            return torch.ops.mkldnn._reorder_linear_weight(self.table, FEW_ROWS)
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        packed = self.__dict__.get("packed")
+        return self.table.nbytes * (1 if packed is None else 2) + self.norms.nbytes
+
+    def products(self, half: Tensor, out: Tensor) -> Tensor:
+        """(n, rows) bfloat16 products of n rounded queries (n, width), in ``out`` or elsewhere."""
+        if self.reused and len(half) <= FEW_ROWS and self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(half, self.packed, None, "none", [], "")
+        return torch.mm(half, self.table.T, out=out)
 
 
 def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
@@ -191,8 +234,8 @@ def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
     rounded.table[:, d], rounded.table[:, d + 1] = high, low
     lost = (near.double() - high.double() - low.double()).abs()
     close = near.abs() < FAR
-    sizes = (float(torch.where(close, one, 0.0).max()) for one in (lost, near.abs()))
-    return rounded._replace(**dict(zip(("bias_lost", "bias_size"), sizes, strict=True)))
+    rounded.bias_lost, rounded.bias_size = (float(torch.where(close, one, 0.0).max()) for one in (lost, near.abs()))
+    return rounded
 
 
 def _rounded(rows: Tensor, first: int, second: int) -> Rounded:
@@ -228,6 +271,7 @@ def _screened(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Te
         shift, screened_rule = -theta if shift is None else shift - theta, Threshold(0.0)
     tables = step.screen_tables
     rounded = rounded_keys(keys, shift) if tables is None else tables.of(keys, shift, rounded_keys)
+    rounded.reused = tables is not None
     errors = _errors(queries, rounded)
     if errors is None:
         return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
@@ -266,8 +310,7 @@ class _Job(NamedTuple):
         count, d_sae = stop - start, self.keys.shape[0]
         held = reusable_empty(count, -(-d_sae // 2)).view(-1).view(torch.bfloat16)
         out = held[: count * d_sae].view(count, d_sae)
-        torch.mm(self.half[start:stop], self.rounded.table.T, out=out)
-        return out.view(torch.int16).numpy()
+        return self.rounded.products(self.half[start:stop], out).view(torch.int16).numpy()
 
 
 def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
@@ -285,10 +328,11 @@ def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
 
 def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray] | None:
     """Rounded queries and the bound of each row's error; None if no row can be screened."""
-    key, key_lost, key_left = (float(norm.max()) for norm in rounded.norms)
+    key, key_lost, key_left = rounded.largest
     if not (SMALLEST < key < LARGEST and key_left < LARGEST):
         return None
-    half, norms = _rounded(queries, ONE, ONE)[:2]
+    made = _rounded(queries, ONE, ONE)
+    half, norms = made.table, made.norms
     whole, lost, left = (norm.astype(np.float64) for norm in norms)
     width = rounded.table.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):
