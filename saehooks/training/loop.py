@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -42,6 +43,11 @@ def _read(jobs: Mapping[str, Job], data: Data, display: TrainingProgress, interr
     except TypeError:
         total = None
     trainers = [job.trainer for job in jobs.values()]
+    if total is None and any(trainer.config.steps is None and trainer.config.decay for trainer in trainers):
+        warnings.warn(
+            "the batches have no length and steps= is not given, so the learning rate will not fall: give steps=",
+            stacklevel=5,
+        )
     for trainer in trainers:
         trainer.source = trainer.source or data.identity
     parts = data.parts([trainer.mark for trainer in trainers])

@@ -129,6 +129,13 @@ def test_data_that_end_before_the_steps_are_said(tiny_bridge, known):
     assert ("had not fallen" in str(caught[0].message)) != known
 
 
+def test_batches_without_a_length_or_steps_are_said(tiny_bridge):
+    """Nobody knows when the rate should fall: a warning says what to give."""
+    with pytest.warns(UserWarning, match="give steps="):
+        trainer = sh.fit(tiny_bridge, fresh(), iter(texts()), SITE, **FAST)
+    assert rates(trainer)[-1] == trainer.config.lr
+
+
 def test_enough_data_is_no_warning(tiny_bridge):
     """Nothing is said where all steps were made."""
     with warnings.catch_warnings():
