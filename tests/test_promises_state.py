@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -196,6 +196,25 @@ def test_threads_share_a_model(tiny_hf, hooks_of):
     assert failed == []
     assert hooks_of(tiny_hf) == before
     assert torch.equal(logits(tiny_hf), clean)
+
+
+def test_a_block_that_ends_while_another_thread_generates(tiny_hf, sae):
+    """The generation goes on without it."""
+    inside, left, found = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        inside.set()
+        left.wait(20)
+
+    handle = tiny_hf.model.layers[0].register_forward_hook(wait)
+    worker = threading.Thread(target=lambda: found.append(tiny_hf.generate(TOKENS, max_new_tokens=2, do_sample=False)))
+    with suppress(NeverFiredError), read(tiny_hf, sae):  # its site comes after the layer that waits
+        worker.start()
+        inside.wait(20)
+    left.set()
+    worker.join()
+    handle.remove()
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("slot", ["in", "out"])
