@@ -53,11 +53,10 @@ class SAEConfig:
             config = cls(**known)
         except TypeError as error:
             raise FormatError(f"the config is not one of an SAE: {error}") from error
-        for kind, names in ((int, ("d_in", "d_sae")), (str, ("dictionary", "activation", "dtype"))):
+        numbers, texts, groups = ("d_in", "d_sae"), ("dictionary", "activation", "dtype"), ("settings", "metadata")
+        for own, names in ((int, numbers), (str, texts), (dict, groups)):
             for name in names:
-                _check_type(name, getattr(config, name), kind)
-        for name in ("settings", "metadata"):
-            _check_type(name, getattr(config, name), dict)
+                _check_type(name, getattr(config, name), own)
         for name, kind in METADATA.items():
             if config.metadata.get(name) is not None:
                 _check_type(f"metadata {name}", config.metadata[name], kind)

@@ -121,7 +121,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         for name in order:
             data = _bytes_of(tensors[name].detach().cpu().contiguous())
             sums[name] = _block_sums(data)
-            file.write(memoryview(data.numpy()))
+            file.write(data.numpy().data)
         header["__metadata__"][CHECKSUM] = _checksum(sums)  # as long as the zeros that it replaces
         file.seek(0)
         file.write(_header_bytes(header))
@@ -261,7 +261,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
 def _reader(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
     def read() -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        rest = memoryview(_bytes_of(tensor).numpy())
+        rest = _bytes_of(tensor).numpy().data
         with path.open("rb", buffering=0) as file:
             file.seek(start)
             while len(rest):

@@ -14,7 +14,7 @@ from saehooks import metrics
 from saehooks.codes import Codes, Top
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts.sequences import Columns
-from saehooks.sae import SAE
+from saehooks.sparse_coder import SparseCoder
 from saehooks.where import Where
 
 ROWS_SHOWN = 12
@@ -29,7 +29,7 @@ class Record:
     """The raw facts of one forward at one site."""
 
     site: str
-    sae: SAE
+    sae: SparseCoder
     codes: Codes
     edited: Codes
     acts: Tensor

@@ -31,7 +31,7 @@ from torch import Tensor
 from saehooks.codes import Codes
 from saehooks.errors import WhereError
 from saehooks.hosts.sequences import Columns
-from saehooks.sae import SAE
+from saehooks.sparse_coder import SparseCoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -485,7 +485,7 @@ class LeftOut(Where):
         return repr(self.rule)
 
 
-def where_of(sae: SAE, where: Any = None, *, training: bool = False) -> Where:
+def where_of(sae: SparseCoder, where: Any = None, *, training: bool = False) -> Where:
     """The rule of an SAE: what was asked for; left out (None), where the SAE was trained, as its metadata say.
 
     Args:

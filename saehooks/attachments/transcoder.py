@@ -95,7 +95,7 @@ def attachment_of(host: Host, site: Site, sae: SparseCoder, *given: Any, out: st
         SiteError, WidthError: none that fits for a transcoder.
     """
     if isinstance(sae, Transcoder):
-        return TranscoderAttachment(host, site, sae, *given, out=written_by(host, sae, out))
+        return TranscoderAttachment(host, site, sae, *given, out=written_by(host, sae, out))  # type: ignore[misc]
     if out is not None:
         raise ConfigError(
             f"at=({site.requested_name!r}, {out!r}) names two sites; an SAE reads and writes one, a transcoder two"

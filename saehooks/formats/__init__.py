@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ def load(
     Raises:
         FormatError: nothing readable there, naming what was found and what was expected.
     """
-    known = {"ignore": tuple([ignore] if isinstance(ignore, str) else ignore), "input_scale": input_scale}
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    known: dict[str, Any] = {"ignore": ignored, "input_scale": input_scale}
     path = Path(source)
     if sae_id is not None and subfolder is not None:
         raise FormatError(f"give sae_id={sae_id!r} or subfolder={subfolder!r}, not both")

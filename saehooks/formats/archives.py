@@ -304,7 +304,7 @@ def _read_entry(path: Path, entry: zipfile.ZipInfo) -> Tensor:
     # Its name and more stand between the head and the content, at lengths that the head gives.
     start = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
     data = _read_bytes(path, start, entry.file_size)
-    if entry.CRC and zlib.crc32(memoryview(data.numpy())) != entry.CRC:
+    if entry.CRC and zlib.crc32(data.numpy().data) != entry.CRC:
         raise FormatError(f"its entry {entry.filename} is corrupt: its checksum is another")
     return data
 
@@ -313,7 +313,7 @@ def _read_bytes(path: Path, start: int, length: int) -> Tensor:
     if start + length > path.stat().st_size:
         raise FormatError(f"{path} ends before the tensor that should lie at {start}")
     data = torch.empty(length, dtype=torch.uint8)
-    rest = memoryview(data.numpy())
+    rest = data.numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while len(rest):

@@ -124,16 +124,17 @@ def _scales(contents: Contents, place: str, out: str, given: float | None) -> tu
         raise FormatError(f"{contents.where}: norm_activation='token-wise' is not read for a transcoder")
     if given is not None:
         return given, given, None
+    found = {}
     for key, norm in norms.items():
         if norm is None:
             raise FormatError(
                 f"{contents.where}: it does not hold {NORM} ({key}), by which its activations were scaled: pass "
                 "input_scale=sqrt(d_model) / that norm"
             )
-        contents.check(f"{NORM} ({key})", norm, float)
+        found[key] = contents.check(f"{NORM} ({key})", norm, float)
         if norm <= 0:
             raise FormatError(f"{contents.where}: {NORM} ({key}) is {norm}, expected a positive number")
-    return math.sqrt(d_in) / norms["in"], math.sqrt(d_in) / norms["out"], None
+    return math.sqrt(d_in) / found["in"], math.sqrt(d_in) / found["out"], None
 
 
 def _parts(contents: Contents, activation: str, transcodes: bool) -> LinearParts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from saehooks.errors import FormatError
 
@@ -73,7 +73,7 @@ def read_pickle(file: BinaryIO, calls: Calls, storage: Callable[[Any], Any]) -> 
     """
     machine = Machine(calls, storage)
     try:
-        for opcode, argument, _ in pickletools.genops(_Whole(file)):
+        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, _Whole(file))):
             if opcode.name == "STOP":
                 found = machine.pop()
                 _written_out(found, {}, 0)

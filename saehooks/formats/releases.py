@@ -87,8 +87,8 @@ def table_text(table: str | Path | None) -> str | None:
     except (ImportError, ValueError):
         spec = None
     places = list(spec.submodule_search_locations or []) if spec is not None else []
-    path = next((Path(place, TABLE) for place in places if Path(place, TABLE).is_file()), None)
-    return None if path is None else path.read_text(encoding="utf-8")
+    own = next((Path(place, TABLE) for place in places if Path(place, TABLE).is_file()), None)
+    return None if own is None else own.read_text(encoding="utf-8")
 
 
 def _entry(text: str, release: str) -> dict[str, Any] | None:

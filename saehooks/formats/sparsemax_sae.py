@@ -65,7 +65,7 @@ def read(
     site = hook_name or _site(cfg)
     model = cfg.get("model_name") if isinstance(cfg.get("model_name"), str) else None
     known = {"hook_name": site, "model_name": model}
-    metadata = {name: value for name, value in known.items() if value is not None}
+    metadata: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
     metadata["source"] = {"format": "sparsemax_sae", "file": path.name, "cfg": cfg}
     settings = {"center": False, "eps": 0.0, "values": "score"}
     d_sae, d_in = concept.shape
