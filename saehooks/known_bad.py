@@ -44,7 +44,8 @@ class KnownBad(NamedTuple):
 
 
 TABLE = (
-    # Tried: 3.9.0, 4.0.0 and 4.3.0 with 5.23.0 (right) and 5.24.0 (wrong). HookedTransformer has a cache of its own.
+    # Tried: 4.0.0 and 4.3.0 with 5.23.0 (right) and 5.24.0 (wrong); 3.9.0 fails alike in its own tests.
+    # HookedTransformer has a cache of its own.
     KnownBad(
         {"transformer-lens": Span((3,), (4, 3, 0)), "transformers": Span((5, 24))},
         "a TransformerBridge loses its KV cache and generates garbage, with saehooks or without",

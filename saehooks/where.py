@@ -531,7 +531,7 @@ def _evaluate(node: ast.AST) -> Where:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         return ~_evaluate(node.operand)
     call = node if isinstance(node, ast.Call) else None
-    name = node.func if call is not None else node
+    name: ast.AST = node if call is None else call.func
     if not (isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name) and name.value.id == "sh"):
         raise ValueError("no rule")
     if call is None and name.attr in _NAMES:

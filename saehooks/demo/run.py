@@ -86,7 +86,10 @@ def _run(report: Report, budget: Budget, out: Path, sae: str | Path | None, clip
 def _load(folder: str | Path) -> SAE:
     if not Path(folder).is_dir():
         raise FormatError(f"the demo's SAE is not at {folder}; train one with 'saehooks fit' and give it with --sae")
-    return load(folder).eval()
+    found = load(folder).eval()
+    if not isinstance(found, SAE):
+        raise FormatError(f"the demo needs an SAE, and {folder} holds a {type(found).__name__.lower()}")
+    return found
 
 
 def _origin(report: Report, saes: dict[str, SAE]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -200,7 +200,7 @@ class Host(ABC):
     def list(self) -> list[SiteInfo]:
         """Every site an SAE can be attached to, in the order of the model."""
 
-    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
+    def around(self, sites: Iterable[Site]) -> Sequence[nn.Module]:
         """The modules whose calls tell which text passes some sites: all that hold one of them, outermost first."""
         found = [one for site in sites for one in ancestors([self.model], site.module)]
         return list({id(one): one for one in found}.values())

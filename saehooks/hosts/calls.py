@@ -105,7 +105,8 @@ def is_pos_first(module: nn.Module) -> bool:
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks):
         module = blocks[0]
     for name in ("self_attn", "attn"):
-        module = getattr(module, name, None) if isinstance(getattr(module, name, None), nn.Module) else module
+        inner = getattr(module, name, None)
+        module = inner if isinstance(inner, nn.Module) else module
     return isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first
 
 

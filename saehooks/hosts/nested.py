@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -58,9 +58,9 @@ class NestedHost(ModuleHost):
                 own.append(info._replace(name=name, aliases=(*info.aliases, other)))
         return own
 
-    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
+    def around(self, sites: Iterable[Site]) -> Sequence[nn.Module]:
         sites = list(sites)
-        found = super().around(sites)
+        found = [*super().around(sites)]
         for part in self._parts.values():
             found += part.around([site for site in sites if self._part_of(site) is part])
         return list({id(one): one for one in found}.values())

@@ -574,8 +574,7 @@ class SequenceWatch:
             return
         encoder_too = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         mask = given.get("decoder_attention_mask" if encoder_too else "attention_mask")
-        two_axes = isinstance(mask, Tensor) and mask.dim() == 2
-        generation.mask = mask.bool() if two_axes else None
+        generation.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             generation.total = None

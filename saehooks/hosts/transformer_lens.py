@@ -109,7 +109,7 @@ class TransformerLensHost(Host):
             infos.append(SiteInfo(portable, aliases, width, shape, self._note(names, point)))
         return infos
 
-    def around(self, sites: Iterable[Site]) -> list[nn.Module]:
+    def around(self, sites: Iterable[Site]) -> Sequence[nn.Module]:
         inner = getattr(self.model, "original_model", None)
         roots = [self.model] if inner is None else [self.model, inner]
         found = [one for site in sites for one in ancestors(roots, site.module)]

@@ -200,8 +200,11 @@ class ScreenTables:
         if kept is not None:
             held, version, held_bias, rounded = kept
             unchanged = _place(held) == _place(keys) and not keys.is_inference() and keys._version == version
-            both = held_bias is not None and bias is not None
-            if unchanged and (torch.equal(held_bias, bias) if both else held_bias is bias):
+            if held_bias is None or bias is None:
+                unchanged = unchanged and held_bias is bias
+            elif unchanged:
+                unchanged = torch.equal(held_bias, bias)
+            if unchanged:
                 return rounded
         rounded = make(keys, bias)
         if not keys.is_inference():
