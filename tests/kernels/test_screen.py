@@ -294,3 +294,30 @@ def test_the_environment_says_whether_to_screen():
         said[mode] = done.stdout.split("\n")[0] + done.stderr
     assert said["check"] == "screened"
     assert "choose one of on, off, check" in said["perhaps"]
+
+
+def test_keys_made_under_inference_mode_are_copied_each_time(monkeypatch):
+    """They do not say whether they were changed: nothing is kept, and what was written over is not stale."""
+    monkeypatch.setattr(screen, "MODE", "on")
+    tables, queries = ScreenTables(), vectors("normal", 20, 16, 0)
+    with torch.inference_mode():
+        keys = vectors("normal", 1100, 16, 1)
+        first = kernels.select(queries, keys, TopK(5), step=Step(screen_tables=tables))
+        keys.neg_()
+        second = kernels.select(queries, keys, TopK(5), step=Step(screen_tables=tables))
+    assert tables.nbytes == 0
+    assert not torch.equal(first.indices, second.indices)
+    agree(second, kernels.select(queries, keys.clone(), TopK(5)), queries, keys)
+
+
+def test_a_large_table_is_not_laid_out_twice(monkeypatch):
+    """Few rows are read from the copy as it is where a second one would take much memory; the answer is the same."""
+    monkeypatch.setattr(screen, "MODE", "on")
+    queries, keys = vectors("normal", 4, 16, 0), vectors("normal", 1100, 16, 1)
+    found = []
+    for limit in (screen.LARGE_TABLE, 0):
+        monkeypatch.setattr(screen, "LARGE_TABLE", limit)
+        tables = ScreenTables()
+        found.append(kernels.select(queries, keys, TopK(5), step=Step(screen_tables=tables)))
+        assert tables.nbytes < 2.5 * 1100 * 64 * 2
+    assert torch.equal(found[0].indices, found[1].indices)

@@ -40,10 +40,10 @@ GRID = [
 ]
 
 
-def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Trainer:
-    """A few steps of 4 rows on the gpu path, with or without codes of foretold size."""
+def trained(sae: SAE, steps: int, ahead: bool, monkeypatch, **settings) -> Trainer:
+    """A few steps of 4 rows on the gpu path, with or without code buffers sized beforehand."""
     with monkeypatch.context() as patched, forced("gpu"):
-        if not foretold:
+        if not ahead:
             patched.setattr(step_module.Forecast, "capacity_for", lambda self, rows, d_sae: None)
         torch.manual_seed(7)
         trainer = Trainer(sae, TrainConfig(lr=0.01, warmup_steps=0, decay=0.0, log_every=100, **settings))
@@ -54,14 +54,14 @@ def trained(sae: SAE, steps: int, foretold: bool, monkeypatch, **settings) -> Tr
 
 
 @pytest.mark.parametrize(("dictionary", "activation", "settings"), GRID)
-def test_steps_of_foretold_size_train_as_exact_ones(dictionary, activation, settings, monkeypatch):
+def test_steps_of_a_size_fixed_beforehand_train_as_exact_ones(dictionary, activation, settings, monkeypatch):
     """Whatever the cell of the grid, room for the codes changes nothing that is learned."""
     monkeypatch.setattr(step_module, "MAX_DENSITY", torch.inf)  # room for wide codes too
     ends = []
-    for foretold in (False, True):
+    for ahead in (False, True):
         torch.manual_seed(0)
         sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
-        trainer = trained(sae, 4, foretold, monkeypatch, dead_after=12)
+        trainer = trained(sae, 4, ahead, monkeypatch, dead_after=12)
         ends.append([*sae.state_dict().values(), trainer.idle])
     for exact, found in zip(*ends, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
@@ -83,7 +83,7 @@ def test_a_step_does_not_wait(dictionary, activation, settings, monkeypatch):
 
 
 def test_a_step_that_did_not_fit_changes_nothing_and_is_made_again(monkeypatch):
-    """Codes outgrow the room foretold for them: the batch is trained on again, and no batch is lost or counts twice."""
+    """Codes outgrow their buffer: the batch is trained on again, and no batch is lost or counts twice."""
     torch.manual_seed(0)
     sae = SAE(16, 128, device=DEVICE, key_scale=6.0)
     trainer = trained(sae, 2, True, monkeypatch)

@@ -11,7 +11,8 @@ the score to bfloat16. Rows that are not finite, or have too many candidates (ti
 scored in float32 as a whole: no list can overflow.
 
 Whether this is faster is measured once for each shape on the machine at hand. The environment variable
-``SAEHOOKS_SCREEN`` says otherwise: ``on`` or ``off`` forces it, ``check`` compares every selection with the exact path.
+``SAEHOOKS_SCREEN`` says otherwise: ``on`` or ``off`` forces it (do so where two processes must agree to the last bit),
+``check`` compares every selection with the exact path.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ EXTRA = 2
 """Columns for the bias: its value in bfloat16, and what that leaves."""
 FEW_ROWS = 64
 """Products of so many rows are faster from a table that was laid out for them."""
+LARGE_TABLE = 128 * 2**20
+"""Bytes of a copy beyond which it is not laid out a second time."""
 FAR = 2.0**100
 """Biases beyond this, infinities too, count as this."""
 
@@ -81,7 +84,8 @@ def select_products(
         raise ConfigError(f"SAEHOOKS_SCREEN={MODE!r}: choose one of {', '.join(MODES)}, or leave it out")
     if MODE == "off" or not _can_screen(queries, keys, rule):
         return exactly()
-    if MODE is None and not is_faster(queries.shape[0], *keys.shape, kept=step.screen_tables is not None):
+    kept = step.screen_tables is not None and not keys.is_inference()  # those do not say whether they changed
+    if MODE is None and not is_faster(queries.shape[0], *keys.shape, kept=kept):
         return exactly()
     found = _screened(queries.detach(), keys.detach(), rule, bias, step)
     if MODE == "check":
@@ -203,7 +207,9 @@ class Rounded:
 
     @cached_property
     def packed(self) -> Tensor | None:
-        """The table as oneDNN lays it out for products of few rows; None where this torch does not offer that."""
+        """The table as oneDNN lays it out for products of few rows; None for large ones, and where torch cannot."""
+        if self.table.nbytes > LARGE_TABLE:
+            return None
         try:
             return torch.ops.mkldnn._reorder_linear_weight(self.table, FEW_ROWS)
         except (AttributeError, RuntimeError, TypeError):

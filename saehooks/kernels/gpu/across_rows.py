@@ -163,7 +163,7 @@ def count_rows_kernel(
     Z, stride, BIAS, VALUES, LISTED, BEST, TAU, ABOVE, TIES, d_sae,
     BIASED: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many scores of a row exceed the threshold of the batch and how many equal it; an odd row has its argmax."""
+    """How many scores of a row exceed the threshold of the batch, and equal it; one not finite has its argmax."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(LISTED + row)
     tau = tl.load(TAU)
