@@ -318,3 +318,30 @@ def test_left_out_of_training_it_is_all_but_the_first():
     assert repr(w.where_of(SAE(3, 6))) == "sh.everywhere"
     assert repr(w.where_of(trained("sh.last"), training=True)) == "sh.last"
     assert repr(w.where_of(trained("sh.last"), 0)) == "sh.positions([0])"
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("positions [1:]", "sh.positions(slice(1, None))"),
+        ("positions [2:-1]", "sh.positions(slice(2, -1))"),
+        ("positions [:3]", "sh.positions(slice(None, 3))"),
+        ("positions [0, 3]", "sh.positions([0, 3])"),
+    ],
+)
+def test_older_metadata_are_understood(told, expected):
+    """SAEs saved before rules had a repr of their own act where they were trained; the packaged one is of these."""
+    from saehooks.where import parse
+
+    assert repr(parse(told)) == repr(parse(expected)) != "None"
+
+
+def test_the_packaged_sae_acts_where_it_was_trained():
+    """All but the first position, as its training leaves out the attention sink."""
+    from saehooks.demo import packaged_sae
+    from saehooks.where import where_of
+
+    assert repr(where_of(packaged_sae("smollm2"))) in (
+        "sh.positions(slice(1, None))",
+        "sh.positions(slice(1, None, None))",
+    )
