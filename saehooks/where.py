@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -505,6 +506,9 @@ _MAKERS: dict[str, Callable[..., Where]] = {
     "steps": steps,
     "tokens": tokens,
 }
+OLDER_SPAN, OLDER_LIST = re.compile(r"positions \[(-?\d*):(-?\d*)\]"), re.compile(r"^positions (\[[-\d, ]*\])$")
+"""How rules were told until 0.1: ``positions [1:]``, ``positions [0, 3]``."""
+
 _NAMES = {"everywhere": everywhere, "last": last, "pooled": pooled}
 
 
@@ -517,9 +521,11 @@ def parse(text: str) -> Where | None:
     named = {"all but the first": past_first, "all": everywhere}.get(text)
     if named is not None:
         return named
-    older = text.replace("positions [", "sh.positions(slice[") if text.startswith("positions [") else text
+    span = OLDER_SPAN.fullmatch(text)
+    if span is not None:
+        return positions(slice(*(int(end) if end else None for end in span.groups())))
     try:
-        return _evaluate(ast.parse(older, mode="eval").body)
+        return _evaluate(ast.parse(OLDER_LIST.sub(r"sh.positions(\1)", text), mode="eval").body)
     except (SyntaxError, ValueError, WhereError):
         return None
 
