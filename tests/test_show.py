@@ -182,3 +182,27 @@ def test_figures_say_what_is_missing(figure, message):
     """Nothing to draw is a clear error, not an empty picture."""
     with pytest.raises(ConfigError, match=message):
         figure()
+
+
+def test_figures_read_on_light_and_on_dark_pages():
+    """Paper is transparent, and text and lines stand out from white and from near black alike."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    def luminance(colour):
+        rgb = np.array(colour, dtype=float) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    figure = figures.effect_curves({"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, xlabel="x", ylabel="y", title="t")
+    pixels = np.asarray(Image.open(io.BytesIO(figures.png(figure))).convert("RGBA"))
+    assert (pixels[..., 3] == 0).mean() > 0.5
+    solid = pixels[pixels[..., 3] == 255][:, :3]
+    assert len(solid) > 100
+    for paper in ((255, 255, 255), (21, 23, 28)):
+        shades = np.unique(solid, axis=0)
+        light, dark = luminance(paper), np.array([luminance(shade) for shade in shades])
+        contrast = (np.maximum(light, dark) + 0.05) / (np.minimum(light, dark) + 0.05)
+        assert contrast.min() > 2.5

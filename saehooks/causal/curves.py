@@ -164,7 +164,7 @@ class Curve(Table):
 
     def plot(self) -> Figure:
         """The four curves."""
-        from saehooks.show.figures import effect_curves
+        from saehooks.show.figures import INK, effect_curves
 
         names = list(self.rows()[0])[1:]
         lines = (self.ablated, self.ablated_random, self.kept, self.kept_random)
@@ -175,8 +175,8 @@ class Curve(Table):
             title=self._caption(),
         )
         figure.axes[0].set_xscale("log")
-        figure.axes[0].axhline(self.clean, color="black", linewidth=0.8)
-        figure.axes[0].axhline(self.none_kept, color="black", linewidth=0.8, linestyle=":")
+        figure.axes[0].axhline(self.clean, color=INK, linewidth=0.8)
+        figure.axes[0].axhline(self.none_kept, color=INK, linewidth=0.8, linestyle=":")
         return figure
 
     def _caption(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from saehooks.errors import ConfigError
-from saehooks.show.figures import BLUE, GREY, RED, _array, _axes, _same_length
+from saehooks.show.figures import BLUE, GREY, INK, RED, _array, _axes, _same_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ def scatter(xs: Any, ys: Any, *, xlabel: str = "", ylabel: str = "", title: str 
     ax.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--", label="equal")
     ax.scatter(x, y, s=14, color=BLUE, alpha=0.7, linewidths=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, labelcolor=INK)
     return figure
 
 
@@ -57,8 +57,8 @@ def two_columns(
         ax.plot([0, 1], ends, color=BLUE if weight > 0 else RED, linewidth=0.4 + 3.6 * share, alpha=0.25 + 0.7 * share)
     for x, nodes, align, head in zip((0, 1), heights, ("right", "left"), titles, strict=True):
         for node, y in nodes.items():
-            ax.text(x + (0.02 if x else -0.02), y, str(node), ha=align, va="center", fontsize=8)
-        ax.text(x, -0.06, head, ha="center", fontsize=9)
+            ax.text(x + (0.02 if x else -0.02), y, str(node), ha=align, va="center", fontsize=8, color=INK)
+        ax.text(x, -0.06, head, ha="center", fontsize=9, color=INK)
     ax.set(xlim=(-0.25, 1.25), ylim=(1.04, -0.12), title=title)
     ax.axis("off")
     return figure

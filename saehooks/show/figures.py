@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, RED, GREY = "#286ee1", "#d74128", "#8a8f98"
+INK = "#767c86"
+"""Text and lines: stands out from white paper and from dark, four to one."""
 COLOURS = (BLUE, RED, "#2a9d6f", "#e09f1f", "#7b4fc9", "#8a8f98")
 
 
 def blank(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure of a grid of axes, outside pyplot (nothing to close), that notebooks show as a PNG.
+    """A figure of a grid of axes, outside pyplot (nothing to close), that notebooks show as a PNG; its paper is
+    transparent, so that it reads on light and dark pages.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -29,12 +32,17 @@ def blank(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("pictures need matplotlib; write: pip install matplotlib") from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)
     figure._repr_png_ = lambda: png(figure)  # type: ignore[attr-defined]
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(INK)
+        ax.set_facecolor("none")
+        ax.tick_params(colors=INK)
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_color(INK)
     return figure, axes
 
 
@@ -66,7 +74,7 @@ def support_size_histogram(support_size: Any, *, title: str = "Latents per token
     for value, name in ((low, "5%"), (mid, "50%"), (high, "95%")):
         ax.axvline(value, color=GREY, linestyle="--", linewidth=1, label=f"{name}: {value:.0f}")
     ax.set(xlabel="latents in the support", ylabel="tokens", title=title)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, labelcolor=INK)
     return figure
 
 
@@ -116,7 +124,7 @@ def ranking_bars(
     ax.barh(range(len(labels)), numbers, color=[BLUE if value >= 0 else RED for value in numbers])
     ax.set_yticks(range(len(labels)), [str(label) for label in labels])
     ax.invert_yaxis()
-    ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvline(0, color=INK, linewidth=0.8)
     ax.set(xlabel=xlabel, title=title)
     return figure
 
@@ -144,7 +152,7 @@ def paired_bars(
     ax.set_yticks(range(len(labels)), [str(label) for label in labels])
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, title=title)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, labelcolor=INK)
     return figure
 
 
@@ -167,7 +175,7 @@ def effect_curves(
         ax.plot(_array(xs), _array(ys), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(series) > 1:
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, labelcolor=INK)
     return figure
 
 

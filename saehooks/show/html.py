@@ -25,15 +25,15 @@ STYLE = """
 .sh-scale{display:inline-block;width:9em;height:.75em;border-radius:3px;vertical-align:baseline;margin:0 .4em;
  border:1px solid rgba(128,128,128,.5)}
 .sh table{border-collapse:collapse;margin:.5em 0;font-variant-numeric:tabular-nums}
-.sh th,.sh td{padding:.25em .8em;border-bottom:1px solid rgba(128,128,128,.35);text-align:left;background:none}
+.sh th,.sh td{padding:.25em .8em;border-bottom:1px solid rgba(128,128,128,.35);text-align:left;background:none;
+ white-space:normal;overflow-wrap:anywhere}
 .sh th{border-bottom-width:2px;font-weight:600}
 .sh td.n,.sh th.n{text-align:right}
 """
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1b1d22;--paper:#fff;--soft:#f3f4f7;--accent:#1f5fc4}
-@media (prefers-color-scheme:dark){:root{--ink:#e7e9ee;--paper:#15171c;--soft:#20242c;--accent:#8db7ff}
- img.chart{filter:invert(.92) hue-rotate(180deg)}}
+@media (prefers-color-scheme:dark){:root{--ink:#e7e9ee;--paper:#15171c;--soft:#20242c;--accent:#8db7ff}}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.6 system-ui,sans-serif}
 main{max-width:60em;margin:0 auto;padding:2em 1.2em 4em}
 h1{line-height:1.2;margin:0 0 .3em}h2{margin:2.2em 0 .4em;border-top:1px solid rgba(128,128,128,.35);padding-top:1em}
@@ -156,7 +156,7 @@ def code(text: str) -> str:
 
 
 def image(png: bytes, alt: str, *, photo: bool = False) -> str:
-    """A PNG carried inside the page; charts (not photos) follow the reader's dark mode."""
+    """A PNG carried inside the page; charts have transparent paper and read in light and dark."""
     data = base64.b64encode(png).decode("ascii")
     kind = "photo" if photo else "chart"
     return f'<img class="{kind}" alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
