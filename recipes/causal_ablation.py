@@ -21,8 +21,10 @@ import torch
 
 import saehooks as sh
 from saehooks import causal
+from saehooks.demo import text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
+from saehooks.latents import LatentIndex
 from saehooks.show import figures, html, terminal
 
 # ------------------------------------------------------------------ the prompts
@@ -205,6 +207,25 @@ class Behaviour:
         row["verdict"] = "separates" if self.separates else "does not separate"
         return row
 
+    def short_row(self) -> dict[str, object]:
+        """The line of the page's table; the other figures are its bars."""
+        row, n = self.row(), max(COUNTS)
+        wanted = ("behaviour", "accuracy", "held-out prompts", "clean", f"top {n} ablated", f"{n} random ablated",
+                  f"{n} frequent ablated", f"only top {n} kept", "none kept", "Spearman", "verdict")  # fmt: skip
+        return {name: row[name] for name in wanted if name in row}
+
+    def bars(self):
+        """Clean, top, random and frequent latents ablated, for each n."""
+        clean = float(self.found.clean.mean())
+        kinds = {"top": "top", "random": "random", "as frequent": "frequent"}
+        series = {name: [self.mean(f"{kind} {n}") for n in COUNTS] for name, kind in kinds.items()}
+        return figures.paired_bars(
+            [f"{n} ablated" for n in COUNTS],
+            {"clean": [clean] * len(COUNTS), **series},
+            xlabel="logit difference, right minus wrong",
+            highlight="top",
+        )
+
     @property
     def separates(self) -> bool:
         """Ablating the top 20 changes the metric at least three times as much as ablating 20 frequent ones."""
@@ -239,11 +260,12 @@ READING = (
 )
 
 
-def page(found: list[Behaviour], sae, seconds: float) -> str:
-    """One HTML page."""
+def page(found: list[Behaviour], sae, index, seconds: float) -> str:
+    """One HTML page; ``index`` says what latents stand for."""
     summary = html.Section("Held-out prompts")
     summary.add(
-        '<div class="scroll">' + html.table_html([one.row() for one in found]) + "</div>", html.paragraph(READING)
+        '<div class="scroll">' + html.table_html([one.short_row() for one in found]) + "</div>",
+        html.paragraph(READING),
     )
     sections, having = [summary], [one for one in found if one.has_it]
     summary.add(html.paragraph(verdict(found)))
@@ -266,7 +288,10 @@ def page(found: list[Behaviour], sae, seconds: float) -> str:
             html.table_html(examples, caption=f"{len(one.prompts)} prompts of {one.asked} have one-token answers")
         )
         if one.has_it:
-            section.add(one.ranking._repr_html_())
+            section.add(
+                html.image(figures.png(one.bars()), f"clean, top, random and frequent latents ablated, {one.name}")
+            )
+            section.add(one.ranking.with_index(index)._repr_html_())
             section.add(html.image(figures.png(one.ranking.plot_agreement()), f"attribution against exact, {one.name}"))
         sections.append(section)
     footer = f"Made by `recipes/causal_ablation.py` with {sae!r}, in {seconds:.0f} s."
@@ -295,6 +320,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=ASSETS / "sae-smollm2-l15")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "causal_ablation.html")
     parser.add_argument("--only", nargs="*", choices=list(BEHAVIOURS), default=list(BEHAVIOURS))
+    parser.add_argument("--index", type=Path, help="an index of the SAE's latents; by default one over 16,384 tokens")
     parser.add_argument("--prompts", type=int, default=40, help="prompts of each behaviour (%(default)s)")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -311,8 +337,14 @@ def main() -> None:
         one.evaluate(model, sae, having)
     print(terminal.render(terminal.table([one.row() for one in found]), width=200))
     print(verdict(found))
+    if args.index is None:
+        index = sh.survey(
+            model, sae, sh.TokenBatches(tokenizer, text("train"), context=128, batch_size=8, limit=16_384)
+        )
+    else:
+        index = LatentIndex.load(args.index)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(found, sae, time.perf_counter() - start), encoding="utf-8")
+    args.out.write_text(page(found, sae, index, time.perf_counter() - start), encoding="utf-8")
     print(f"wrote {args.out}")
 
 

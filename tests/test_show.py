@@ -206,3 +206,17 @@ def test_figures_read_on_light_and_on_dark_pages():
         light, dark = luminance(paper), np.array([luminance(shade) for shade in shades])
         contrast = (np.maximum(light, dark) + 0.05) / (np.minimum(light, dark) + 0.05)
         assert contrast.min() > 2.5
+
+
+def test_one_series_stands_out():
+    """With a highlight the named series is blue and the others are greys; without it each has its own colour."""
+    series = {"sparsemax": [1, 2], "topk": [2, 1], "relu": [3, 1]}
+    lines = {name: ([0, 1], values) for name, values in series.items()}
+    bars = figures.paired_bars(["a", "b"], series, highlight="sparsemax")
+    curves = figures.effect_curves(lines, xlabel="x", ylabel="y", highlight="sparsemax")
+    assert curves.axes[0].lines[0].get_color() == figures.BLUE
+    assert all(line.get_color() in figures.GREYS for line in curves.axes[0].lines[1:])
+    legend = [handle.get_facecolor() for handle in bars.axes[0].get_legend().legend_handles]
+    assert len(set(legend)) == 3
+    plain = figures.effect_curves(lines, xlabel="x", ylabel="y")
+    assert len({line.get_color() for line in plain.axes[0].lines} & set(figures.COLOURS)) == 3

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BLUE, RED, GREY = "#286ee1", "#d74128", "#8a8f98"
 INK = "#767c86"
 """Text and lines: stands out from white paper and from dark, four to one."""
+GREYS = ("#8a8f98", "#b3b8c0", "#666c76")
 COLOURS = (BLUE, RED, "#2a9d6f", "#e09f1f", "#7b4fc9", "#8a8f98")
 
 
@@ -135,10 +136,13 @@ def paired_bars(
     *,
     title: str = "",
     xlabel: str = "probability",
+    highlight: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Horizontal bars of several series side by side: a next-token distribution before and after an edit.
 
+    Args:
+        highlight: the series that matters, in blue, the others in greys; by default each in its own colour.
     Raises:
         ConfigError: a series has not one value per label.
     """
@@ -148,7 +152,7 @@ def paired_bars(
     thickness = 0.8 / max(1, len(series))
     for i, (name, values) in enumerate(series.items()):
         places = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * thickness
-        ax.barh(places, _array(values), height=thickness, color=COLOURS[i % len(COLOURS)], label=name)
+        ax.barh(places, _array(values), height=thickness, color=_colour(i, name, highlight), label=name)
     ax.set_yticks(range(len(labels)), [str(label) for label in labels])
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, title=title)
@@ -162,17 +166,20 @@ def effect_curves(
     xlabel: str,
     ylabel: str,
     title: str = "",
+    highlight: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Lines of an effect over the strength of an edit, one for each name: ``{name: (x, y)}``.
 
+    Args:
+        highlight: the line that matters, in blue, the others in greys; by default each in its own colour.
     Raises:
         ConfigError: x and y of a line are not equally long.
     """
     figure, ax = _axes(ax)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         _same_length(xs, ys)
-        ax.plot(_array(xs), _array(ys), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=name)
+        ax.plot(_array(xs), _array(ys), color=_colour(i, name, highlight), marker="o", markersize=4, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(series) > 1:
         ax.legend(frameon=False, labelcolor=INK)
@@ -222,6 +229,13 @@ def _overlay(ax: Axes, image: np.ndarray, strength: np.ndarray) -> None:
     heat[..., :3] = (0.95, 0.15, 0.1)
     heat[..., 3] = 0.75 * np.clip(strength, 0, 1)
     ax.imshow(heat, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+
+
+def _colour(place: int, name: str, highlight: str | None) -> str:
+    """The colour of a series: its own, or blue for the one that matters and greys for the others."""
+    if highlight is None:
+        return COLOURS[place % len(COLOURS)]
+    return BLUE if name == highlight else GREYS[place % len(GREYS)]
 
 
 def _axes(ax: Axes | None, height: float = 3.4) -> tuple[Any, Axes]:
