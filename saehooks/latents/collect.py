@@ -32,6 +32,7 @@ from saehooks.show.progress import Bar, bar
 from saehooks.streams import checked_batches
 from saehooks.trace import Forward
 from saehooks.training.signals import Interruptions
+from saehooks.where import where_of
 
 SAVE_EVERY = 300.0
 """Seconds between two checkpoints."""
@@ -164,7 +165,9 @@ class Walk:
         rows, latents, values = rows[inside], latents[inside], values[inside].float()
         self.tallies.add(latents, values)
         self.cofiring.add(rows, latents, n * pos, seed=self.sequences)
-        view = _Batch(codes, forward.tokens, acted, self.sae.d_sae)
+        real = forward._record.columns.real
+        tokens = forward.tokens if real is None or forward.tokens is None else forward.tokens.masked_fill(~real, -1)
+        view = _Batch(codes, tokens, acted, self.sae.d_sae)
         sequence, column = rows // pos + self.sequences, rows % pos
         seen: set[int] = set()
         draws = lottery(latents, sequence, column)
@@ -357,7 +360,7 @@ def _index(
         "site": site.name,
         "head": site.head,
         "model": host.describe(),
-        "where": repr(walk.options.get("where", "where the SAE was trained")),
+        "where": repr(where_of(sae, walk.options.get("where"))),
         "sae": repr(sae),
         "fingerprint": walk.settings["fingerprint"],
         "grid": None if walk.reads_tokens else grid_of(host.model, walk.settings["width"]),

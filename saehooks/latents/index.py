@@ -25,6 +25,7 @@ from saehooks.sae import SAE
 from saehooks.show.values import visible
 from saehooks.streams import prompt_tokens
 from saehooks.trace import Forward
+from saehooks.where import parse
 
 SHELF = ("scores", "values", "sequences", "columns", "tokens", "around")
 PLAIN = ("metadata", "sequences", "positions", "complete", "labels")
@@ -425,13 +426,15 @@ class LatentIndex:
 
         Args:
             tokenizer: by default the model's own.
-            where: the positions to look at; by default where the SAE was trained.
+            where: the positions to look at; by default those of the survey, or, where they were told by a mask or a
+                function, where the SAE was trained.
         Raises:
             ConfigError: another SAE than the one surveyed.
         """
         if fingerprint(sae) != self.metadata["fingerprint"]:
             raise ConfigError(f"this index is of another SAE: it was made with {self.metadata['sae']}")
-        self._model, self._sae, self._where = model, sae, where
+        self._model, self._sae = model, sae
+        self._where = parse(self.metadata["where"]) if where is None else where
         self.tokenizer = tokenizer or host_of(model).tokenizer
         return self
 

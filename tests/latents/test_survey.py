@@ -136,6 +136,28 @@ def test_order_and_cut_of_the_batches_do_not_matter(model, sae, batches, surveye
     assert torch.equal(once.drawn["columns"], index.drawn["columns"])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_text(model, sae, side):
+    """A padded batch gives the index that its texts give one by one: counts, values, and contexts without padding."""
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(3, 64, (n,), generator=generator) for n in (5, 12, 8)]
+    alone = sh.survey(model, sae, [text[None] for text in texts], where=slice(1, None))
+    tokens, mask = torch.full((3, 12), 2), torch.zeros(3, 12, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        place = slice(12 - len(text), 12) if side == "left" else slice(0, len(text))
+        tokens[row, place], mask[row, place] = text, 1
+    padded = sh.survey(model, sae, [{"input_ids": tokens, "attention_mask": mask}], where=slice(1, None))
+    assert padded.positions == alone.positions == 4 + 11 + 7
+    assert torch.equal(padded.counts, alone.counts)
+    assert torch.allclose(padded.mean, alone.mean, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for latent in alone.counts.nonzero()[:, 0].tolist():
+        for one, other in zip(padded.contexts(latent), alone.contexts(latent), strict=True):
+            assert one.sequence == other.sequence
+            assert one.tokens == other.tokens
+            assert one.peak == other.peak
+            assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-5)
+
+
 def test_an_index_is_saved_whole(surveyed, tmp_path, model, sae):
     """What is read back shows the same; a loaded index reads a text once it knows its model."""
     index, _ = surveyed
@@ -148,7 +170,7 @@ def test_an_index_is_saved_whole(surveyed, tmp_path, model, sae):
     assert again.search("music").latents == [5]
     with pytest.raises(ConfigError, match="bind"):
         again.top("w5 w6")
-    again.bind(model, sae, index.tokenizer, where=slice(1, None))
+    again.bind(model, sae, index.tokenizer)
     assert again.top("w5 w6 w7").rows() == index.top("w5 w6 w7").rows()
     with pytest.raises(ConfigError, match="another SAE"):
         again.bind(model, sh.SAE(d_in=32, d_sae=96, hook_name=SITE))
