@@ -80,7 +80,7 @@ class LatentIndex:
     _model: Any = field(default=None, init=False)
     _sae: Any = field(default=None, init=False)
     _where: Any = field(default=None, init=False)
-    _texts: dict[int, list[tuple[str, str | None]]] = field(default_factory=dict, init=False)
+    _texts: dict[int, list[tuple[str, str | None, float]]] = field(default_factory=dict, init=False)
 
     # ------------------------------------------------------------- figures
 
@@ -238,8 +238,7 @@ class LatentIndex:
         found: dict[str, float] = {}
         if word.search(self.names.get(latent, "").lower()):
             found["name"] = WEIGHTS["name"]
-        share = 1 / max(1, self.best["scores"].shape[1])
-        for peak, text in self._said(latent):
+        for peak, text, share in self._said(latent):
             kind = "label" if text is None else "peak"
             if word.search(peak):
                 found[kind] = found.get(kind, 0) + WEIGHTS[kind] * share
@@ -251,18 +250,21 @@ class LatentIndex:
                 found["raises"] = WEIGHTS["raises"] * hits / self.raises.latents.shape[1]
         return sum(found.values()), next(iter(found), "")
 
-    def _said(self, latent: int) -> list[tuple[str, str | None]]:
-        """In small letters: what stands at each of the strongest places, and around it (None for images)."""
+    def _said(self, latent: int) -> list[tuple[str, str | None, float]]:
+        """In small letters: what stands at each of the strongest places, around it (None for images), and its weight.
+
+        The weight is a place's share of the strength of all of them, less for a latent with few.
+        """
         if latent not in self._texts:
+            kept = self.best["scores"][latent] > -float("inf")
             peaks = [peak.lower() for peak in self._peaks(latent)]
-            if self.metadata["grid"] is not None:
-                self._texts[latent] = [(peak, None) for peak in peaks]
-            else:
-                kept = self.best["scores"][latent] > -float("inf")
+            strength = self.best["values"][latent][kept].clamp(min=0).double()
+            share = strength / strength.sum().clamp(min=1e-30) * float(kept.double().mean()) ** 0.5
+            texts: list[str | None] = [None] * len(peaks)
+            if self.metadata["grid"] is None:
                 rows = self.best["tokens"][latent][kept].tolist()
-                self._texts[latent] = [
-                    (peak, "".join(map(self.piece, row)).lower()) for peak, row in zip(peaks, rows, strict=True)
-                ]
+                texts = ["".join(map(self.piece, row)).lower() for row in rows]
+            self._texts[latent] = list(zip(peaks, texts, share.tolist(), strict=False))
         return self._texts[latent]
 
     def text(self, context: Context) -> str:
