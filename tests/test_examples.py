@@ -15,10 +15,10 @@ nbformat = pytest.importorskip("nbformat")
 
 
 def test_there_are_notebooks():
-    """First steps, steering, live CE degradation, training and CLIP: each has its notebook."""
-    assert {"01_first_steps", "02_steering", "03_live_ce", "04_train_your_own", "05_clip_concepts"} <= {
-        file.stem for file in NOTEBOOKS
-    }
+    """First steps, steering, live CE degradation, training, CLIP, SAEs of others, latents: each has its notebook."""
+    names = "01_first_steps 02_steering 03_live_ce 04_train_your_own 05_clip_concepts 06_published_sae "
+    names += "07_find_and_steer 08_your_own_data 09_ten_questions"
+    assert set(names.split()) <= {file.stem for file in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saehooks.attachments import attach
-from saehooks.attachments.resolve import find
+from saehooks.attachments.resolve import find, written_by
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, FormatError, NeverFiredError
 from saehooks.hosts import Host, Site
@@ -27,7 +27,7 @@ from saehooks.latents.index import LatentIndex
 from saehooks.latents.pictures import Pictures, grid_of, images_of
 from saehooks.latents.shelf import Shelf, best_of_each, lottery
 from saehooks.latents.tallies import Tallies
-from saehooks.sae import SAE
+from saehooks.sae import SAE, Transcoder
 from saehooks.show.progress import Bar, bar
 from saehooks.streams import checked_batches
 from saehooks.trace import Forward
@@ -47,7 +47,7 @@ def survey(
     *,
     folder: str | Path | None = None,
     resume: bool = False,
-    at: str | None = None,
+    at: str | tuple[str, str] | None = None,
     head: int | None = None,
     where: Any = None,
     tokenizer: Any = None,
@@ -66,7 +66,8 @@ def survey(
 
     Args:
         model: any model that saehooks knows.
-        sae: an SAE; ``at`` and ``head`` say where, if it does not know.
+        sae: an SAE; ``at`` and ``head`` say where, if it does not know. A transcoder reads one site and writes another:
+            ``at=(read, written)``.
         batches: token tensors (batch, pos), images, dicts of arguments, or lists of texts for a model with a tokenizer.
         folder: where the index is saved, and checkpoints on the way.
         resume: go on with an interrupted survey in ``folder``: give the same batches again.
@@ -96,11 +97,15 @@ def survey(
     if min(contexts, sampled, logits, neighbours, *window) < 0 or contexts < 1:
         raise ConfigError("contexts must be at least 1; sampled, window, logits and neighbours at least 0")
     host = host_of(model)
-    site = find(host, sae, at, head)
-    options = {"at": site.name, "head": site.head, **({} if where is None else {"where": where})}
+    read_at, written_at = at if isinstance(at, tuple) else (at, None)
+    site = last = find(host, sae, read_at, head)
+    if isinstance(sae, Transcoder):
+        last = written_by(host, sae, written_at)
+    options = {"at": site.name if last is site else (site.name, last.name), "head": site.head}
+    options |= {} if where is None else {"where": where}
     settings = {"contexts": contexts, "sampled": sampled, "window": list(window), "site": site.name}
     settings["fingerprint"] = fingerprint(sae)
-    walk = Walk(host, site, sae, options, settings)
+    walk = Walk(host, (site, last), sae, options, settings)
     if folder is not None:
         _check_folder(Path(folder), resume)
         if resume:
@@ -118,8 +123,11 @@ def survey(
 class Walk:
     """The pass under way: everything counted and kept so far."""
 
-    def __init__(self, host: Host, site: Site, sae: SAE, options: dict[str, Any], settings: dict[str, Any]) -> None:
-        self.host, self.site, self.sae, self.options, self.settings = host, site, sae, options, settings
+    def __init__(
+        self, host: Host, sites: tuple[Site, Site], sae: SAE, options: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        self.host, (self.site, self.last), self.sae = host, sites, sae
+        self.options, self.settings = options, settings
         self.tallies = Tallies(sae.d_sae, sae.device)
         self.cofiring = CoFiring(sae.d_sae, sae.device)
         self.best: Shelf | None = None
@@ -139,7 +147,7 @@ class Walk:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             traces = stack.enter_context(attach(self.host.model, self.sae, keep_all=True, **self.options))
-            stack.enter_context(self.host.stop_at(self.site))
+            stack.enter_context(self.host.stop_at(self.last))
             self.host.run(self.host.to_device(batch))
         if not traces.calls:
             raise NeverFiredError(f"the forward passed without reaching '{self.site.name}'")
@@ -351,13 +359,14 @@ def _index(
     every = torch.arange(sae.d_sae, device=sae.device)
     directions = torch.cat([sae.directions(part) for part in every.split(4096)]) if neighbours or logits else None
     raises = lowers = None
-    found = unembedding(host.model, site.name) if logits and walk.reads_tokens and site.head is None else None
+    found = unembedding(host.model, walk.last.name) if logits and walk.reads_tokens and site.head is None else None
     if found is not None and directions is not None and found.weight.shape[1] == directions.shape[1]:
         raises, lowers = _logit_effects(found, directions, min(logits, found.weight.shape[0]))
     fired_with = walk.cofiring.neighbours(neighbours) if neighbours else None
     alike = nearest(directions, neighbours) if neighbours and directions is not None else None
     metadata = {
         "site": site.name,
+        "written": walk.last.name,
         "head": site.head,
         "model": host.describe(),
         "where": repr(where_of(sae, walk.options.get("where"))),

@@ -42,7 +42,7 @@ class LatentIndex:
     """
 
     metadata: dict[str, Any]
-    """site, head, model, where, sae, fingerprint, grid, before: what the survey was of."""
+    """site, written, head, model, where, sae, fingerprint, grid, before: what the survey was of."""
     sequences: int
     """Sequences, or images, read."""
     positions: int
@@ -331,8 +331,10 @@ class LatentIndex:
         if isinstance(given, Tensor) and given.dim() in (1, 3):
             given = given[None]
         where = self._where
-        options = {"at": self.site, "head": self.metadata["head"], **({} if where is None else {"where": where})}
-        with torch.no_grad(), read(model, sae, **options) as trace, host.stop_at(host.site(self.site, options["head"])):
+        written = self.metadata["written"]
+        at = self.site if written == self.site else (self.site, written)
+        options = {"at": at, "head": self.metadata["head"], **({} if where is None else {"where": where})}
+        with torch.no_grad(), read(model, sae, **options) as trace, host.stop_at(host.site(written)):
             host.run(host.to_device(given))
         return trace
 

@@ -11,6 +11,7 @@ from saehooks.latents import LatentIndex
 from saehooks.latents.cofiring import CoFiring, nearest
 from saehooks.latents.shelf import Shelf, best_of_each, lottery
 from saehooks.latents.tallies import Tallies
+from saehooks.sae import Transcoder
 
 SITE = "model.layers.1"
 
@@ -296,6 +297,19 @@ def test_images_keep_their_patches(tiny_clip):
     assert latent in index.search(labels[context.sequence], n=48).latents
     assert "<svg" in index[latent]._repr_html_()
     assert f"image {context.sequence}" in repr(index[latent])
+
+
+def test_a_transcoder_is_surveyed_where_it_reads():
+    """Its codes are those of the site it reads, whichever it writes; a text is read the same way."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6)
+    )
+    sae = Transcoder(d_in=8, d_sae=32, d_out=6, dictionary="linear", activation="relu")
+    tokens = torch.randint(0, 50, (4, 16))
+    index = sh.survey(model, sae, [tokens], at=("1", "3"), where=sh.everywhere)
+    dense = sae.encode(model[1](model[0](tokens))).dense().detach()
+    assert torch.equal(index.counts, (dense > 0).sum((0, 1)))
+    assert index.top(tokens[:1], n=1).latents == [int(dense[0].amax(0).argmax())]
 
 
 # ------------------------------------------------------------------- the pieces
