@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BLUE, RED, GREY = "#286ee1", "#d74128", "#8a8f98"
 INK = "#767c86"
 """Text and lines: stands out from white paper and from dark, four to one."""
-GREYS = ("#8a8f98", "#b3b8c0", "#666c76")
+GREYS = ("#5f6670", "#8a8f98", "#b3b8c0", "#cdd1d7")
 COLOURS = (BLUE, RED, "#2a9d6f", "#e09f1f", "#7b4fc9", "#8a8f98")
 
 
@@ -156,7 +156,7 @@ def paired_bars(
     ax.set_yticks(range(len(labels)), [str(label) for label in labels])
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, title=title)
-    ax.legend(frameon=False, labelcolor=INK)
+    ax.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -26,7 +26,7 @@ STYLE = """
  border:1px solid rgba(128,128,128,.5)}
 .sh table{border-collapse:collapse;margin:.5em 0;font-variant-numeric:tabular-nums}
 .sh th,.sh td{padding:.25em .8em;border-bottom:1px solid rgba(128,128,128,.35);text-align:left;background:none;
- white-space:normal;overflow-wrap:anywhere}
+ white-space:normal;overflow-wrap:break-word}
 .sh th{border-bottom-width:2px;font-weight:600}
 .sh td.n,.sh th.n{text-align:right}
 """
