@@ -135,11 +135,11 @@ class ReconstructionMeter:
     """
 
     def __init__(self, d_in: int, d_sae: int) -> None:
-        self._sum = torch.zeros(d_in, dtype=torch.float64)
-        self._counts = torch.zeros(d_sae, dtype=torch.int64)
-        self._sizes = torch.zeros(d_sae + 1, dtype=torch.int64)
+        self._sum = torch.zeros(d_in, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(d_sae, dtype=torch.int64, device="cpu")
+        self._sizes = torch.zeros(d_sae + 1, dtype=torch.int64, device="cpu")
         self._sums = torch.zeros(
-            6, dtype=torch.float64
+            6, dtype=torch.float64, device="cpu"
         )  # |error|^2, |x|^2, |recons|^2, x . recons, cosines, norm ratios
         self.rows = 0
 
@@ -171,7 +171,7 @@ class ReconstructionMeter:
         rows, variance = self.rows, energy - float(self._sum.square().sum()) / max(1, self.rows)
         reached = self._sizes.cumsum(0).double() / max(1, rows)
         q05, median, q95 = (int((reached < q).sum()) if rows else float("nan") for q in (0.05, 0.5, 0.95))
-        sizes = torch.arange(self._sizes.numel()) * self._sizes
+        sizes = torch.arange(self._sizes.numel(), device="cpu") * self._sizes
         return {
             "nmse": _ratio(error, energy),
             "fvu": _ratio(error, max(0.0, variance)),

@@ -164,8 +164,7 @@ class Dictionary(nn.Module):
 
     def decode(self, codes: Codes, with_offset: bool = True, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d_out) reconstruction of codes, flattened; without the offset it is linear in the values."""
-        support = codes.support or Support(codes.indices, codes.offsets)
-        recons = self.project(kernels.spmm(codes.values, support, self.table, step=step))
+        recons = self.project(self.sums(codes, step=step))
         offset = self.offset if with_offset else None
         if offset is not None and self.scales_offset:
             recons = recons + offset
@@ -174,6 +173,15 @@ class Dictionary(nn.Module):
         if offset is not None and not self.scales_offset:
             recons = recons + offset
         return recons + codes.shift if with_offset and codes.shift is not None else recons
+
+    def total(self, latents: int) -> int:
+        """A number of latents, of which each process that shares a dictionary knows its own."""
+        return latents
+
+    def sums(self, codes: Codes, *, step: Step = DEFAULT) -> Tensor:
+        """(rows, d) sums of the table's rows, weighed by codes."""
+        support = codes.support or Support(codes.indices, codes.offsets)
+        return kernels.spmm(codes.values, support, self.table, step=step)
 
     def forward(self, codes: Codes) -> Tensor:
         """Decode: so that a decoder with other parameters can be called functionally."""

@@ -30,22 +30,27 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
     folder = Path(folder)
     trainer.settle()
     trainer.check_finite()
+    ranks = trainer.ranks
     broken = [name for name, p in trainer.sae.named_parameters() if not torch.isfinite(p).all()]
-    if broken:
+    if ranks.any(torch.tensor(float(len(broken)), dtype=torch.float32, device=trainer.sae.device)):
         raise NotFiniteError(f"not saved: {', '.join(broken)} hold NaN or infinity")
-    tensors: dict[str, Tensor] = {f"sae.{name}": t for name, t in trainer.sae.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"sae.{name}": ranks.whole(name, t) for name, t in trainer.sae.state_dict().items()}
+    names = [name for name, _ in trainer.sae.named_parameters()]
     for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        for name, value in state.items():
+            tensors[f"adam.{index}.{name}"] = ranks.whole(names[index], value) if value.dim() else value
     tensors |= {f"buffer.{name}": value for name, value in trainer.buffer.state().items()}
-    tensors["idle"] = trainer.idle
+    tensors["idle"] = ranks.whole("idle", trainer.idle)
     facts = {
-        "sae": trainer.sae.cfg.to_dict(),
+        "sae": _whole_config(trainer),
         "config": _settings(trainer),
         "counters": {name: getattr(trainer, name) for name in ("steps", "rows_done", "batches_seen", "expected_steps")},
         "data": trainer.mark._asdict(),
         "history": trainer.history,
         "seconds": trainer.seconds,
     }
+    if not ranks.leads:
+        return folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_file(folder / CHECKPOINT, to_bytes(ready, metadata={"cfg": json.dumps(facts)}))
@@ -97,20 +102,22 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     tensors, facts = read_safetensors(path)
     if facts is None or not {"counters", "data"} <= set(facts):
         raise FormatError(f"{path} is not a checkpoint of a training")
-    _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(trainer.sae.cfg.to_dict())), ("metadata",))
+    _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(_whole_config(trainer))), ("metadata",))
     _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
-    trainer.sae.load_state_dict(_part(tensors, "sae."))
+    ranks = trainer.ranks
+    trainer.sae.load_state_dict({name: ranks.part(name, t) for name, t in _part(tensors, "sae.").items()})
     state: dict[int, dict[str, Tensor]] = {}
-    parameters = list(trainer.sae.parameters())
+    names, parameters = zip(*trainer.sae.named_parameters(), strict=True)
     for name, value in _part(tensors, "adam.").items():
         index, key = name.split(".", 1)
         like = parameters[int(index)]
+        value = ranks.part(names[int(index)], value) if value.dim() else value
         if value.shape == like.shape:  # the fused update reads memory in order: the layout must be the parameter's
             value = torch.empty_like(like).copy_(value)
         state.setdefault(int(index), {})[key] = value
     trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
     trainer.buffer.restore(_part(tensors, "buffer."))
-    trainer.idle.copy_(tensors["idle"])
+    trainer.idle.copy_(ranks.part("idle", tensors["idle"]))
     for name, value in facts["counters"].items():
         setattr(trainer, name, value)
     trainer.expected_steps = trainer.config.steps or trainer.expected_steps
@@ -118,6 +125,12 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     trainer.data, trainer.source, trainer.position = Fingerprint(mark.value, mark.last), mark.source, mark.position
     trainer.history, trainer.seconds = facts["history"], facts["seconds"]
     return True
+
+
+def _whole_config(trainer: Trainer) -> dict:
+    """Of the SAE of all ranks."""
+    cfg = trainer.sae.cfg
+    return {**cfg.to_dict(), "d_sae": cfg.d_sae * trainer.ranks.latents}
 
 
 def _settings(trainer: Trainer) -> dict:

@@ -10,6 +10,7 @@ from torch import Tensor
 from saehooks.errors import ConfigError, WidthError
 from saehooks.hosts import Host, Site
 from saehooks.streams import Mark, harvest_sites, identity_of, position_of, unseen
+from saehooks.training.ranks import Alone, iterate_together
 
 ROWS = 8192
 """Rows of a tensor of activations that are taken in at once."""
@@ -59,10 +60,17 @@ class ModelData:
         source: the model.
         batches: its inputs.
         sites: each with its rule of positions, by the key under which a `Part` holds its rows.
+        ranks: processes that share the forwards: each runs every so many-th batch, and all get the rows of all.
     """
 
-    def __init__(self, source: Host, batches: Iterable[Any], sites: Mapping[Hashable, tuple[Site, Any]]) -> None:
-        self._source, self._batches, self._sites = source, batches, sites
+    def __init__(
+        self,
+        source: Host,
+        batches: Iterable[Any],
+        sites: Mapping[Hashable, tuple[Site, Any]],
+        ranks: Alone | None = None,
+    ) -> None:
+        self._source, self._batches, self._sites, self._ranks = source, batches, sites, ranks or Alone()
 
     def __len__(self) -> int:
         return _length(self._batches)
@@ -71,7 +79,21 @@ class ModelData:
     def identity(self) -> str:
         return identity_of(self._batches)
 
+    def _parts_of_all(self, marks: Iterable[Mark]) -> Iterator[Part]:
+        """Each rank runs one batch of a group and sends its rows to the others."""
+        ((key, wanted),) = self._sites.items()
+        for group in iterate_together(self._ranks, unseen(self._batches, marks)):
+            rows = None
+            if self._ranks.rank < len(group):
+                (rows,) = next(harvest_sites(self._source, [group[self._ranks.rank][1]], [wanted]))
+            for (number, batch), found in zip(group, self._ranks.exchange(rows), strict=False):
+                if found is not None:
+                    yield Part(number, batch, {key: found}, position_of(self._batches, number))
+
     def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
+        if self._ranks.size > 1:
+            yield from self._parts_of_all(marks)
+            return
         current: list[tuple[int, Any]] = []
 
         def noted() -> Iterator[Any]:

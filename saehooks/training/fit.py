@@ -22,6 +22,7 @@ from saehooks.streams import Tap, checked_batches, harvest_sites
 from saehooks.training.data import Data, ModelData, OwnData, is_activations
 from saehooks.training.job import Job, check_trained
 from saehooks.training.loop import run_jobs
+from saehooks.training.ranks import Ranks
 from saehooks.training.trainer import TrainConfig, Trainer
 from saehooks.where import where_of
 
@@ -104,6 +105,7 @@ def fit(
     config: TrainConfig | Mapping[str, TrainConfig] | None = None,
     progress: bool | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
+    latent_ranks: int = 1,
     **settings: Any,
 ) -> Trainer | dict[str, Trainer]:
     """Train an SAE on the activations of a site, stopping each forward there: ``sh.fit(model, new, batches, at=...)``.
@@ -123,6 +125,8 @@ def fit(
         progress: show a progress display; by default in a terminal or notebook.
         on_record: called with each record of a history as it is made, of several SAEs with its name as ``"sae"``:
             ``on_record=saehooks.training.watching.tensorboard("logs")``.
+        latent_ranks: under ``torchrun``, over how many of the processes the dictionary is split; the others split the
+            rows of each batch. All processes make the same call; the first one writes.
     Returns:
         The trainer, with its history; of several SAEs a dict of them. SAEs are trained in place and left in eval mode.
     Raises:
@@ -135,11 +139,16 @@ def fit(
     saes = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
     if not saes:
         raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
+    ranks = Ranks.joined(latent_ranks)
+    if ranks.size > 1 and len(saes) > 1:
+        raise ConfigError("several SAEs at once are trained by one process: leave out torchrun, or give one SAE")
     targets = {name: _target(model, one, at, head, where) for name, one in saes.items()}
     jobs = {}
     for name, one in saes.items():
-        trainer = Trainer(one, _config(config, settings, name), _named(on_record, name))
-        jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume)
+        own = _config(config, settings, name)
+        ranks.check_agreement(one, {"config": asdict(own), "out": str(out), "resume": resume})
+        trainer = Trainer(ranks.shard(one), own, _named(on_record, name), ranks)
+        jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume, one)
     if is_activations(model):
         if batches is not None:
             raise ConfigError("fit(activations, sae) trains on them alone: leave out batches=")
@@ -147,7 +156,7 @@ def fit(
     else:
         if batches is None:
             raise ConfigError("fit(model, sae, batches) needs batches, the inputs of the model")
-        data = ModelData(host(model), checked_batches(batches), _sites(targets.values()))
+        data = ModelData(host(model), checked_batches(batches), _sites(targets.values()), ranks)
     if eval_batches is not None:
         held_out = _held_out(model, eval_batches, targets.values())
         for job in jobs.values():

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from saehooks.errors import ConfigError, NotFiniteError, StorageError
+from saehooks.sae import SAE
 from saehooks.training.checkpoint import check_writable, load_checkpoint, refuse_unfinished, save_checkpoint
 from saehooks.training.data import Part
 from saehooks.training.trainer import Trainer
@@ -23,17 +24,24 @@ class Job:
         key: by which a `Part` holds its rows.
         folder: for checkpoints and the SAE; None for neither.
         resume: go on from the checkpoint in the folder, if there is one.
+        sae: the whole SAE, where the trainer of this process has a part of it.
     Raises:
         ConfigError: resume without a folder, or a folder that holds an interrupted training and no resume.
         StorageError: a folder that cannot be written.
     """
 
     def __init__(
-        self, trainer: Trainer, key: Hashable = None, folder: Path | None = None, resume: bool = False
+        self,
+        trainer: Trainer,
+        key: Hashable = None,
+        folder: Path | None = None,
+        resume: bool = False,
+        sae: SAE | None = None,
     ) -> None:
         if resume and folder is None:
             raise ConfigError("resume=True needs out=, the folder that holds the checkpoint")
         self.trainer, self.key, self.folder = trainer, key, folder
+        self.sae = trainer.sae if sae is None else sae
         self.held_out: Tensor | None = None
         if folder is not None:
             check_writable(folder)
@@ -97,12 +105,16 @@ class Job:
     def finish(self, remember: Callable[[Trainer], None]) -> None:
         """Write into the SAE what is known of it, evaluate it, and save it with its last checkpoint."""
         remember(self.trainer)
-        sae = self.trainer.sae
+        part, ranks = self.trainer.sae, self.trainer.ranks
         if self.held_out is not None:
-            sae.cfg.metadata["metrics"] = {"held_out": self.trainer.evaluate(self.held_out)}
+            part.cfg.metadata["metrics"] = {"held_out": self.trainer.evaluate(self.held_out)}
+        if self.sae is not part:
+            self.sae.load_state_dict({name: ranks.whole(name, t) for name, t in part.state_dict().items()})
+            self.sae.cfg.metadata = part.cfg.metadata
         if self.folder is not None:
-            with self._writing():
-                sae.save(self.folder)
+            if ranks.leads:
+                with self._writing():
+                    self.sae.save(self.folder)
             self.save()
 
     @contextmanager

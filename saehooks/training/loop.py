@@ -27,13 +27,16 @@ def run_jobs(
     """
     try:
         with _saved_when_interrupted(jobs) as interruptions:
-            with TrainingProgress({name: job.trainer for name, job in jobs.items()}, progress) as display:
+            shown = {name: job.trainer for name, job in jobs.items()}
+            leads = all(trainer.ranks.leads for trainer in shown.values())
+            with TrainingProgress(shown, progress if leads else False) as display:
                 _read(jobs, data, display, interruptions)
             for name, job in jobs.items():
                 job.finish(remember[name])
     finally:
         for job in jobs.values():
             job.trainer.sae.eval()
+            job.sae.eval()
 
 
 def _read(jobs: Mapping[str, Job], data: Data, display: TrainingProgress, interruptions: Interruptions) -> None:
@@ -80,7 +83,8 @@ def _saved_when_interrupted(jobs: Mapping[str, Job]) -> Iterator[Interruptions]:
         except KeyboardInterrupt:
             # After a second one a step may be half done; without a step there is nothing to save.
             advanced = [job for job in kept if job.advanced]
-            if interruptions.count != 1 or not advanced:
+            together = any(job.trainer.ranks.size > 1 for job in advanced)  # the others may be in another step
+            if interruptions.count != 1 or not advanced or together:
                 raise
             for job in advanced:
                 job.save()

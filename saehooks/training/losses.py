@@ -127,7 +127,7 @@ def training_loss(
         if not coefficient:
             continue
         helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
-        if helpers is not None and helpers.numel():
+        if helpers is not None and sae.dictionary.total(helpers.numel()):
             error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
             terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights, kernel_step)
     total = torch.stack(list(terms.values())).sum()
@@ -268,7 +268,7 @@ def auxiliary(
         weights: (rows,) of the rows' squared errors; None for equal ones.
         kernel_step: what the kernels know beside the tensors.
     """
-    k = min(k or max(1, sae.d_in // 2), latents.numel())
+    k = min(k or max(1, sae.d_in // 2), sae.dictionary.total(latents.numel()))
     prepared = stages.prepared
     # How many there can be is known: a step that does not wait for its codes need not wait for these.
     step = kernel_step.with_room(max(1, error.shape[0] * k))

@@ -18,6 +18,10 @@ from saehooks.sae import SAE, autocast_off
 from saehooks.streams import Fingerprint, Mark, ShuffleBuffer
 from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.training.optimiser import TableAdam
+from saehooks.training.ranks import Alone
+
+SUMS = ("l1", "l0")
+"""Terms of the loss that add up over latents."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,24 @@ class Trainer:
         config: settings.
         on_record: called with each record of the history as it is made; an evaluation comes as a record of its own
             with the same step. See `saehooks.training.watching` for TensorBoard, Weights & Biases and trackio.
+        ranks: the processes that train together; then ``sae`` holds this one's latents.
     Raises:
         ConfigError: an SAE that cannot be trained: in float16, frozen, or made under inference_mode.
     """
 
     @torch.inference_mode(False)
     def __init__(
-        self, sae: SAE, config: TrainConfig | None = None, on_record: Callable[[dict[str, Any]], None] | None = None
+        self,
+        sae: SAE,
+        config: TrainConfig | None = None,
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+        ranks: Alone | None = None,
     ) -> None:
         _check_trainable(sae)
         if on_record is not None and not callable(on_record):
             raise TypeError(f"on_record is called with each record, got {type(on_record).__name__}")
-        self._on_record = on_record
+        self.ranks = ranks or Alone()
+        self._on_record = on_record if self.ranks.leads else None
         self.sae, self.config = sae, config or TrainConfig()
         self.loss_config = self.config.loss or default_loss(sae)
         self.optimizer = TableAdam(sae, lr=self.config.lr, betas=self.config.betas)
@@ -171,7 +181,7 @@ class Trainer:
                 return True
             if not self.sae.finished:
                 self.sae.initialise(self.buffer.rows[: self.buffer.filled])
-            self.step(batch)
+            self.step(self.ranks.own(batch))
         self.settle()
         return False
 
@@ -221,7 +231,7 @@ class Trainer:
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
         statistics = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
-        written = self.sae.dictionary.adjusts_gradients
+        written = self.sae.dictionary.adjusts_gradients or self.ranks.data > 1
         room = self._forecast.capacity_for(len(x), self.sae.d_sae) if ahead else None
         kernel_step = Step(capacity=room) if written else self.optimizer.kernel_step(room)
         with torch.enable_grad():
@@ -229,15 +239,17 @@ class Trainer:
                 self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step
             )
             loss.total.backward()
+        self.ranks.average_gradients(self.sae)
         self._forecast.add(loss.stages.support.indices.numel(), room, x)
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
-        broken = (~torch.isfinite(loss.total.detach())).to(self._bad)
+        broken = self.ranks.any((~torch.isfinite(loss.total.detach())).to(self._bad))
         cut = torch.zeros_like(broken) if room is None or room.wanted is None else room.found_inf.to(broken)
         self._bad += broken * (1 - cut)  # codes that were cut off say nothing about the loss
         failed = torch.maximum(broken, cut)
         self.optimizer.found_inf = failed  # type: ignore[attr-defined]
         for buffer, before in statistics:  # a step that changes no parameter has not been seen by a running mean either
             buffer.copy_(torch.where(failed > 0, before, buffer))
+        self.ranks.merge_statistics(statistics)
         if not ahead:
             self.check_finite()
         between = time.perf_counter()
@@ -287,8 +299,9 @@ class Trainer:
     @torch.no_grad()
     def _count(self, loss: TrainingLoss, x: Tensor) -> None:
         codes = loss.stages.codes
-        self.idle += len(x)
+        self.idle += len(x) * self.ranks.data
         self.idle[codes.indices] = 0
+        self.ranks.least(self.idle)
         self.steps += 1
         if self.steps % self.config.log_every and not self.finished and self.steps > 1:
             return
@@ -296,10 +309,9 @@ class Trainer:
         record = {
             "step": self.steps,
             "rows": self.rows_seen,
-            "loss": float(loss.total),
-            **{f"loss_{name}": float(term) for name, term in loss.terms.items()},
-            "nmse": nmse(x, loss.recons),
-            "l0": float(codes.sizes.double().mean()),
+            **self._losses(loss),
+            "nmse": self._nmse(x, loss.recons),
+            "l0": self.ranks.sum_latents(float(codes.sizes.double().mean())),
             "dead": self.dead,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -309,16 +321,33 @@ class Trainer:
     @property
     def dead(self) -> int:
         """Latents that have not fired for ``config.dead_after`` rows."""
-        return int((self.idle >= self.config.dead_after).sum())
+        return round(self.ranks.sum_latents(int((self.idle >= self.config.dead_after).sum())))
+
+    def _nmse(self, x: Tensor, recons: Tensor) -> float:
+        """Of the rows of all ranks."""
+        own = nmse(x, recons)
+        if self.ranks.data == 1:
+            return own
+        energy = float(x.double().square().sum())
+        return self.ranks.mean_rows(own * energy) / self.ranks.mean_rows(energy)
+
+    def _losses(self, loss: TrainingLoss) -> dict[str, float]:
+        """The loss and its terms: penalties are sums over latents, the others the same on ranks that share rows."""
+        terms = {
+            f"loss_{name}": (self.ranks.sum_latents if name in SUMS else self.ranks.mean_rows)(float(term))
+            for name, term in loss.terms.items()
+        }
+        return {"loss": sum(terms.values()) if self.ranks.size > 1 else float(loss.total), **terms}
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, chunk: int = 4096) -> dict[str, float]:
         """NMSE, FVU, L0 with quantiles and dead latents on held-out rows (n, d_in); also put into the history."""
-        meter = ReconstructionMeter(self.sae.d_in, self.sae.d_sae)
+        meter = ReconstructionMeter(self.sae.d_in, self.sae.d_sae * self.ranks.latents)
         sae = self.sae.frozen()
         for part in rows.split(chunk):
             part = part.to(sae.device, sae.dtype)
-            meter.update(part, *sae(part))
+            recons, codes = sae(part)
+            meter.update(part, recons, self.ranks.all_codes(codes))
         found = meter.summary()
         record = {f"eval_{name}": value for name, value in found.items()}
         if self.history and self.history[-1]["step"] == self.steps:

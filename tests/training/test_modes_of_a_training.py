@@ -211,3 +211,20 @@ def test_padding_is_neither_harvested_nor_trained_on(tiny_hf, side, tmp_path):
     assert sh.harvest(tiny_hf, [batch], "model.layers.1", to=tmp_path).rows == len(right)
     trainer = sh.fit(tiny_hf, fresh(), [batch] * 4, "model.layers.1", **{**FAST, "batch_size": 8})
     assert trainer.rows_seen == 4 * len(right)
+
+
+@pytest.mark.parametrize(
+    "kind", [("concepts", "sparsemax", {}), ("linear", "batchtopk", {"k": 4}), ("linear", "gated", {})]
+)
+def test_another_default_device_changes_nothing(kind, tmp_path):
+    """Every tensor is made where the SAE is, or on the CPU: none where torch would put one that names no device."""
+    dictionary, activation, settings = kind
+    rows = torch.randn(320, 32)
+    plain, inside = (fresh(dictionary=dictionary, activation=activation, **settings) for _ in range(2))
+    sh.fit(rows, plain, eval_batches=rows[:64], **FAST)
+    try:
+        torch.set_default_device("meta")
+        sh.fit(rows, inside, eval_batches=rows[:64], out=tmp_path, **FAST)
+    finally:
+        torch.set_default_device(None)
+    assert same_weights(plain, inside)
