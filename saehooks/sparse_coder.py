@@ -66,6 +66,27 @@ class Encoded(NamedTuple):
     """Codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
 
 
+def _glance(module: nn.Module) -> dict[str, Tensor]:
+    """A few numbers of every parameter, by which one that was filled anew is told."""
+    found = {}
+    for name, p in module.named_parameters():
+        few = p.detach()
+        while few.dim() > 2:
+            few = few[0]
+        few = few.diagonal() if few.dim() == 2 else few.reshape(-1)
+        if not p.is_meta:
+            found[name] = few[:64].to("cpu", torch.float32, copy=True)
+    return found
+
+
+def _differ(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
+    """Whether numbers differ by more than the rounding of a cast, or there are others."""
+    return before.keys() != now.keys() or any(
+        few.shape != now[name].shape or not torch.allclose(few, now[name], rtol=0.01, atol=1e-6, equal_nan=True)
+        for name, few in before.items()
+    )
+
+
 class SparseCoder(nn.Module):
     """What an SAE and a transcoder share: activations of width d_in in, sparse codes, a reconstruction out."""
 
@@ -90,13 +111,13 @@ class SparseCoder(nn.Module):
             self.refinement = Refinement(**for_refinement)
             self.to(device=device, dtype=dtype)
         self._finished = False
+        self._first = _glance(self)
 
     @property
     def finished(self) -> bool:
         """Whether the weights say something already (loaded, trained, or set from data): training then goes on from
-        them and never sets them from data again. Set it where you filled the parameters yourself in other ways than
-        in place."""
-        return self._finished or any(p._version for p in self.parameters())
+        them and never sets them from data again. Parameters that you filled yourself, in whatever way, are seen."""
+        return self._finished or any(p._version for p in self.parameters()) or _differ(self._first, _glance(self))
 
     @finished.setter
     def finished(self, value: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -257,6 +258,26 @@ def test_a_loaded_sae_is_never_initialised_again(name, tmp_path):
     trainer.step(100 + 30 * torch.randn(16, D_IN))
     for name, p in sae.named_parameters():
         torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda sae, p: p.data.copy_(torch.randn(p.shape)),
+        lambda sae, p: setattr(sae.dictionary, "W_dec", torch.nn.Parameter(torch.randn(p.shape))),
+        lambda sae, p: sae.load_state_dict({name: t + 1 for name, t in sae.state_dict().items()}),
+        lambda sae, p: torch.nn.init.normal_(p),
+    ],
+    ids=["data", "another parameter", "state dict", "in place"],
+)
+def test_an_sae_that_was_filled_in_any_way_counts_as_finished(fill):
+    """Also after a copy, a cast and a pickle; a new one does not, copied or cast."""
+    new, filled = (SAE(D_IN, D_SAE, "linear", "topk", k=K) for _ in range(2))
+    fill(filled, filled.dictionary.W_dec)
+    for sae, finished in ((new, False), (filled, True)):
+        for twin in (sae, copy.deepcopy(sae), copy.deepcopy(sae).bfloat16()):
+            assert twin.finished == finished
+    assert pickle.loads(pickle.dumps(filled)).finished
 
 
 def test_a_save_that_is_cut_off_leaves_the_last_one(tmp_path, monkeypatch):
