@@ -146,7 +146,9 @@ class Site:
             acts = self.view.read(raw)
         except WidthError as error:
             raise WidthError(f"site '{self.name}': {error}") from None
-        if acts.dim() != 3 or self.width not in (None, acts.shape[-1]):
+        if acts.dim() == 3 and self.width not in (None, acts.shape[-1]):
+            raise WidthError(f"an SAE there has d_in={self.width}, but '{self.name}' is {acts.shape[-1]} wide")
+        if acts.dim() != 3:
             expected = "width" if self.width is None else self.width
             raise WidthError(
                 f"site '{self.name}' carries activations of shape {tuple(acts.shape)}; "
