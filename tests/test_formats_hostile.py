@@ -218,6 +218,20 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
             sh.load(lens(tmp_path / name, tensors={name: tensor}))
 
 
+def test_two_values_of_k_are_refused(tmp_path):
+    """dictionary_learning stores k twice."""
+    tensors = {"encoder.weight": W["W_enc"].T.contiguous(), "encoder.bias": W["b_enc"], "b_dec": W["b_dec"]}
+    tensors |= {"decoder.weight": W["W_dec"].T.contiguous(), "k": torch.tensor(K)}
+    for k in (K, K + 1):
+        trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": D_IN, "dict_size": D_SAE, "k": k}
+        source = parts.pickled(tensors, "ae.pt", {"trainer": trainer})(tmp_path / str(k))
+        if k == K:
+            assert sh.load(source).cfg.settings["k"] == K
+        else:
+            with pytest.raises(FormatError, match=f"k is {K} .* and {k} in"):
+                sh.load(source)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_thresholds_are_those_of_the_file(dtype, tmp_path):
     """A score at the threshold is inactive and the next number above it active, in the file's own precision."""

@@ -156,14 +156,16 @@ def _batch_topk(trainer: Contents, parts: LinearParts) -> LinearParts:
 
 
 def _k(trainer: Contents) -> int:
-    """k, of the state dict if it is there: a training may move it."""
+    """k, which the state dict and the config must agree on, as their `load_dictionary` asks."""
     said = trainer.setting("k", int, None)
     if not trainer.holds("k"):
         if said is None:
             raise FormatError(f"{trainer.where}: neither the state dict nor {CONFIG} says k")
         return said
-    stored = trainer.tensor("k")
-    return int(stored.read())
+    stored = int(trainer.tensor("k").read())
+    if said is not None and said != stored:
+        raise FormatError(f"{trainer.where}: k is {stored} in the state dict and {said} in {CONFIG}")
+    return stored
 
 
 def _by_tensors(state: Mapping[str, Any], where: str) -> str:
