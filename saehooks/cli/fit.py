@@ -24,6 +24,7 @@ examples:
   saehooks fit ... --loss-aux-k 0.1 --betas 0.9 0.99 --buffer-rows 100000     every setting has an option
   saehooks fit --activations acts/15 --d-sae 4608 --out saes/mine             on what 'saehooks harvest' wrote
   saehooks fit --model smollm2 --saes grid.toml --out saes/grid               several SAEs, from the same forwards
+  torchrun --nproc-per-node 8 --no-python saehooks fit ... --latent-ranks 8   a dictionary split over eight processes
   saehooks fit ... --resume           goes on after an interruption, bit for bit (on the CPU)
 
 The first position of each text (an attention sink) is not trained on; of a picture every token is. Ctrl-C stops
@@ -60,6 +61,9 @@ def register(commands: Any) -> None:
     add("--k", type=int, help="latents per token, for topk and its kin")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the SAE, may be repeated")
     add("--saes", type=Path, metavar="FILE.toml", help="several SAEs from the same forwards, a table each, see above")
+    add(
+        "--latent-ranks", type=int, default=1, metavar="N", help="under torchrun: split the dictionary over N processes"
+    )
     add_data(parser)
     add("--eval-text", type=Path, nargs="+", metavar="FILE", help="held-out text; the packaged passages by default")
     add("--eval-tokens", type=int, default=8192, help="at most so many held-out tokens (%(default)s)")
@@ -86,10 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
         model, made, data = _for_model(arguments, wanted)
     saes = {name: sae for name, (sae, _) in made.items()}
     options = {"out": arguments.out, "resume": arguments.resume, "progress": True, **data}
+    options["latent_ranks"] = arguments.latent_ranks
     if arguments.saes is None:
         trainers = {"": sh.fit(model, saes[""], config=made[""][1], **options)}
     else:
         trainers = sh.fit(model, saes, config={name: config for name, (_, config) in made.items()}, **options)
+    if not all(trainer.ranks.leads for trainer in trainers.values()):
+        return
     for name, trainer in trainers.items():
         print(f"{name}{': ' if name else ''}{trainer!r}")
     first = next(iter(trainers))
