@@ -1,7 +1,17 @@
 """One text, one answer: hosts x ways of calling x rules, each against every text by itself (tests/one_text.py).
 
-By default each host and way is tried with three of the ten rules, so that neighbours differ; ``MATRIX=all`` tries all.
-What a host itself cannot do is listed in IMPOSSIBLE, with the error that it, and not saehooks, raises.
+| hosts | ways | rules | cells |
+|---|---|---|---|
+| Llama, GPT-2, Gemma 3 (sliding and full layers), OPT, Mamba | the 20 of WAYS | 10 | 950, by default 288 |
+| TransformerBridge over a Llama | strings and tokens, on either side, generated with and without cache | 8 | 56 |
+| T5, encoder and decoder | generated with and without cache, in beams | 5 | 30 |
+| BERT; torch's TransformerEncoder, (batch, pos) and (pos, batch) | padded batches | 10; 4 | 36 |
+| LLaVA, text and pictures; Hugging Face's CLIP, both towers | calls, generated | 10; 4; 6 | 31 |
+
+``MATRIX=all`` tries all; by default each decoder and way is tried with three rules, so that neighbours differ. Of the
+950, 30 are refused by the host itself (IMPOSSIBLE), with its own error; what a host does not have is in APART.
+Diffusion models, whose positions are places of a picture, are in tests/hosts/test_diffusion.py, HookedTransformers in
+tests/legacy.
 """
 
 from __future__ import annotations
@@ -9,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -185,6 +196,12 @@ class Scorer(nn.Module):
         return self.lm.generate(*args, **kwargs)
 
 
+class Taken(NamedTuple):
+    """A method that was taken from the model before the block."""
+
+    generate: Any
+
+
 def threads(host, rule):
     """Two threads that run the model at the same time inside one block."""
     found: dict[int, torch.Tensor] = {}
@@ -221,6 +238,9 @@ WAYS = {
     "second turn": second_turn,
     "beams": beams,
     "beams without cache": lambda host, rule: beams(host, rule, use_cache=False),
+    "method taken before": lambda host, rule: generate(
+        host, rule, run=Taken(host.model.generate), use_cache=host.name == "mamba"
+    ),
     "in a class": lambda host, rule: generate(host, rule, model=Scorer(host.model), site=f"lm.{host.site}"),
     "in DataParallel": lambda host, rule: generate(host, rule, model=nn.DataParallel(host.model), run=host.model),
 }
@@ -262,6 +282,43 @@ def test_a_decoder_gives_one_text_one_answer(name, way):
 
 
 # ------------------------------------------------------------- other hosts
+
+
+@pytest.fixture(scope="module")
+def bridged(tiny_tokenizer):
+    """A TransformerBridge, and the oracle of a model with the same weights."""
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    inner = llama()
+    inner.config.architectures = ["LlamaForCausalLM"]
+    bridge = bridges.TransformerBridge.boot_transformers("tiny", hf_model=inner, tokenizer=tiny_tokenizer).eval()
+    return bridge, Decoder("llama", llama(), "model.layers.0")
+
+
+@pytest.mark.parametrize("how", ["strings, left", "strings, right", "tokens", "generate", "no cache", "list", "hf"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("not_special", "everywhere")])
+def test_a_bridge_gives_one_text_one_answer(bridged, rule, how):
+    """Strings, lists of them and tokens, read or continued, give what the model inside gives of each text alone."""
+    model, host = bridged
+    texts = [" ".join(f"w{token - 3}" for token in row[1:]) for row in ROWS]
+    block = host.steer(rule, model, "blocks.0.hook_resid_post")
+    if how in ("generate", "no cache", "list", "hf"):
+        write = model.hf_generate if how == "hf" else model.generate
+        options = {"max_new_tokens": 4, "do_sample": False, "return_type": "tokens", "stop_at_eos": False}
+        options |= {"use_past_kv_cache": how != "no cache"} if how != "hf" else {}
+        with torch.no_grad(), block:
+            found = write(texts if how == "list" else torch.tensor(ROWS[:1]), **options)
+        for new, row in zip(found[:, -4:].tolist(), ROWS, strict=False):
+            assert new == host.written(row, rule, 4)[0]
+        return
+    with torch.no_grad(), block:
+        side = how.rpartition(" ")[2]
+        ids, mask = padded(ROWS, side if side in ("left", "right") else "right")
+        if how == "tokens":
+            found = model(ids, attention_mask=mask)
+        else:
+            found = model(texts, padding_side=side)
+    for i, row in enumerate(ROWS):
+        assert same(found[i, mask[i].bool()], host.logits(row, rule))
 
 
 def places(after, call, block):

@@ -32,6 +32,7 @@ def watching_methods(model: Any, watch: SequenceWatch) -> Iterator[None]:
         stack.enter_context(replaced_method(model, "forward", calls.around_forward))
         for name in GENERATE:
             if callable(getattr(type(model), name, None)):
+                watch.knows_generator(model, name)
                 stack.enter_context(replaced_method(model, name, calls.around_generate))
         if not hasattr(model, "original_model") and isinstance(getattr(model, "embed", None), nn.Module):
             stack.callback(hook_module(model.embed, "in", calls.embedding).remove)

@@ -6,6 +6,7 @@ says (tokens, attention mask, cache) holds inside that call alone; only what is 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections import OrderedDict
@@ -285,6 +286,7 @@ class _Thread(threading.local):
         self.frames: list[_Frame] = []
         self.grads = False  # whether the call that runs was begun with gradients
         self.generations: list[Generation] = []
+        self.entered: list[tuple[Any, Generation]] = []  # the Python frame of a generate, entered past the watch
         self.counts: list[tuple[Any, dict[Hashable, int]]] = []  # Python frame of a checkpoint -> firings in it
 
 
@@ -310,6 +312,8 @@ class SequenceWatch:
         self._here = _Thread()
         self._seen: OrderedDict[Any, Columns] = OrderedDict()
         self._fired: dict[Any, int] = {}
+        self._generators: set[CodeType] = set()  # of the methods that generate
+        self._generating: set[int] = set()  # ids of the modules that have one
         self._awaited: set[tuple[Hashable, int]] = set()
         self.calls = 0
         """How many calls of the model, or of a part of it, began."""
@@ -536,7 +540,32 @@ class SequenceWatch:
         running = self._here.generations
         if running and running[-1].module is module:
             return running[-1]
-        return None if around is None else around.generation
+        if around is not None:
+            return around.generation
+        return self._entered_past_the_watch(module) if id(module) in self._generating else None
+
+    def _entered_past_the_watch(self, module: nn.Module) -> Generation | None:
+        """A ``generate`` that runs although its watched one was not called: the method was taken before the block."""
+        found, here = None, sys._getframe(1)
+        while here is not None and found is None:
+            if here.f_code in self._generators and here.f_locals.get("self") is module:
+                found = here
+            here = here.f_back
+        known = self._here.entered
+        known[:] = [pair for pair in known if pair[0] is found]
+        if found is None:
+            return None
+        if not known:
+            given = {**found.f_locals, **(found.f_locals.get("kwargs") or {})}
+            known.append((found, Generation(module, *_prompt_of(module, given))))
+        return known[0][1]
+
+    def knows_generator(self, module: nn.Module, name: str) -> None:
+        """Recognise a method that generates, also where it is called by a name that was bound before the block."""
+        code = getattr(inspect.unwrap(getattr(type(module), name)), "__code__", None)
+        if code is not None:
+            self._generators.add(code)
+            self._generating.add(id(module))
 
     @contextmanager
     def _watching_generate(self, module: nn.Module) -> Iterator[None]:
@@ -561,6 +590,7 @@ class SequenceWatch:
 
             return watched_prepare
 
+        self.knows_generator(module, "generate")
         with ExitStack() as stack:
             stack.enter_context(replaced_method(module, "generate", around_generate))
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
