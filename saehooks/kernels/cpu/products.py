@@ -162,17 +162,42 @@ def _scatter(values: Tensor, place: Tensor, block: Tensor) -> Tensor:
 
 
 @numba_jit
+def dots(x, table, places, found, out):
+    """Write ``x . table[place]`` of the first found places, four at a time: rows of a table come slowly from memory."""
+    d = x.size
+    p = 0
+    while p + 4 <= found:
+        a, b = table[places[p]], table[places[p + 1]]
+        c, e = table[places[p + 2]], table[places[p + 3]]
+        s0 = np.float32(0.0)
+        s1 = np.float32(0.0)
+        s2 = np.float32(0.0)
+        s3 = np.float32(0.0)
+        for j in range(d):
+            s0 += x[j] * a[j]
+            s1 += x[j] * b[j]
+            s2 += x[j] * c[j]
+            s3 += x[j] * e[j]
+        out[p] = s0
+        out[p + 1] = s1
+        out[p + 2] = s2
+        out[p + 3] = s3
+        p += 4
+    while p < found:
+        a = table[places[p]]
+        s0 = np.float32(0.0)
+        for j in range(d):
+            s0 += x[j] * a[j]
+        out[p] = s0
+        p += 1
+
+
+@numba_jit
 def _sddmm_rows(left, table, indices, offsets, start, stop, out):
     """Write ``left[row] . table[index]`` for the entries of rows start to stop."""
-    width = table.shape[1]
     for r in range(start, stop):
-        x = left[r]
-        for p in range(offsets[r], offsets[r + 1]):
-            y = table[indices[p]]
-            total = np.float32(0.0)
-            for j in range(width):
-                total += x[j] * y[j]
-            out[p] = total
+        first, last = offsets[r], offsets[r + 1]
+        dots(left[r], table, indices[first:last], last - first, out[first:last])
 
 
 @numba_jit

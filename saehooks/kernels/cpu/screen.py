@@ -30,7 +30,7 @@ from torch import Tensor
 from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, InexactError
 from saehooks.kernels.cpu.numba_jit import numba_jit
-from saehooks.kernels.cpu.products import serves
+from saehooks.kernels.cpu.products import dots, serves
 from saehooks.kernels.cpu.select import (
     ENTMAX,
     RULES,
@@ -620,37 +620,6 @@ def _least(keys, size, work, error, kind, k, alpha, theta):
 
 
 @numba_jit
-def _dots(x, keys, places, found, out):
-    """``x . keys[place]`` of the found places, four at a time."""
-    d = x.size
-    p = 0
-    while p + 4 <= found:
-        a, b = keys[places[p]], keys[places[p + 1]]
-        c, e = keys[places[p + 2]], keys[places[p + 3]]
-        s0 = np.float32(0.0)
-        s1 = np.float32(0.0)
-        s2 = np.float32(0.0)
-        s3 = np.float32(0.0)
-        for j in range(d):
-            s0 += x[j] * a[j]
-            s1 += x[j] * b[j]
-            s2 += x[j] * c[j]
-            s3 += x[j] * e[j]
-        out[p] = s0
-        out[p + 1] = s1
-        out[p + 2] = s2
-        out[p + 3] = s3
-        p += 4
-    while p < found:
-        a = keys[places[p]]
-        s0 = np.float32(0.0)
-        for j in range(d):
-            s0 += x[j] * a[j]
-        out[p] = s0
-        p += 1
-
-
-@numba_jit
 def _settle(scores, places, found, work, kind, k, alpha, theta):
     """Keep of some places (and their exact scores) those a rule selects; return how many, and the threshold."""
     kept = 0
@@ -761,7 +730,7 @@ def _screen_range(
             found = kept
         if found > room:
             continue
-        _dots(queries[r], keys, places, found, exact)
+        dots(queries[r], keys, places, found, exact)
         if bias.size:
             for j in range(found):
                 exact[j] += bias[places[j]]
@@ -812,7 +781,7 @@ def _reach_range(scores16, queries, keys, bias, errors, start, stop, bound, grou
         if used + found > indices.size:
             return r, used
         out = picked[used : used + found]
-        _dots(queries[r], keys, places, found, out)
+        dots(queries[r], keys, places, found, out)
         for j in range(found):
             indices[used + j] = places[j]
             if bias.size:
