@@ -546,7 +546,8 @@ class SequenceWatch:
 
     def _entered_past_the_watch(self, module: nn.Module) -> Generation | None:
         """A ``generate`` that runs although its watched one was not called: the method was taken before the block."""
-        found, here = None, sys._getframe(1)
+        found: Any = None
+        here: Any = sys._getframe(1)
         while here is not None and found is None:
             if here.f_code in self._generators and here.f_locals.get("self") is module:
                 found = here
