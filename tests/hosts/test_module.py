@@ -142,7 +142,7 @@ def test_an_activation_of_another_width_than_promised_is_refused():
     """The width of the module and the width that came are both named."""
     model = nn.Sequential(Narrowed(3, 5))
     host(model).site("0").hook(lambda acts: None)
-    with pytest.raises(WidthError, match=r"\(1, 4, 2\); an SAE needs \(batch, pos, 5\)"):
+    with pytest.raises(WidthError, match="d_in=5, but '0' is 2 wide"):
         model(torch.ones(1, 4, 3))
 
 
