@@ -21,7 +21,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def select_products(
     if MODE == "off" or not _can_screen(queries, keys, rule):
         return exactly()
     kept = step.screen_tables is not None and not keys.is_inference()  # those do not say whether they changed
-    if MODE is None and not is_faster(queries.shape[0], *keys.shape, kept=kept):
+    if MODE is None and not is_faster(queries.shape[0], keys.shape[0], keys.shape[1], kept=kept):
         return exactly()
     found = _screened(queries.detach(), keys.detach(), rule, bias, step)
     if MODE == "check":
@@ -155,7 +155,7 @@ def _is_faster(rows_bits: int, d_sae_bits: int, d_in: int, few: bool) -> bool:
 
 def _product_times(rows: int, d_sae: int, d_in: int, packed: bool = False) -> tuple[float, float]:
     """Seconds of a float32 and of a bfloat16 product: the fastest of nine, so that other programs do not count."""
-    made = {"dtype": torch.float32, "device": "cpu"}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     queries, keys = torch.ones(rows, d_in, **made), torch.ones(d_sae, d_in, **made)
     out, rounded = torch.empty(rows, d_sae, **made), Rounded(keys.bfloat16(), np.empty((3, 0)), reused=packed)
     half, half_out = queries.bfloat16(), out.bfloat16()
@@ -361,8 +361,8 @@ def _room(d_sae: int, k: int) -> int:
 def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
     """Support of a range of rows by a row rule, and how many of them had to be selected exactly."""
     d_sae, count = job.keys.shape[0], stop - start
-    kind, k, alpha, theta = described(job.screened_rule, d_sae)
-    _, _, _, own_theta = described(job.rule, d_sae)
+    kind, k, alpha, theta = described(job.screened_rule, d_sae)  # type: ignore[arg-type]
+    _, _, _, own_theta = described(job.rule, d_sae)  # type: ignore[arg-type]
     scores, groups, room = job.scores(start, stop), _group_count(d_sae, k), _room(d_sae, k)
     sizes = np.empty(count, np.int64)
     thresholds = np.full(count, float(own_theta.min()), np.float32)
@@ -397,7 +397,9 @@ def _merged(support: Support, exact: Support, rows: Tensor) -> Support:
     order = row.sort(stable=True).indices
     sizes = support.offsets.diff().index_copy(0, rows, exact.offsets.diff())
     threshold = support.threshold.index_copy(0, rows, exact.threshold.float())
-    scores = None if exact.scores is None else torch.cat([support.scores, exact.scores])[order]
+    scores = None
+    if exact.scores is not None and support.scores is not None:
+        scores = torch.cat([support.scores, exact.scores])[order]
     return Support(torch.cat([support.indices, exact.indices])[order], offsets_of(sizes), threshold, scores)
 
 
@@ -413,7 +415,7 @@ def _across_rows(job: _Job) -> Support | None:
     for start, stop in chunks:
         scores = job.scores(start, stop)
         spread(
-            lambda a, b, scores=scores, start=start: _lower_maxima_range(
+            lambda a, b, scores=scores, start=start: _lower_maxima_range(  # type: ignore[misc]
                 scores, job.errors[start:], maxima[start:], a, b
             ),
             blocks(stop - start, max(1, GRAIN // d_sae)),
