@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saehooks.errors import SiteError, WidthError
 from saehooks.hosts.early_stop import stopping
 from saehooks.hosts.hooks import Slot, hook_module
-from saehooks.hosts.layout import View, first_tensor, with_first_tensor
+from saehooks.hosts.layout import ActivationView, first_tensor, with_first_tensor
 from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.sequences import Columns, SequenceWatch, ancestors
 
@@ -88,7 +88,7 @@ class Site:
     """Every other name of this place."""
     note: str = ""
     """What to know before writing here; the same as in the table of sites."""
-    view: View = field(default_factory=View, repr=False)
+    view: ActivationView = field(default_factory=ActivationView, repr=False)
     """How the raw activation becomes the (batch, pos, width) that users know."""
 
     def of_width(self, d_in: int) -> Site:

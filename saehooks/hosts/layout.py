@@ -52,17 +52,17 @@ def with_first_tensor(holder: Any, new: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class View:
+class ActivationView:
     """The user's view of a raw activation.
 
     >>> raw = torch.arange(12.0).reshape(1, 2, 3, 2)                # batch pos heads d_head
-    >>> View(heads=3).read(raw).shape, View(heads=3, head=1).read(raw).shape
+    >>> ActivationView(heads=3).read(raw).shape, ActivationView(heads=3, head=1).read(raw).shape
     (torch.Size([1, 2, 6]), torch.Size([1, 2, 2]))
 
     A feature map (batch, width, height, width of the picture), or with the features last, has its places as positions,
     row by row.
 
-    >>> View(is_map=True, channels="first").read(torch.zeros(1, 8, 4, 5)).shape
+    >>> ActivationView(is_map=True, channels="first").read(torch.zeros(1, 8, 4, 5)).shape
     torch.Size([1, 20, 8])
     """
 

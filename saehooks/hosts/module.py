@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saehooks.errors import SiteError
 from saehooks.hosts.base import Host, Site, SiteInfo, check_head
 from saehooks.hosts.calls import is_pos_first
-from saehooks.hosts.layout import View
+from saehooks.hosts.layout import ActivationView
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.pooling import end_of_text, reads_first, up_to
 from saehooks.hosts.sequences import Columns, ancestors
@@ -143,12 +143,12 @@ class ModuleHost(Host):
         return SiteError(f"no site '{name}': sites of a {type(self.model).__name__} are module paths; {instead}")
 
 
-def map_view(name: str, module: nn.Module, width: int | None) -> View:
+def map_view(name: str, module: nn.Module, width: int | None) -> ActivationView:
     """How to see the output of a module: a feature map by its places, unless it lies inside of an attention layer.
 
     There an activation of four axes has one vector for each head.
     """
-    return View(is_map=ATTENTION.search(name) is None, channels=channels_axis(module), width=width)
+    return ActivationView(is_map=ATTENTION.search(name) is None, channels=channels_axis(module), width=width)
 
 
 def why_uncalled(name: str, modules: ModuleNames) -> str | None:

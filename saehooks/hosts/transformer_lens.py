@@ -14,7 +14,7 @@ from torch import nn
 from saehooks.errors import SiteError
 from saehooks.hosts.base import Host, Site, SiteInfo, check_head
 from saehooks.hosts.hooked_transformer import watching_methods
-from saehooks.hosts.layout import View
+from saehooks.hosts.layout import ActivationView
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.sequences import SequenceWatch, ancestors
 from saehooks.hosts.widths import module_widths
@@ -90,7 +90,7 @@ class TransformerLensHost(Host):
             head=head,
             aliases=tuple(one for one in names if one != portable),
             note=self._note(names, point),
-            view=View(conversion=getattr(point, "hook_conversion", None), heads=n_heads, head=head),
+            view=ActivationView(conversion=getattr(point, "hook_conversion", None), heads=n_heads, head=head),
         )
 
     def list(self) -> list[SiteInfo]:

@@ -22,7 +22,7 @@ from saehooks.kernels.gpu.select import (
     TOPK,
     Candidates,
     Cut,
-    Rule,
+    RuleNumbers,
     Target,
     count_candidates,
     largest,
@@ -200,7 +200,7 @@ BOUND_DIGITS = 2
 
 
 def select_batch(
-    scores: Tensor, rule: Rule, bias: Tensor | None = None, step: Step = DEFAULT, plan: BatchPlan | None = None
+    scores: Tensor, rule: RuleNumbers, bias: Tensor | None = None, step: Step = DEFAULT, plan: BatchPlan | None = None
 ) -> Support:
     """The ``k * rows`` largest scores of all rows together, positive ones only; of equals the first.
 

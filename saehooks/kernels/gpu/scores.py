@@ -19,14 +19,14 @@ from saehooks.kernels.gpu.launch import GEMM_PLAN, GemmPlan, on, score_rows, sel
 from saehooks.kernels.gpu.select import (
     THRESHOLD,
     Candidates,
-    Rule,
+    RuleNumbers,
     Target,
     collect,
     describe,
     incomplete,
     select_rows,
     select_scores,
-    settle,
+    support_of_candidates,
 )
 from saehooks.kernels.gpu.thresholds import finite
 from saehooks.kernels.reference.select import join
@@ -65,7 +65,7 @@ def select_products(
         return select_batch(product(queries, keys, scores), described, bias, step)
 
 
-def _by_row(queries: Tensor, keys: Tensor, rule: Rule, bias: Tensor | None, step: Step) -> list[Support]:
+def _by_row(queries: Tensor, keys: Tensor, rule: RuleNumbers, bias: Tensor | None, step: Step) -> list[Support]:
     """Supports under a row rule, from scores that are written chunk by chunk, or not at all."""
     rows, d_sae = queries.shape[0], keys.shape[0]
     if queries.dtype in HALF and rule.kind != THRESHOLD.value and not writes_scores(rows, d_sae, rule.k):
@@ -106,7 +106,7 @@ def product(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
 def select_unwritten(
     queries: Tensor,
     keys: Tensor,
-    rule: Rule,
+    rule: RuleNumbers,
     bias: Tensor | None,
     step: Step = DEFAULT,
     plan: GemmPlan = GEMM_PLAN,
@@ -126,10 +126,10 @@ def select_unwritten(
     order_kernel[(rows,)](*found[:4], CAP=selection.cap, num_warps=selection.finish_warps)
     room, lost = step.capacity, incomplete(found)
     if room is None:
-        return None if bool(lost) else settle(found, rule, selection)
+        return None if bool(lost) else support_of_candidates(found, rule, selection)
     room.note(lost)
     target = Target.of(room, queries.device)
-    return target.whole([settle(found, rule, selection, target=target)], room)
+    return target.whole([support_of_candidates(found, rule, selection, target=target)], room)
 
 
 def _append(queries: Tensor, keys: Tensor, bias: Tensor | None, found: Candidates, plan: GemmPlan) -> None:

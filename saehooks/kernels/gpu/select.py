@@ -308,7 +308,7 @@ def select_rows(scores: Tensor, rule: RowRule, step: Step = DEFAULT) -> Support:
     return select_scores([scores], described, step=step)[0]
 
 
-class Rule(NamedTuple):
+class RuleNumbers(NamedTuple):
     """A rule in the kernels' terms."""
 
     kind: int
@@ -323,20 +323,20 @@ class Rule(NamedTuple):
     """Whether the exponent is 1."""
 
 
-def describe(rule: RowRule | BatchRule, d_sae: int, device: torch.device) -> Rule | None:
+def describe(rule: RowRule | BatchRule, d_sae: int, device: torch.device) -> RuleNumbers | None:
     """A rule in the kernels' terms, or None if they do not know it; batch top-k as top-k of each row."""
     if isinstance(rule, Sparsemax):
-        return Rule(SIMPLEX.value, 0, 1.0, 1.0, None, True)
+        return RuleNumbers(SIMPLEX.value, 0, 1.0, 1.0, None, True)
     if isinstance(rule, Entmax):
         slope = float(rule.alpha) - 1.0
-        return Rule(SIMPLEX.value, 0, slope, 1.0 / slope, None, slope == 1.0)
+        return RuleNumbers(SIMPLEX.value, 0, slope, 1.0 / slope, None, slope == 1.0)
     if isinstance(rule, TopK | BatchTopK):
-        return Rule(TOPK.value, rule.k, 1.0, 1.0, None, True)
+        return RuleNumbers(TOPK.value, rule.k, 1.0, 1.0, None, True)
     if isinstance(rule, Threshold):
         if isinstance(rule.theta, Tensor):
             theta = rule.theta.detach().to(device, torch.float32).expand(d_sae).contiguous()
-            return Rule(THRESHOLD.value, 0, 1.0, 0.0, theta, True)
-        return Rule(THRESHOLD.value, 0, 1.0, float(rule.theta), None, True)
+            return RuleNumbers(THRESHOLD.value, 0, 1.0, 0.0, theta, True)
+        return RuleNumbers(THRESHOLD.value, 0, 1.0, float(rule.theta), None, True)
     return None
 
 
@@ -368,7 +368,7 @@ class Cut(NamedTuple):
 
 def select_scores(
     chunks: Iterable[Tensor],
-    rule: Rule,
+    rule: RuleNumbers,
     bias: Tensor | None = None,
     step: Step = DEFAULT,
     plan: SelectPlan | None = None,
@@ -390,7 +390,7 @@ def select_scores(
             if room is not None and target is None:
                 target = Target.of(room, scores.device)
             found = collect(scores, rule, shape, bias)
-            parts.append(settle(found, rule, shape, scores, bias, target=target))
+            parts.append(support_of_candidates(found, rule, shape, scores, bias, target=target))
     return parts if room is None or target is None else [target.whole(parts, room)]
 
 
@@ -417,7 +417,9 @@ class Target(NamedTuple):
         return Support(_pad(self.indices, offsets), offsets, threshold, self.scores)
 
 
-def collect(scores: Tensor, rule: Rule, plan: SelectPlan, bias: Tensor | None = None, step: int = 1) -> Candidates:
+def collect(
+    scores: Tensor, rule: RuleNumbers, plan: SelectPlan, bias: Tensor | None = None, step: int = 1
+) -> Candidates:
     """Candidates of each row; the scores may be those of every ``step``-th latent."""
     rows, d_sae = scores.shape
     made: dict[str, Any] = {"device": scores.device}
@@ -437,9 +439,9 @@ def collect(scores: Tensor, rule: Rule, plan: SelectPlan, bias: Tensor | None = 
     return found
 
 
-def settle(
+def support_of_candidates(
     found: Candidates,
-    rule: Rule,
+    rule: RuleNumbers,
     plan: SelectPlan,
     scores: Tensor | None = None,
     bias: Tensor | None = None,
@@ -464,13 +466,13 @@ def settle(
 def write(
     found: Candidates,
     cut: Cut,
-    rule: Rule,
+    rule: RuleNumbers,
     plan: SelectPlan,
     scores: Tensor | None = None,
     bias: Tensor | None = None,
     target: Target | None = None,
 ) -> Support:
-    """Support from candidates, of which it is known which are selected; see `settle`."""
+    """Support from candidates, of which it is known which are selected; see `support_of_candidates`."""
     source = found.values if scores is None else scores
     offsets = offsets_of(cut.sizes.long())
     if target is None:
@@ -495,7 +497,7 @@ def incomplete(found: Candidates) -> Tensor:
     return (found.counts > found.values.shape[1]).any()
 
 
-def _threshold(tau: Tensor, best: Tensor, rule: Rule) -> Tensor:
+def _threshold(tau: Tensor, best: Tensor, rule: RuleNumbers) -> Tensor:
     """(rows,) thresholds in the units of the scores."""
     if rule.kind == TOPK.value:
         return tau
