@@ -123,6 +123,10 @@ class SparseCoder(nn.Module):
     def finished(self, value: bool) -> None:
         self._finished = value
 
+    def begin_with_these_weights(self) -> None:
+        """Count the present weights, which another process drew, as those it was made with: not `finished`."""
+        self._finished, self._first = False, _glance(self)
+
     # ------------------------------------------------------------------- use
 
     def encode(self, x: Tensor, *, step: Step | None = None) -> Codes:

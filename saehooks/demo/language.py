@@ -322,6 +322,7 @@ class Language:
             site,
             passes=4,
             batch_size=512,
+            decay=0.0,  # by the clock, nobody knows which step will be the last
             buffer_rows=8192,
             log_every=5,
             eval_batches=list(self.batches("eval", min(2048, self.budget.tokens))),

@@ -212,7 +212,7 @@ class Ranks(Alone):
             ConfigError: on every rank, naming what differs.
         """
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, {"sae": sae.cfg.to_dict(), **facts})
+        dist.all_gather_object(found, {"sae": sae.cfg.to_dict(), "finished": sae.finished, **facts})
         different = sorted({name for other in found for name in other if other[name] != found[0].get(name)})
         if different:
             shown = "; ".join(f"{n}: {sorted({repr(other.get(n)) for other in found})}" for n in different)
@@ -220,7 +220,9 @@ class Ranks(Alone):
         for tensor in sae.state_dict().values():
             whole = tensor.detach().contiguous()
             dist.broadcast(whole, 0)
-            tensor.data.copy_(whole)  # not a change that would make the SAE count as finished
+            tensor.data.copy_(whole)
+        if not found[0]["finished"]:
+            sae.begin_with_these_weights()
 
     def shard(self, sae: SAE) -> SAE:
         """This rank's latents of an SAE, as an SAE of its own whose products are joined with those of the others.
@@ -246,6 +248,9 @@ class Ranks(Alone):
         kind = type(local.dictionary)
         local.dictionary.__class__ = type(f"Sharded{kind.__name__}", (ShardedDictionary, kind), {})
         local.dictionary.ranks = self  # type: ignore[assignment]
+        local.finished = sae.finished
+        if not sae.finished:
+            local.begin_with_these_weights()
         return local
 
     def part(self, name: str, tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Each function gives what ``on_record=`` of `fit`, `train` and `Trainer` takes, and imports its package only when it is
 called. A resumed training goes on with the same step numbers, thus with the same curve.
 
+>>> import torch
 >>> seen = []
 >>> from saehooks import SAE, TrainConfig, Trainer
 >>> trainer = Trainer(SAE(8, 16), TrainConfig(batch_size=4), on_record=seen.append)
