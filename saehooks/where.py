@@ -136,8 +136,8 @@ pooled = Pooled()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Both(Where):
-    """Where two rules both hold."""
+class Pair(Where):
+    """Two rules together: what either asks for is asked for."""
 
     one: Where
     other: Where
@@ -149,6 +149,10 @@ class Both(Where):
     @property
     def asked_step(self) -> int:  # type: ignore[override]
         return max(self.one.asked_step, self.other.asked_step)
+
+
+class Both(Pair):
+    """Where two rules both hold."""
 
     def mask(self, view: View) -> Tensor | None:
         one, other = self.one.mask(view), self.other.mask(view)
@@ -158,20 +162,8 @@ class Both(Where):
         return f"({self.one!r} & {self.other!r})"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Either(Where):
+class Either(Pair):
     """Where one of two rules holds, or both."""
-
-    one: Where
-    other: Where
-
-    @property
-    def asked(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.one.asked + self.other.asked
-
-    @property
-    def asked_step(self) -> int:  # type: ignore[override]
-        return max(self.one.asked_step, self.other.asked_step)
 
     def mask(self, view: View) -> Tensor | None:
         one, other = self.one.mask(view), self.other.mask(view)
