@@ -108,6 +108,27 @@ def test_gradients_and_traces_are_those_without_checkpoints(way, reentrant, wher
                 torch.testing.assert_close(one.grads.dense(), other.grads.dense(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("error:a forward past")
+def test_memory_that_is_used_again_is_no_earlier_forward(reentrant):
+    """Inside another checkpoint the inner one's input is freed, and its address comes again, in another text."""
+    sae = new_sae()
+    texts = torch.randint(1, VOCABULARY, (80, 2, 1, 6), generator=torch.Generator().manual_seed(0))
+    where = lambda tokens, codes: tokens % 3 == 0  # noqa: E731
+    gradients = {}
+    for way in ("plain", "nested"):
+        model = Model(way, reentrant)
+        with sh.steer(model, sae, {7: 3.0}, at="blocks.1.up", where=where, keep_all=True):
+            gradients[way] = []
+            for two in texts:
+                model.zero_grad()
+                losses = [model(text).logsumexp(-1).sum() for text in two]
+                losses[1].backward()
+                losses[0].backward()
+                gradients[way].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(torch.stack(gradients["nested"]), torch.stack(gradients["plain"]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("way", "reentrant"), WAYS)
 def test_what_is_computed_twice_is_trained_on_once(way, reentrant):
     """``train`` takes each row of each forward once."""

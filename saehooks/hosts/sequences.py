@@ -47,8 +47,11 @@ CHECKPOINTED = {
 """Functions there that run what is checkpointed, first and again, with the names under which they hold it and its
 arguments."""
 
+RUN_AGAIN = ("recompute_fn", "backward")
+"""Those of them that run it once more."""
+
 REMEMBERED = 1024
-"""Checkpointed forwards of a block that can still be run again."""
+"""Checkpoints of a block that can still be run again."""
 
 
 @dataclass(eq=False)
@@ -310,7 +313,7 @@ class SequenceWatch:
         self._host, self._of_reruns = host, of_reruns
         self._memory = CacheMemory()
         self._here = _Thread()
-        self._seen: OrderedDict[Any, Columns] = OrderedDict()
+        self._seen: OrderedDict[Hashable, dict[Hashable, Columns]] = OrderedDict()  # checkpoint -> passing -> columns
         self._fired: dict[Any, int] = {}
         self._generators: set[CodeType] = set()  # of the methods that generate
         self._generating: set[int] = set()  # ids of the modules that have one
@@ -356,8 +359,8 @@ class SequenceWatch:
             number = self._fired.get(site.key, 0)
             self._fired[site.key] = number + (not again)
             columns = self._columns(site, acts, frames[-1].text if frames else Text(), number)
-        for place in places:
-            self._seen[place] = columns
+        for checkpoint, passing in places:
+            self._seen.setdefault(checkpoint, {})[passing] = columns
         if any(region.f_code.co_name == "forward" for region in regions) and self._here.grads:
             self._awaited.add((site.key, columns.number))
         elif again:
@@ -641,27 +644,31 @@ class SequenceWatch:
 
     # ------------------------------------------------- forwards that run again
 
-    def _places(self, regions: list[Any], key: Hashable) -> list[Hashable]:
-        """What tells this passing of a site from all others, in each of the checkpoints around it."""
+    def _places(self, regions: list[Any], key: Hashable) -> list[tuple[Hashable, Hashable]]:
+        """The checkpoints around this passing of a site, and what tells it from the others in each."""
         counts = self._here.counts
         counts[:] = [(region, fired) for region, fired in counts if region in regions]
-        found: list[Hashable] = []
+        found: list[tuple[Hashable, Hashable]] = []
         for region in regions:
             fired = next((fired for one, fired in counts if one is region), None)
             if fired is None:
                 fired = {}
                 counts.append((region, fired))
+                if region.f_code.co_name not in RUN_AGAIN:  # what had this one's ids before is gone
+                    for one in _checkpoint_of(region):
+                        self._seen.pop(one, None)
             fired[key] = fired.get(key, 0) + 1
-            found += [(one, key, fired[key]) for one in _checkpoint_of(region)]
+            found += [(one, (key, fired[key])) for one in _checkpoint_of(region)]
         return found
 
-    def _before(self, places: list[Hashable], frames: list[_Frame]) -> Columns | None:
+    def _before(self, places: list[tuple[Hashable, Hashable]], frames: list[_Frame]) -> Columns | None:
         """What the forward was that runs again while gradients are computed; None where this is one of its own.
 
         Raises:
             ConfigError: it runs again, and is not remembered.
         """
-        found = next((self._seen[place] for place in places if place in self._seen), None)
+        known = (self._seen.get(checkpoint, {}).get(passing) for checkpoint, passing in places)
+        found = next((one for one in known if one is not None), None)
         if found is not None or any(frame.authoritative for frame in frames):
             return found
         raise ConfigError(
