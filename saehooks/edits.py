@@ -66,6 +66,8 @@ class Edit:
             raise LatentError(f"{self!r}: latent {wrong[0]} is out of range; this SAE has latents 0 to {d_sae - 1}")
 
     def __repr__(self) -> str:
+        if not self.latents:
+            return self.name
         shown = ", ".join(map(str, self.latents[:6])) + (", ..." if len(self.latents) > 6 else "")
         return f"{self.name}([{shown}])"
 
@@ -96,12 +98,12 @@ def keep(latents: int | Iterable[int] | Tensor) -> Edit:
 def keep_top(k: int) -> Edit:
     """Keep the k strongest latents of each position and set the others to zero; they stay in the support, holding 0.
 
-    Of equal values the lower latent stays.
+    Of equal values the lower latent stays. ``sh.edits.strongest`` is another name of it.
 
     >>> keep_top(1)(Codes.from_dense(torch.tensor([[1.0, 3.0, 2.0]]))).values
     tensor([0., 3., 0.])
     """
-    if not isinstance(k, int) or k < 0:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
         raise ConfigError(f"keep_top(k) needs a whole number k >= 0, got {k!r}")
 
     def function(codes: Codes) -> Codes:
@@ -112,7 +114,10 @@ def keep_top(k: int) -> Edit:
         rank[order] = torch.arange(order.numel(), device=order.device) - codes.offsets[codes.rows[order]]
         return codes.with_values(codes.values.masked_fill(rank >= k, 0.0))
 
-    return _edit("keep_top", (), function)
+    return Edit(f"keep_top({k})", (), lambda codes, context: function(codes))
+
+
+strongest = keep_top
 
 
 def clamp(values: Mapping[int, Value]) -> Edit:
@@ -151,24 +156,6 @@ def scale(factors: Mapping[int, Value]) -> Edit:
         return codes.with_values(codes.values.index_put((entries,), codes.values[entries] * factor))
 
     return _edit("scale", chosen, function)
-
-
-def strongest(k: int) -> Edit:
-    """Keep the k strongest latents of each position, and set every other one to zero."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ConfigError(f"strongest(k) keeps k latents, at least 1; got {k!r}")
-
-    def function(codes: Codes) -> Codes:
-        codes = codes.trimmed()
-        rows = codes.rows
-        # By row, and in a row from the strongest: a stable sort keeps the lower latent first among equals.
-        order = codes.values.detach().sort(descending=True, stable=True).indices
-        order = order[rows[order].sort(stable=True).indices]
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - codes.offsets[rows]
-        return codes.with_values(codes.values.masked_fill(rank >= k, 0.0))
-
-    return Edit(f"strongest({k})", (), lambda codes, context: function(codes))
 
 
 def compose(*edits: EditFunction) -> Edit:

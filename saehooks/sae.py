@@ -79,6 +79,16 @@ class SAE(SparseCoder):
         sae.adopt(tensors, where)
         return sae
 
+    @staticmethod
+    def from_pretrained(*given: Any, **options: Any) -> SparseCoder:
+        """What SAELens calls `saehooks.load`: always an error, which says that.
+
+        Raises:
+            ConfigError: always.
+        """
+        shown = [repr(one) for one in given] or ["'folder or hub id'"]
+        raise ConfigError(f"SAEs are read by a function: write sh.load({', '.join(shown)})")
+
 
 class Transcoder(SparseCoder):
     """A transcoder: it reads one site and predicts another, as an MLP's output from its input.

@@ -203,15 +203,17 @@ def test_merging_random_codes_agrees_with_dense():
     assert torch.equal(merged.dense(), torch.where(mask[..., None], other, one))
 
 
-def test_strongest_keeps_the_largest_of_each_row(codes):
-    """``strongest(k)`` zeroes all but the k largest values of each row; ties go to the lower latent."""
-    assert edits.strongest(1)(codes).dense().tolist() == [[[0.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]
-    assert edits.strongest(9)(codes).dense().tolist() == DENSE.tolist()
+def test_keep_top_keeps_the_largest_of_each_row(codes):
+    """``keep_top(k)`` zeroes all but the k largest values of each row; ties go to the lower latent."""
+    assert edits.strongest is edits.keep_top
+    assert repr(edits.keep_top(3)) == "keep_top(3)"
+    assert edits.keep_top(1)(codes).dense().tolist() == [[[0.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]
+    assert edits.keep_top(9)(codes).dense().tolist() == DENSE.tolist()
     level = Codes.from_dense(torch.tensor([[1.0, 1.0, 1.0]]))
-    assert edits.strongest(2)(level).dense().tolist() == [[1.0, 1.0, 0.0]]
-    for wrong in (0, -1, 1.5, True):
-        with pytest.raises(ConfigError, match="at least 1"):
-            edits.strongest(wrong)
+    assert edits.keep_top(2)(level).dense().tolist() == [[1.0, 1.0, 0.0]]
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ConfigError, match="whole number"):
+            edits.keep_top(wrong)
 
 
 def test_an_edit_that_writes_in_place_works_on_a_copy(codes):

@@ -75,6 +75,54 @@ def test_spellings_of_other_libraries_are_answered():
     assert sh.presets.topk_sae(d_in=8, d_sae=16, k=2).cfg.activation == "topk"
 
 
+CALLS = {
+    "read": lambda model, sae, **given: sh.read(model, sae, **given).__enter__(),
+    "measure": lambda model, sae, **given: sh.measure(model, sae, [], **given),
+    "train": lambda model, sae, **given: sh.train(model, sae, **given).__enter__(),
+    "fit": lambda model, sae, **given: sh.fit(model, sae, [], **given),
+    "survey": lambda model, sae, **given: sh.survey(model, sae, [], **given),
+    "harvest": lambda model, sae, **given: sh.harvest(model, [], **given),
+    "rank_latents": lambda model, sae, **given: sh.rank_latents(model, sae, torch.ones(1, 2), **given),
+    "ablate_sets": lambda model, sae, **given: sh.causal.ablate_sets(model, sae, torch.ones(1, 2), **given),
+    "curve": lambda model, sae, **given: sh.causal.curve(model, sae, torch.ones(1, 2), [1], **given),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("hook_name", "at"), ("layer", "at"), ("hook_point", "at"), ("positions", "where")]
+)
+def test_keywords_of_other_libraries_are_answered(model, sae, call, theirs, ours):
+    """``hook_name=``, ``layer=``, ``positions=``: every function that has ours says which it is, before it runs."""
+    with pytest.raises(TypeError, match=f"no keyword {theirs}=; did you mean {ours}=") as caught:
+        call(model, sae, **{theirs: SITE})
+    assert isinstance(caught.value, ConfigError)
+    assert not model[0]._forward_hooks
+
+
+def test_a_graph_answers_keywords_too(model, sae):
+    """Its sites stand in the mapping of SAEs; positions are `where=` there too."""
+    with pytest.raises(ConfigError, match="did you mean where="):
+        sh.causal.latent_graph(model, {"0": sae, "1": sae}, torch.ones(1, 2), positions=[0])
+
+
+def test_saelens_from_pretrained_is_answered():
+    """The error is the line to write."""
+    with pytest.raises(ConfigError, match=r"write sh\.load\('gpt2-small-res-jb', 'blocks\.8\.hook_resid_pre'\)"):
+        sh.SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+
+
+def test_activations_of_ones_own(sae):
+    """``sh.fit(activations, sae)`` trains on a tensor; with the two exchanged, or `train`, the error says so."""
+    new = sh.SAE(d_in=8, d_sae=16)
+    trainer = sh.fit(torch.randn(512, 8), new, batch_size=64, progress=False)
+    assert trainer.rows_seen == 512
+    with pytest.raises(ConfigError, match=r"expected an SAE, or several by name.*got Tensor"):
+        sh.fit(new, torch.randn(512, 8))
+    with pytest.raises(ConfigError, match=r"sh\.fit\(activations, sae\)"), sh.train(torch.randn(512, 8), sae):
+        pass
+
+
 def test_a_list_names_the_sae_that_knows_no_site(model, sae):
     """Which of them, and what to write; before any hook is registered."""
     with pytest.raises(SiteError, match="number 1 of the list"), sh.read(model, [sae, sh.SAE(d_in=8, d_sae=4)]):

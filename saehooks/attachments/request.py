@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, NamedTuple
 
 from saehooks.attachments.attachment import Attachment
@@ -85,6 +86,20 @@ def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) 
         near = MEANT.get(name) if MEANT.get(name) in known else next(iter(get_close_matches(name, known, 1)), None)
         hint = f"did you mean {near}=?" if near else f"it takes {', '.join(one + '=' for one in known)}"
         raise UnknownKeywordError(f"{function} has no keyword {name}=; {hint}")
+
+
+def refuse_others(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """Refuse what a function collected in its ``**unknown``, by `refuse_unknown`.
+
+    >>> def survey(model, *, at=None, **unknown):
+    ...     refuse_others(survey, unknown)
+    >>> survey(None, hook_point="blocks.8")
+    Traceback (most recent call last):
+    saehooks.errors.UnknownKeywordError: survey has no keyword hook_point=; did you mean at=?
+    """
+    parameters = signature(function).parameters.values()
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    refuse_unknown(function.__name__, unknown, known)
 
 
 def _as_sae(sae: Any) -> SparseCoder:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from saehooks.attachments.request import refuse_others, refuse_unknown
 from saehooks.causal.ablation import Ablations, Ablator
 from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COUNTS = (1, 2, 5, 10, 20, 50)
+OPTIONS = ("at", "head", "where", "error", "batch_size", "run", "progress")
+"""What `curve` hands on to `ablate_sets`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +76,7 @@ def ablate_sets(
     batch_size: int | None = None,
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,
+    **unknown: Any,
 ) -> SetEffects:
     """Measure a metric exactly under several sets of latents, many in one forward.
 
@@ -84,6 +88,7 @@ def ablate_sets(
     Raises:
         ConfigError: no set, one name twice, or empty data. LatentError: a latent out of range.
     """
+    refuse_others(ablate_sets, unknown)
     if error not in ("keep", "drop"):
         raise ConfigError(f"error={error!r}; expected 'keep' or 'drop'")
     place, measured = Place(model, sae, at, head, where), as_metric(metric)
@@ -211,6 +216,7 @@ def curve(
     Raises:
         ConfigError: an n is larger than the number of latents given, or of those active in the data.
     """
+    refuse_unknown("curve", [name for name in options if name not in OPTIONS], OPTIONS)
     best = latents.latents.tolist() if isinstance(latents, Ranking) else list(latent_list(latents))
     if not counts or min(counts) < 1 or max(counts) > len(best):
         raise ConfigError(f"counts must lie in 1 .. {len(best)}, the latents given; got {tuple(counts)}")

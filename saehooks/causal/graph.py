@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saehooks.attachments.request import refuse_others
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, check_metric, runner
@@ -103,6 +104,7 @@ def latent_graph(
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,
     index: Any = None,
+    **unknown: Any,
 ) -> Graph:
     """Find the latents of a later site that matter for a metric, and the latents of an earlier site that feed them.
 
@@ -118,6 +120,7 @@ def latent_graph(
     Raises:
         ConfigError: not two sites, a metric without a gradient at the clean run, or the later site named first.
     """
+    refuse_others(latent_graph, unknown)
     if len(saes) != 2:
         raise ConfigError(f"a graph goes from one site to another: give two SAEs by site name, got {len(saes)}")
     measured = as_metric(metric)

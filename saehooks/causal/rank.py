@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saehooks.attachments.request import refuse_others
 from saehooks.causal.ablation import Ablator
 from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
@@ -41,6 +42,7 @@ def rank_latents(
     run: Callable[[Tensor], Any] | None = None,
     progress: bool | None = None,
     index: Any = None,
+    **unknown: Any,
 ) -> Ranking:
     """Rank every active latent by what ablating it does to a metric.
 
@@ -76,6 +78,7 @@ def rank_latents(
     Source: attribution patching, Nanda 2023; integrated gradients, arXiv 1703.01365; both on SAE latents as in
     arXiv 2403.19647.
     """
+    refuse_others(rank_latents, unknown)
     if order not in ORDERS:
         raise ConfigError(f"order={order!r}; expected one of {', '.join(map(repr, ORDERS))}")
     if steps is not None and steps < 1:

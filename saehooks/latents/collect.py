@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saehooks.attachments import attach
+from saehooks.attachments.request import refuse_others
 from saehooks.attachments.resolve import find, written_by
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, FormatError, NeverFiredError
@@ -58,6 +59,7 @@ def survey(
     logits: int = 10,
     neighbours: int = 10,
     progress: bool | None = None,
+    **unknown: Any,
 ) -> LatentIndex:
     """``index = sh.survey(model, sae, batches)``: what every latent stands for, and how strong it usually is.
 
@@ -94,6 +96,7 @@ def survey(
     >>> index.sequences, len(index)
     (8, 32)
     """
+    refuse_others(survey, unknown)
     if min(contexts, sampled, logits, neighbours, *window) < 0 or contexts < 1:
         raise ConfigError("contexts must be at least 1; sampled, window, logits and neighbours at least 0")
     host = host_of(model)

@@ -14,7 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from saehooks.errors import ConfigError, NotFiniteError
+from saehooks.attachments.request import refuse_others
+from saehooks.errors import ConfigError, NotFiniteError, SiteError
 from saehooks.hosts import Host, Site, host
 from saehooks.streams.ahead import ahead
 from saehooks.streams.fingerprint import Fingerprint
@@ -134,7 +135,7 @@ def harvest(
 def harvest(
     model: Any,
     batches: Iterable[Any],
-    at: str,
+    at: str | None = None,
     *,
     head: int | None = None,
     where: Any = None,
@@ -142,6 +143,7 @@ def harvest(
     dtype: torch.dtype | None = None,
     max_norm: float | None = None,
     shard_bytes: int = SHARD_BYTES,
+    **unknown: Any,
 ) -> Iterator[Tensor] | Activations:
     """Activations of a site, batch by batch, each forward stopped at the site; with ``to=`` into a folder.
 
@@ -165,6 +167,9 @@ def harvest(
         NotFiniteError: an activation to be written is NaN or infinite, or too large for the dtype.
         StorageError: the disk is full, or another process writes to the folder.
     """
+    refuse_others(harvest, unknown)
+    if at is None:
+        raise SiteError("harvest needs the site: pass at=..., one of the names in sh.sites(model)")
     if to is None:
         if dtype is not None or max_norm is not None:
             raise ConfigError("dtype= and max_norm= are for activations written to a folder: give to= too")

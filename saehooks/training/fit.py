@@ -58,6 +58,9 @@ def train(
         ConfigError: on leaving, when fewer activations came than make one batch.
         NotFiniteError: from the model's call, when an activation or the loss is not finite.
     """
+    _refuse_unknown(settings)
+    if is_activations(model):
+        raise ConfigError("train listens to a model; on activations of your own write sh.fit(activations, sae)")
     source = host(model)
     site = find(source, sae, at, head)
     rule = where_of(sae, where, training=True)
@@ -136,6 +139,9 @@ def fit(
         StorageError: the folder cannot be written to, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
+    _refuse_unknown(settings)
+    if not isinstance(sae, (SparseCoder, Mapping)):
+        raise ConfigError(f"expected an SAE, or several by name, after the model; got {type(sae).__name__}")
     saes = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
     if not saes:
         raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
@@ -219,11 +225,14 @@ def _held_out(model: Any, batches: Any, targets: Iterable[Target]) -> dict[Hasha
     return {key: torch.cat(found) for key, found in parts.items()}
 
 
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    known = sorted(TrainConfig.__dataclass_fields__)
+    refuse_unknown("training", sorted(set(settings) - set(known)), ("at", "head", "where", "out", "config", *known))
+
+
 def _config(
     config: TrainConfig | Mapping[str, TrainConfig] | None, settings: dict[str, Any], name: str = ""
 ) -> TrainConfig:
-    known = set(TrainConfig.__dataclass_fields__)
-    refuse_unknown("training", sorted(set(settings) - known), ("at", "head", "where", "out", "config", *sorted(known)))
     if isinstance(config, Mapping):
         if name not in config:
             raise ConfigError(f"config= has no entry for the SAE {name!r}; it has {', '.join(map(repr, config))}")
