@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError, LatentError, WidthError
-
-if TYPE_CHECKING:
-    from saehooks.kernels.rules import Support
+from saehooks.support import Support, offsets_of, rows_of
 
 
 class Top(NamedTuple):
@@ -268,14 +266,3 @@ class Codes:
         device = "" if self.values.device.type == "cpu" else f", device={self.values.device}"
         dtype = str(self.values.dtype)[6:]
         return f"Codes(shape={tuple(self.shape)}, d_sae={self.d_sae}, l0={mean:.1f}, dtype={dtype}{device})"
-
-
-def offsets_of(sizes: Tensor) -> Tensor:
-    """(rows + 1,) int64 offsets from (rows,) sizes."""
-    return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-
-
-def rows_of(offsets: Tensor, nnz: int) -> Tensor:
-    """(nnz,) int64, the row of each entry of compressed rows; padding past the last row gets the number of rows."""
-    sizes = torch.cat([offsets.diff(), nnz - offsets[-1:]])
-    return torch.repeat_interleave(torch.arange(sizes.numel(), device=offsets.device), sizes, output_size=nnz)

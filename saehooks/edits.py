@@ -24,8 +24,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from saehooks.codes import Codes, offsets_of
+from saehooks.codes import Codes
 from saehooks.errors import ConfigError, LatentError, WidthError
+from saehooks.support import offsets_of
 
 Value: TypeAlias = float | Tensor
 """A number, or a tensor that broadcasts to the batch shape of the codes, such as (batch, pos)."""

@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hooks: what a hook returns keeps its own dtype",
-        "hosts/base.py",
+        "hosts/site.py",
         "new.to(dtype=raw.dtype, device=raw.device)",
         "new.to(device=raw.device)",
         "test_promises.py",

@@ -13,9 +13,9 @@ from saehooks.activations import fit_zipf
 from saehooks.activations.entmax import entmax_weights
 from saehooks.activations.sparsemax import simplex_weights
 from saehooks.activations.zipf import apportion, ranks
-from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import Entmax, select_rows
+from saehooks.support import rows_of
 
 
 def scores_of(rows=12, d_sae=80, scale=1.0, seed=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
-    errors known_bad storage hub codes kernels activations dictionaries refinement sae_config sparse_coder sae metrics
-    formats hosts edits where show trace attachments streams training presets evaluation causal latents demo doctor
-    cli
+    errors known_bad storage hub support codes kernels activations dictionaries refinement sae_config sparse_coder sae
+    metrics formats hosts edits where show trace attachments streams training presets evaluation causal latents demo
+    doctor cli
 """
 ROOMS = TABLE.split()
 HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]
@@ -63,6 +64,37 @@ def test_imports_point_from_a_later_room_to_an_earlier_one(file):
     for other in rooms_imported(file) - {room}:
         assert other in ROOMS, f"{file.name} imports {other}, which has no place in the table"
         assert ROOMS.index(other) < ROOMS.index(room), f"{file.name} ({room}) imports {other}, a later room"
+
+
+def modules_imported(file: Path) -> set[str]:
+    """The modules of the package a file imports, wherever in the file, also those only the type checker reads."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for name in found if name.split(".")[0] == "saehooks" and (module := nearest_module(name))}
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def nearest_module(name: str) -> str:
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def test_imports_make_no_circle():
+    """No module imports itself by way of others, not inside a function and not for the type checker either."""
+    arrows = {name: modules_imported(file) - {name} for name, file in MODULES.items()}
+    assert sum(map(len, arrows.values())) > 500
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError, which lists the circle
 
 
 def test_importing_saehooks_loads_no_heavy_package():

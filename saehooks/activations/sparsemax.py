@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from saehooks.activations.base import Activation
-from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import Sparsemax, Support, select_rows, simplex_weights
+from saehooks.support import rows_of
 
 VALUES = ("score", "weight")
 

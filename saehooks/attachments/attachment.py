@@ -17,8 +17,9 @@ from saehooks.attachments.resolve import check_width
 from saehooks.codes import Codes
 from saehooks.edits import Context, EditFunction
 from saehooks.errors import NeverFiredError
-from saehooks.hosts.base import Host, Site
+from saehooks.hosts.base import Host
 from saehooks.hosts.sequences import Columns, SequenceWatch
+from saehooks.hosts.site import Site
 from saehooks.sae import SparseCoder
 from saehooks.trace import Record, Trace
 from saehooks.where import Came, View, Where, full_mask

@@ -8,7 +8,8 @@ import warnings
 from typing import Any
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, Site
+from saehooks.hosts.base import Host
+from saehooks.hosts.site import Site
 from saehooks.sae import SparseCoder
 
 ALIASES = {"gpt2-small": "gpt2", "distillgpt2": "distilgpt2", "mistral-7b": "mistral-7b-v0.1"}

@@ -12,7 +12,7 @@ from saehooks.attachments.foreign import warn, warn_if_foreign
 from saehooks.attachments.resolve import check_width, name_of
 from saehooks.edits import Edit
 from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
-from saehooks.hosts.base import Site
+from saehooks.hosts.site import Site
 from saehooks.hosts.transformer_lens import MISSES_THE_STREAM
 from saehooks.sae import SparseCoder
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from saehooks.attachments.attachment import Attachment, Coded
 from saehooks.attachments.resolve import check_width, written_by
 from saehooks.errors import ConfigError, NeverFiredError, WidthError
-from saehooks.hosts.base import Host, Site
+from saehooks.hosts.base import Host
 from saehooks.hosts.sequences import SequenceWatch
+from saehooks.hosts.site import Site
 from saehooks.sae import SparseCoder, Transcoder
 
 

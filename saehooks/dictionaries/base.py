@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from saehooks import kernels
-from saehooks.codes import Codes, offsets_of
+from saehooks.codes import Codes
 from saehooks.kernels import DEFAULT, BatchRule, RowRule, Step, Support
 from saehooks.kernels.step import ScreenTables
+from saehooks.support import offsets_of
 
 
 class Prepared(NamedTuple):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saehooks import kernels
-from saehooks.codes import rows_of
 from saehooks.dictionaries.base import Prepared, RowDecoder, unit_rows
 from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, BatchRule, FeatureChoice, RowRule, Step, Support
 from saehooks.kernels.reference.across_rows import feature_choice
 from saehooks.kernels.reference.select import SCORE_BYTES, join
+from saehooks.support import rows_of
 
 SMALLEST = 1e-6
 """Scores below this have the gradient of this score, so that the square root's stays finite."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of, rows_of
 from saehooks.kernels import (
     DEFAULT,
     BatchTopK,
@@ -28,6 +27,7 @@ from saehooks.kernels import (
 )
 from saehooks.kernels.reference.across_rows import largest
 from saehooks.kernels.reference.select import entmax_threshold, padded
+from saehooks.support import offsets_of, rows_of
 
 SLACK = 1e-5
 """Relative room below a bound, so that rounding loses no candidate."""

@@ -8,16 +8,16 @@ from typing import Any
 from torch import nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import ForwardCall, Handle, Host, Site, SiteInfo
+from saehooks.hosts.base import Host
 from saehooks.hosts.module import ModuleHost
 from saehooks.hosts.nested import NestedHost
 from saehooks.hosts.open_clip import OpenClipHost
+from saehooks.hosts.site import Handle, Site, SiteInfo
 from saehooks.hosts.table import SiteTable
 from saehooks.hosts.transformer_lens import TransformerLensHost
 from saehooks.hosts.wrappers import unwrapped
 
 __all__ = [
-    "ForwardCall",
     "Handle",
     "Host",
     "ModuleHost",

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, Site, SiteInfo, check_head
+from saehooks.hosts.base import Host
 from saehooks.hosts.calls import is_pos_first
 from saehooks.hosts.layout import ActivationView
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.pooling import end_of_text, reads_first, up_to
 from saehooks.hosts.sequences import Columns, ancestors
+from saehooks.hosts.site import Site, SiteInfo, check_head
 from saehooks.hosts.towers import tower_calls, tower_of, two_towers
 from saehooks.hosts.widths import OutputWidths, channels_axis
 from saehooks.hosts.wrappers import ModuleNames

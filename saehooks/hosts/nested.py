@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, Site, SiteInfo
+from saehooks.hosts.base import Host
 from saehooks.hosts.module import ModuleHost
 from saehooks.hosts.sequences import Columns, SequenceWatch
+from saehooks.hosts.site import Site, SiteInfo
 
 
 class NestedHost(ModuleHost):

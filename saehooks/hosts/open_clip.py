@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, Site, SiteInfo, check_head, is_tokens
+from saehooks.hosts.base import Host, is_tokens
 from saehooks.hosts.calls import parameter_names, read_call
 from saehooks.hosts.hooks import Slot
 from saehooks.hosts.method_wrapper import replaced_method
@@ -20,6 +20,7 @@ from saehooks.hosts.module import map_view, refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.pooling import up_to
 from saehooks.hosts.sequences import Columns, SequenceWatch
+from saehooks.hosts.site import Site, SiteInfo, check_head
 from saehooks.hosts.widths import OutputWidths, module_widths
 from saehooks.hosts.wrappers import ModuleNames
 

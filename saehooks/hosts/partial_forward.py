@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saehooks.hosts.base import Host, Site
+from saehooks.hosts.base import Host
 from saehooks.hosts.method_wrapper import replaced_method
+from saehooks.hosts.site import Site
 
 ROUNDING = 512
 """Largest difference between a resumed forward and a whole one, in units of the dtype's rounding of the largest

@@ -10,12 +10,12 @@ import inspect
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -27,9 +27,7 @@ from saehooks.hosts.calls import Given, parameter_names, read_call
 from saehooks.hosts.hooks import hook_module
 from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.reruns import is_rerun
-
-if TYPE_CHECKING:
-    from saehooks.hosts.base import HookFn, Host, Site
+from saehooks.hosts.site import HookFn, Site
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 """Where torch runs modules whose activations it will compute again in the backward pass."""
@@ -52,6 +50,18 @@ RUN_AGAIN = ("recompute_fn", "backward")
 
 REMEMBERED = 1024
 """Checkpoints of a block that can still be run again."""
+
+
+class TellsTexts(Protocol):
+    """What a watch asks of the model's host; `saehooks.hosts.Host` says what each method returns."""
+
+    def around(self, sites: Iterable[Site]) -> Sequence[nn.Module]: ...
+
+    def watching(self, watch: SequenceWatch) -> AbstractContextManager[None]: ...
+
+    def padding(self, module: nn.Module, tokens: Tensor) -> Tensor | None: ...
+
+    def pooled(self, site: Site, columns: Columns) -> Tensor | None: ...
 
 
 @dataclass(eq=False)
@@ -150,7 +160,7 @@ class Columns:
     text: Text
     number: int
     """How many forwards passed the site before, in this block."""
-    host: Host
+    host: TellsTexts
     site: Site
     layout: str = "same"
     """How the site's own activation lies: ``"same"``, ``"pos first"``, or ``"flat"`` (batch * pos)."""
@@ -309,7 +319,7 @@ class SequenceWatch:
     [tensor([0, 1, 2])]
     """
 
-    def __init__(self, host: Host, of_reruns: bool = False):
+    def __init__(self, host: TellsTexts, of_reruns: bool = False):
         self._host, self._of_reruns = host, of_reruns
         self._memory = CacheMemory()
         self._here = _Thread()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-from saehooks.hosts.base import SiteInfo
+from saehooks.hosts.site import SiteInfo
 
 COLUMNS = ("site", "width", "axes", "also called", "note")
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, Site, SiteInfo, check_head
+from saehooks.hosts.base import Host
 from saehooks.hosts.hooked_transformer import watching_methods
 from saehooks.hosts.layout import ActivationView
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.sequences import SequenceWatch, ancestors
+from saehooks.hosts.site import Site, SiteInfo, check_head
 from saehooks.hosts.widths import module_widths
 from saehooks.known_bad import warn_of_known_bad
 

@@ -16,11 +16,11 @@ from saehooks.kernels.rules import (
     FeatureChoice,
     RowRule,
     Sparsemax,
-    Support,
     Threshold,
     TopK,
 )
 from saehooks.kernels.step import DEFAULT, Capacity, Forecast, SparseGradients, Step
+from saehooks.support import Support
 
 __all__ = [
     "BACKENDS",

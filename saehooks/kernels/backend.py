@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
-from saehooks.kernels.rules import BatchRule, RowRule, Support
+from saehooks.kernels.rules import BatchRule, RowRule
 from saehooks.kernels.step import DEFAULT, Contribution, Step
+from saehooks.support import Support
 
 if TYPE_CHECKING:
     from saehooks.kernels.reference.adam import AdamNumbers

@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from saehooks.errors import WidthError
 from saehooks.kernels.backend import Backend, backend_for
-from saehooks.kernels.rules import BatchRule, RowRule, Support
+from saehooks.kernels.rules import BatchRule, RowRule
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support
 
 
 def select(

@@ -1,126 +1,15 @@
-"""What `select` can be asked for, and what it answers: rules, and the support of each row.
+"""What `select` can be asked for: rules.
 
 A rule holds no parameters that are trained; the values carried by the selected scores are the activation's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from saehooks.codes import rows_of
-from saehooks.errors import ConfigError, LatentError, WidthError
-
-Index = TypeVar("Index")
-
-
-def _no_threshold() -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-@dataclass(frozen=True, eq=False)
-class Support:
-    """Which latents each row selected, in compressed sparse rows; it owns the index of its entries by latent."""
-
-    indices: Tensor
-    """(nnz,) int64, ascending inside a row."""
-    offsets: Tensor
-    """(rows + 1,) int64."""
-    threshold: Tensor = field(default_factory=_no_threshold)
-    """(rows,) the score above which latents were selected (for top-k: the smallest selected score, or 0 if
-    fewer than k are positive); empty for a support that was not selected by a rule."""
-    scores: Tensor | None = None
-    """(nnz,) the selected scores, where selection had them at hand: they need not be computed again."""
-    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What was worked out about indices and offsets, each with the versions of the two tensors it holds for."""
-
-    @property
-    def rows(self) -> Tensor:
-        """(nnz,) int64, the row of each entry."""
-        return rows_of(self.offsets, self.indices.numel())
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return self.offsets.numel() - 1
-
-    def pattern(self) -> Support:
-        """The same support without threshold and scores; both share the index by latent."""
-        return Support(self.indices, self.offsets, _known=self._known)
-
-    def with_scores(self, scores: Tensor | None) -> Support:
-        """The same support with other scores (nnz,), or none."""
-        return replace(self, scores=scores)
-
-    def with_threshold(self, threshold: Tensor) -> Support:
-        """The same support with another threshold (rows,)."""
-        return replace(self, threshold=threshold)
-
-    def renamed(self, latents: Tensor, d_sae: int) -> Support:
-        """The support in terms of other latents: index ``i`` becomes ``latents[i]``, one of ``0 .. d_sae - 1``."""
-        return replace(self, indices=latents[self.indices], _known={}).trusted(d_sae)
-
-    def by_latent(self, sort: Callable[[Tensor, Tensor, int], Index], d_sae: int) -> Index:
-        """``sort(indices, offsets, d_sae)``, made once for as long as neither tensor is changed in place."""
-        found = self._recall((sort, d_sae))
-        if found is None:
-            found = sort(self.indices, self.offsets, d_sae)
-            if not (
-                self.indices.is_inference() or self.offsets.is_inference()
-            ):  # these do not say whether they changed
-                self._remember((sort, d_sae), found)
-        return found
-
-    def trusted(self, d_sae: int) -> Support:
-        """The same support, marked as made by the kernels themselves, so that `check` need not look (and wait)."""
-        self._remember("range", d_sae)
-        return self
-
-    def check(self, d_sae: int) -> None:
-        """Look whether the kernels may follow this support; on a GPU this waits, unless the kernels made it.
-
-        Raises:
-            LatentError: a latent outside ``0 .. d_sae - 1``.
-            WidthError: offsets that do not start at 0, fall, or end beyond the entries.
-        """
-        if self._recall("range") == d_sae:
-            return
-        indices, offsets = self.indices, self.offsets
-        if indices.dim() != 1 or offsets.dim() != 1 or not offsets.numel():
-            raise WidthError(
-                f"a support needs indices (nnz,) and offsets (rows + 1,), got {tuple(indices.shape)} and "
-                f"{tuple(offsets.shape)}"
-            )
-        if indices.device.type == "meta" or offsets.device.type == "meta":
-            return
-        if int(offsets[0]) != 0 or int(offsets[-1]) > indices.numel() or bool((offsets.diff() < 0).any()):
-            raise WidthError(
-                f"the offsets of a support start at 0, never fall and end at most at its {indices.numel()} entries, "
-                f"got {int(offsets[0])} to {int(offsets[-1])}"
-            )
-        if indices.numel():
-            low, high = (int(end) for end in indices.aminmax())
-            if low < 0 or high >= d_sae:
-                wrong = low if low < 0 else high
-                raise LatentError(f"latent {wrong} is out of range: this SAE has latents 0 to {d_sae - 1}")
-        self.trusted(d_sae)
-
-    def _remember(self, name: Any, found: Any) -> None:
-        """Keep what was worked out about these two tensors as they are now."""
-        self._known[name] = self.indices, self.offsets, self._versions(), found
-
-    def _recall(self, name: Any) -> Any:
-        """What was worked out, if it was about these very tensors and they have not been changed in place since."""
-        indices, offsets, versions, found = self._known.get(name, (None,) * 4)
-        same = indices is self.indices and offsets is self.offsets and versions == self._versions()
-        return found if same else None
-
-    def _versions(self) -> list[int]:
-        return [-1 if tensor.is_inference() else tensor._version for tensor in (self.indices, self.offsets)]
+from saehooks.errors import ConfigError, WidthError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
-from saehooks.kernels.rules import Support
+from saehooks.support import Support
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 from saehooks.latents.collect import survey
 from saehooks.latents.index import LatentIndex
-from saehooks.latents.latent import Context, Latent
+from saehooks.latents.latent import Latent
 from saehooks.latents.listing import Listing
+from saehooks.latents.result import Context, SurveyResult
 
-__all__ = ["Context", "Latent", "LatentIndex", "Listing", "survey"]
+__all__ = ["Context", "Latent", "LatentIndex", "Listing", "SurveyResult", "survey"]

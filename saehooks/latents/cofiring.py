@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of
+from saehooks.support import offsets_of
 
 EXACT_UP_TO = 8192
 """Latents up to which all pairs are counted: 268 MB."""

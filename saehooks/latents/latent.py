@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from html import escape
 
-from torch import Tensor
-
+from saehooks.latents.result import Context, SurveyResult
+from saehooks.latents.views import contexts_html
+from saehooks.show import contexts as show
 from saehooks.show.values import number, visible
-
-if TYPE_CHECKING:
-    from saehooks.latents.index import LatentIndex
 
 SHOWN = 5
 """Contexts, tokens and neighbours in a terminal repr."""
-
-
-class Context(NamedTuple):
-    """A place where a latent fires, with what stands around it."""
-
-    sequence: int
-    """Number of the sequence, or image, in the data."""
-    column: int
-    """Column of the place in its sequence."""
-    peak: int
-    """Place in ``tokens`` and ``values``."""
-    value: float
-    """The latent's value at the place."""
-    quantile: float
-    """Share of the latent's values that are smaller."""
-    tokens: list[int] | None
-    """Around the place; None for images."""
-    values: list[float]
-    """The latent's value at each, NaN where the SAE does not act."""
-    picture: Tensor | None = None
-    """(3, height, width) uint8, for images."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Latent:
     """Everything an index knows of one latent: ``index[901]``."""
 
-    index: LatentIndex
+    index: SurveyResult
     latent: int
 
     @property
@@ -161,6 +138,30 @@ class Latent:
         return f"…{''.join(pieces[: context.peak])}[{peak}]{''.join(pieces[context.peak + 1 :])}…"
 
     def _repr_html_(self) -> str:
-        from saehooks.latents.views import latent_html
-
-        return latent_html(self)
+        """Its figures, tokens, neighbours and contexts."""
+        parts = [
+            f'<div class="sh-latent"><b>latent {self.latent}</b> '
+            f'<span class="sh-words">{escape(self.words)}</span></div>',
+            f'<div class="sh-caption">{escape(self.index.site)} · {escape(self.facts())}</div>',
+        ]
+        if self.dead:
+            return show.styled("".join(parts))
+        parts.append(show.quantile_svg(self.index.quantiles[self.latent].tolist()))
+        for title, pairs in (("raises", self.raises), ("lowers", self.lowers)):
+            if pairs:
+                chips = " ".join(
+                    f"<code>{escape(visible(piece))}</code> {number(change)}" for piece, change in pairs[:8]
+                )
+                parts.append(f'<div class="sh-near">{title}: {chips}</div>')
+        for title, found in (("fires with", self.fires_with), ("points like", self.alike)):
+            if found:
+                near = ", ".join(
+                    f"{other} ({similarity:.2f}) <i>{escape(self.index.words(other, 2))}</i>"
+                    for other, similarity in found[:6]
+                )
+                parts.append(f'<div class="sh-near">{title}: {near}</div>')
+        strongest = self.contexts
+        high = max((context.value for context in strongest), default=0.0)
+        parts.append(contexts_html(self.index, "strongest", strongest, high))
+        parts.append(contexts_html(self.index, "drawn at random", self.sampled, high))
+        return show.styled("".join(parts))

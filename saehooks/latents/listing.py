@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saehooks.causal.table import SHOWN, Table, labelled, named
+from saehooks.latents.latent import Latent
+from saehooks.latents.result import SurveyResult
 from saehooks.show.values import number, visible
-
-if TYPE_CHECKING:
-    from saehooks.latents.index import LatentIndex
-    from saehooks.trace import Forward
+from saehooks.trace import Forward
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -19,7 +18,7 @@ class Listing(Table):
 
     caption: str
     found: list[dict[str, Any]]
-    index: LatentIndex
+    index: SurveyResult
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict for each latent."""
@@ -33,9 +32,9 @@ class Listing(Table):
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, place: int) -> Latent:
         """The latent at a place of the list, as ``index[latent]``."""
-        return self.index[self.latents[place]]
+        return Latent(self.index, self.latents[place])
 
     def _caption(self) -> str:
         return self.caption
@@ -49,7 +48,7 @@ class Listing(Table):
 class TokenListing(Table):
     """The strongest latents of each token of a trace, in words."""
 
-    index: LatentIndex
+    index: SurveyResult
     forward: Forward
     k: int
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from saehooks.errors import ConfigError
 from saehooks.latents.index import LatentIndex
-from saehooks.latents.latent import Context, Latent
+from saehooks.latents.latent import Latent
+from saehooks.latents.result import Context, SurveyResult
 from saehooks.show.contexts import histogram
 from saehooks.storage import write_file
 
@@ -124,7 +125,7 @@ def _intervals(latent: Latent) -> list[dict[str, Any]]:
     return found
 
 
-def _activation(index: LatentIndex, context: Context, low: float, high: float, share: float) -> dict[str, Any]:
+def _activation(index: SurveyResult, context: Context, low: float, high: float, share: float) -> dict[str, Any]:
     return {
         "bin_min": low,
         "bin_max": high,

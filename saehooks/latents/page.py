@@ -9,19 +9,17 @@ import re
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
+from saehooks.latents.cofiring import Neighbours
+from saehooks.latents.result import SurveyResult
 from saehooks.show.contexts import png_uri
 from saehooks.storage import write_file
-
-if TYPE_CHECKING:
-    from saehooks.latents.cofiring import Neighbours
-    from saehooks.latents.index import LatentIndex
 
 LIMIT = 30_000_000
 """Bytes of a page, unless it is said."""
@@ -36,7 +34,7 @@ LEFT_OUT = 255
 
 
 def write_page(
-    index: LatentIndex,
+    index: SurveyResult,
     file: str | Path,
     *,
     title: str = "",
@@ -64,7 +62,7 @@ def write_page(
     return path
 
 
-def _page(index: LatentIndex, title: str, contexts: int, sampled: int, effects: np.ndarray | None) -> bytes:
+def _page(index: SurveyResult, title: str, contexts: int, sampled: int, effects: np.ndarray | None) -> bytes:
     head, arrays = _described(index), _figures(index)
     pieces = _Pieces(index)
     if effects is not None:
@@ -110,7 +108,7 @@ def _packed(head: dict[str, Any], arrays: dict[str, tuple[str, Any]]) -> bytes:
     return gzip.compress(len(opening).to_bytes(4, "little") + opening + body, 9, mtime=0)
 
 
-def _about(index: LatentIndex) -> str:
+def _about(index: SurveyResult) -> str:
     kind = "images" if index.metadata["grid"] is not None else "sequences"
     model = index.metadata["model"].get("model_name") or ""
     partial = "" if index.complete else " (interrupted: partial)"
@@ -120,7 +118,7 @@ def _about(index: LatentIndex) -> str:
     )
 
 
-def _described(index: LatentIndex) -> dict[str, Any]:
+def _described(index: SurveyResult) -> dict[str, Any]:
     pictures = index.metadata["grid"] is not None
     return {
         "n": len(index),
@@ -133,7 +131,7 @@ def _described(index: LatentIndex) -> dict[str, Any]:
     }
 
 
-def _figures(index: LatentIndex) -> dict[str, tuple[str, Any]]:
+def _figures(index: SurveyResult) -> dict[str, tuple[str, Any]]:
     places = torch.linspace(0, index.quantiles.shape[1] - 1, GRID)
     low = places.floor().long().clamp(max=index.quantiles.shape[1] - 2)
     rows = torch.lerp(index.quantiles[:, low], index.quantiles[:, low + 1], places - low)
@@ -143,7 +141,7 @@ def _figures(index: LatentIndex) -> dict[str, tuple[str, Any]]:
 class _Pieces:
     """The tokens on the page, numbered as they come."""
 
-    def __init__(self, index: LatentIndex) -> None:
+    def __init__(self, index: SurveyResult) -> None:
         self._index = index
         self.texts: list[str] = []
         self._numbers: dict[int, int] = {}
@@ -162,7 +160,7 @@ class _Pieces:
         return np.array([self.number(token) for token in unique.tolist()], dtype=np.int64)[inverse.numpy()]
 
 
-def _add_logits(index: LatentIndex, head: dict[str, Any], arrays: dict[str, tuple[str, Any]], pieces: _Pieces) -> None:
+def _add_logits(index: SurveyResult, head: dict[str, Any], arrays: dict[str, tuple[str, Any]], pieces: _Pieces) -> None:
     if index.raises is None or index.lowers is None:
         return
     head["logits"] = index.raises.latents.shape[1]
@@ -171,7 +169,7 @@ def _add_logits(index: LatentIndex, head: dict[str, Any], arrays: dict[str, tupl
         arrays[f"{name}By"] = ("f4", kept.similarity)
 
 
-def _add_neighbours(index: LatentIndex, head: dict[str, Any], arrays: dict[str, tuple[str, Any]]) -> None:
+def _add_neighbours(index: SurveyResult, head: dict[str, Any], arrays: dict[str, tuple[str, Any]]) -> None:
     pairs: tuple[tuple[str, Neighbours | None], ...] = (("firesWith", index.fired_with), ("alike", index.alike))
     for name, kept in pairs:
         if kept is None:
@@ -182,7 +180,7 @@ def _add_neighbours(index: LatentIndex, head: dict[str, Any], arrays: dict[str, 
 
 
 def _add_contexts(
-    index: LatentIndex,
+    index: SurveyResult,
     head: dict[str, Any],
     arrays: dict[str, tuple[str, Any]],
     pieces: _Pieces,

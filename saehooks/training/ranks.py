@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from saehooks.codes import Codes, offsets_of
+from saehooks.codes import Codes
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, BatchTopK, Entmax, Sparsemax, Step, Support, TopK
 from saehooks.sae import SAE
+from saehooks.support import offsets_of
 
 SHARDED = {
     "dictionary": ("concepts", "linear"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saehooks.codes import rows_of
 from saehooks.kernels import Support
+from saehooks.support import rows_of
 
 KINDS = (
     "random", "trained", "tied", "sorted", "block", "equal", "zero", "spike", "two_level", "geometric", "negative",

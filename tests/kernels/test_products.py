@@ -12,9 +12,10 @@ from forced import forced
 from hard_scores import dense_mask
 
 from saehooks import SAE, kernels
-from saehooks.codes import Codes, offsets_of, rows_of
+from saehooks.codes import Codes
 from saehooks.errors import LatentError, WidthError
 from saehooks.kernels import FeatureChoice, Sparsemax, Support, Threshold
+from saehooks.support import offsets_of, rows_of
 
 
 def case(device, *, rows=30, d_sae=70, width=24, dtype=torch.float32, sizes=None):

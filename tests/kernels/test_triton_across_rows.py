@@ -17,13 +17,13 @@ from forced import forced
 from hard_scores import KINDS, dense_mask, scores_of
 
 from saehooks import SAE, kernels
-from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import BatchTopK, Capacity, Step, Support, Threshold, TopK
 from saehooks.kernels.gpu import across_rows
 from saehooks.kernels.gpu import scores as scores_module
 from saehooks.kernels.gpu import select as select_module
 from saehooks.kernels.gpu.launch import BatchPlan, SelectPlan
+from saehooks.support import rows_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = BatchPlan(SelectPlan(64, 32, 16, 32, 1, 1), fold=2, share=64, block=32, warps=1)

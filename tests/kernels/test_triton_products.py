@@ -24,9 +24,9 @@ from test_products import (  # noqa: F401
 
 from saehooks import SAE, TrainConfig, Trainer, kernels
 from saehooks.activations.sparsemax import simplex_weights
-from saehooks.codes import rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels import Capacity, Step, Support, reference
+from saehooks.support import rows_of
 from saehooks.training.optimiser import TableAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -101,7 +101,7 @@ def test_rows_with_more_candidates_than_are_kept_are_read_again(path, device, ru
 
 
 def kernels_rows(support: Support) -> torch.Tensor:
-    from saehooks.codes import rows_of
+    from saehooks.support import rows_of
 
     return rows_of(support.offsets, support.indices.numel())
 

@@ -17,7 +17,7 @@ from forced import forced
 
 from saehooks import SAE, kernels
 from saehooks.activations.entmax import entmax_weights
-from saehooks.codes import offsets_of
+from saehooks.support import offsets_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")

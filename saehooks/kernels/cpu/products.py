@@ -17,8 +17,8 @@ from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
 from saehooks.kernels.memory import reusable_empty
-from saehooks.kernels.rules import Support
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support
 
 
 def serves(tensor: Tensor) -> bool:

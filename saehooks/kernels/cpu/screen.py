@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError, InexactError
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import dots, serves
@@ -48,8 +47,9 @@ from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.reference.across_rows import largest
 from saehooks.kernels.reference.select import CPU_SCORE_BYTES, join
 from saehooks.kernels.reference.select import select_products as select_in_chunks
-from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Support, Threshold
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Threshold
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support, offsets_of
 
 MODES = ("on", "off", "check")
 MODE = os.environ.get("SAEHOOKS_SCREEN") or None

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of
 from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import serves
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
-from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Threshold, TopK
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support, offsets_of
 
 RULES = (Sparsemax, Entmax, TopK, Threshold)
 """What these loops know; the reference selects by other rules."""

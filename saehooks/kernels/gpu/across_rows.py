@@ -31,8 +31,8 @@ from saehooks.kernels.gpu.select import (
     write,
 )
 from saehooks.kernels.gpu.thresholds import finite, read
-from saehooks.kernels.rules import Support
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support
 
 BINS = tl.constexpr(256)
 """Values of a digit: 8 bits."""

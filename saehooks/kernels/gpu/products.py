@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehooks.codes import rows_of
 from saehooks.kernels import reference
 from saehooks.kernels.gpu.launch import on, product_plan
-from saehooks.kernels.rules import Support
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support, rows_of
 
 SEGMENT = 256
 """Entries of a column that one program sums; longer columns are cut."""

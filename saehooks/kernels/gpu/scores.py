@@ -30,8 +30,9 @@ from saehooks.kernels.gpu.select import (
 )
 from saehooks.kernels.gpu.thresholds import finite
 from saehooks.kernels.reference.select import join
-from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Support
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule
 from saehooks.kernels.step import DEFAULT, Step, bfloat16_is_wanted
+from saehooks.support import Support
 
 HALF = (torch.bfloat16, torch.float16)
 

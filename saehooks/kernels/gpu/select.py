@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saehooks.codes import offsets_of
 from saehooks.kernels import reference
 from saehooks.kernels.gpu.launch import SelectPlan, on, select_plan
 from saehooks.kernels.gpu.thresholds import (
@@ -35,8 +34,9 @@ from saehooks.kernels.gpu.thresholds import (
     simplex_threshold,
     topk_bound,
 )
-from saehooks.kernels.rules import BatchRule, BatchTopK, Entmax, RowRule, Sparsemax, Support, Threshold, TopK
+from saehooks.kernels.rules import BatchRule, BatchTopK, Entmax, RowRule, Sparsemax, Threshold, TopK
 from saehooks.kernels.step import DEFAULT, Capacity, Step
+from saehooks.support import Support, offsets_of
 
 SIMPLEX = tl.constexpr(0)
 TOPK = tl.constexpr(1)

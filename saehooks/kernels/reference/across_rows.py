@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of
 from saehooks.errors import ConfigError
-from saehooks.kernels.rules import Support, check_budget
+from saehooks.kernels.rules import check_budget
+from saehooks.support import Support, offsets_of
 
 ScoresOfLatents = Callable[[int, int], Tensor]
 """Scores (rows, stop - start) of latents ``start .. stop - 1``."""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saehooks.kernels.rules import Support
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support
 
 CHUNK_BYTES = 64 * 2**20
 """Most memory a temporary of gathered rows may take."""

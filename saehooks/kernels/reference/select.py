@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from saehooks.codes import offsets_of, rows_of
 from saehooks.errors import ConfigError
 from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.reference.across_rows import ScoresOfLatents, batch_topk, feature_choice
@@ -22,11 +21,11 @@ from saehooks.kernels.rules import (
     FeatureChoice,
     RowRule,
     Sparsemax,
-    Support,
     Threshold,
     TopK,
 )
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support, offsets_of, rows_of
 
 GROUP = 64
 """Scores in a group whose maximum bounds the threshold; smaller for small dictionaries."""

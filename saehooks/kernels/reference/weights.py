@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saehooks.codes import rows_of
+from saehooks.support import rows_of
 
 
 def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
