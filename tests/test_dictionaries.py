@@ -260,6 +260,30 @@ def test_kron_gradient_is_finite_at_zero():
         assert bool(tensor.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("p", "q"), [(1e-4, 1e-4), (300.0, 300.0), (1e-3, 1.0), (2e-7, 100.0)])
+def test_kron_in_half_precision_has_the_scores_and_gradients_of_its_numbers(dtype, p, q):
+    """Products of two factors that float16 cannot hold (1e-8, 90000) give the scores and gradients of the formula."""
+    sae = sh.SAE(3, 16, "kron", "topk", k=4, m=2, n=2, dtype=dtype)
+    with torch.no_grad():
+        sae.dictionary.P.fill_(p)
+        sae.dictionary.Q.fill_(q)
+        sae.dictionary.P[2:].zero_()  # of four heads the first scores
+        sae.dictionary.W_dec.fill_(0.01)
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+    P, Q, there = (one.detach().double().requires_grad_() for one in (sae.dictionary.P[:2], sae.dictionary.Q[:2], x))
+    scores = ((there @ P.T)[:, :, None] * (there @ Q.T)[:, None]).sqrt().flatten(1)
+    expected = torch.autograd.grad(0.01 * 3 * scores.sum(), (there, P, Q))
+    out = sae(x)
+    out.recons.float().sum().backward()
+    rounding = 4 * torch.finfo(dtype).eps
+    assert out.codes.indices.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(out.codes.values.double(), scores[0], rtol=rounding, atol=0)
+    found = x.grad, sae.dictionary.P.grad[:2], sae.dictionary.Q.grad[:2]
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=rounding, atol=1e-7)
+
+
 def test_kron_rows_that_are_not_finite_stay_visible():
     """NaN or infinity in an activation: one latent, a value that is not finite, other rows untouched."""
     sae = sh.SAE(8, 64, "kron", "sparsemax", m=4, n=4)

@@ -67,9 +67,12 @@ class KronDictionary(RowDecoder):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
 
     def prepare(self, x: Tensor) -> Prepared:
-        """The factors, (rows, heads * m + heads * n), already rectified."""
+        """The factors, (rows, heads * m + heads * n), already rectified; float32 where products would leave float16."""
         x = x - self.b_dec if self.subtract_b_dec else x
-        return Prepared((x @ torch.cat([self.P, self.Q]).T).relu(), None)
+        keys = torch.cat([self.P, self.Q])
+        if keys.dtype.itemsize == 2:
+            x, keys = x.float(), keys.float()
+        return Prepared((x @ keys.T).relu(), None)
 
     # ------------------------------------------------------------- selection
 
@@ -151,7 +154,7 @@ class KronDictionary(RowDecoder):
         start = rows_of(support.offsets, support.indices.numel()) * width
         p, q = self._places(support.indices)
         flat = prepared.queries.reshape(-1)
-        return _Root.apply(flat[start + p] * flat[start + q])
+        return _Root.apply(flat[start + p] * flat[start + q]).to(self.W_dec.dtype)
 
 
 class _Root(torch.autograd.Function):

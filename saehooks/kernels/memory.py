@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 
@@ -21,6 +22,16 @@ ALIGNMENT = 64
 
 _pool: list[np.ndarray] = []
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A lock that another thread held while the process forked is never given back in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def reusable_empty(*shape: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -94,10 +96,91 @@ def test_selection_works_in_a_forked_process():
         child = os.fork()
         if child == 0:
             same = (cpu.select_rows(scores, Sparsemax()).indices.numpy() == expected).all()
-            os._exit(0 if same and threads._pool is not None else 1)
+            os._exit(0 if same and threads._helpers else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_process_forked_while_memory_is_handed_out_goes_on():
+    """The lock that another thread of the parent held is not held in the child, which no thread could open there."""
+    from saehooks.kernels import memory
+
+    with memory._lock:
+        child = os.fork()
+        if child == 0:
+            worker = threading.Thread(target=memory.reusable_empty, args=(2048, 1024), daemon=True)
+            worker.start()
+            worker.join(timeout=30)
+            os._exit(int(worker.is_alive()))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+class Rang(Exception):
+    """Raised by a signal handler."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that signal here")
+@pytest.mark.parametrize("team", ["openmp", "python"])
+def test_what_a_signal_raises_during_selection_is_never_swallowed(team, monkeypatch):
+    """Each exception of a signal handler reaches the caller, wherever in the shared work it was raised."""
+    from saehooks.kernels.cpu import threads
+
+    monkeypatch.setattr(threads, "_forked", team == "python")
+    raised, caught, whole, draw = 0, 0, 0, random.Random(0)
+
+    def ring(*_):
+        nonlocal raised
+        raised += 1
+        raise Rang
+
+    before, number = torch.get_num_threads(), signal.signal(signal.SIGALRM, ring)
+    torch.set_num_threads(2)
+    threads.spread(lambda start, stop: stop, [(0, 1), (1, 2)])  # starts the threads
+    try:
+        for _ in range(150):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 4e-4))
+                for _ in range(6):
+                    done = threads.spread(lambda start, stop: stop, [(i, i + 1) for i in range(40)])
+                    whole += done == list(range(1, 41))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Rang:
+                caught += 1
+        assert threads.spread(lambda start, stop: stop, [(i, i + 1) for i in range(40)]) == list(range(1, 41))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, number)
+        torch.set_num_threads(before)
+    assert caught == raised > 0
+    assert whole >= 6 * (150 - raised)
+
+
+FULL_DISK = """
+import resource, signal, torch
+from saehooks.kernels.cpu.products import sort_by_latent
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # no file may grow: writing fails
+print(*sort_by_latent(torch.tensor([1, 0, 2]), torch.tensor([0, 3]), 3).places.tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on the size of files")
+def test_a_full_disk_under_the_cache_of_compiled_loops_costs_compiling_only(tmp_path):
+    """Where numba's cache cannot be written, a loop is compiled and runs."""
+    pytest.importorskip("numba")
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", FULL_DISK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "0", "2"]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
 @pytest.mark.parametrize("team", ["openmp", "python"])
@@ -153,7 +236,7 @@ def test_work_is_shared_with_torchs_own_team(monkeypatch):
     if threads._openmp() is None:
         pytest.skip("this torch has another OpenMP")
     monkeypatch.setattr(threads, "_forked", False)
-    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_helpers", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     met = threading.Barrier(2, timeout=20)
@@ -161,7 +244,7 @@ def test_work_is_shared_with_torchs_own_team(monkeypatch):
     def work(start, stop):
         if start < 2:
             met.wait()
-        without_pool = threads._pool is None
+        without_pool = threads._helpers == 0
         return threading.get_ident(), without_pool, threads.spread(lambda a, b: (start, a), [(0, 1), (1, 2)])
 
     try:

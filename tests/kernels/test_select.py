@@ -8,7 +8,7 @@ from hard_scores import KINDS, dense_mask, parts, scores_of, sparsemax_by_sortin
 
 from saehooks import kernels, sparsemax
 from saehooks.errors import ConfigError, WidthError
-from saehooks.kernels import Entmax, Sparsemax, Threshold, TopK, reference, select_rows
+from saehooks.kernels import BatchTopK, Entmax, Sparsemax, Threshold, TopK, reference, select, select_rows
 from saehooks.kernels.reference import select as reference_select
 
 RULES = [Sparsemax(), Entmax(1.5), TopK(3), Threshold(0.5)]
@@ -199,3 +199,31 @@ def test_what_cannot_be_selected_is_refused(path, device):
         select_rows(queries @ keys.T, TopK(7))
     with pytest.raises(WidthError, match="agree"):
         kernels.select(queries[:, :3], keys, Sparsemax())
+
+
+@pytest.fixture
+def denormals_as_zeros():
+    """As ``torch.set_flush_denormal(True)`` sets it, for this thread."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.0), TopK(3), Threshold(torch.zeros(130)), BatchTopK(3)])
+def test_zeros_are_not_positive_where_denormals_count_as_zeros(path, device, denormals_as_zeros, rule):
+    """What relu and top-k select is above 0, also where the smallest positive float32 numbers compare as 0."""
+    scores = torch.zeros(2, 130, device=device)
+    scores[:, [5, 77]] = torch.tensor([2.0, 1.0], device=device)
+    if isinstance(rule, BatchTopK):
+        found = select(scores, torch.eye(130, device=device), rule)
+    else:
+        found = select_rows(scores, rule)
+    assert found.indices.tolist() == [5, 77, 5, 77]
+
+
+def test_the_smallest_positive_numbers_are_positive(path, device):
+    """Where denormal numbers count, they are selected."""
+    scores = torch.tensor([[0.0, 1e-45, -1e-45, 2e-45, 0.0]], device=device)
+    for rule in (Threshold(0.0), TopK(4)):
+        assert select_rows(scores, rule).indices.tolist() == [1, 3]

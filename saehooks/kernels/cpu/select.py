@@ -160,6 +160,29 @@ def candidates(row, bound, places):
 
 
 @numba_jit
+def places_above(row, theta, places):
+    """Write the places of the scores strictly above ``theta``, ascending; return how many.
+
+    That is not "at least the next number": where the processor counts denormal numbers as 0, the next one after 0 is 0.
+    """
+    found = 0
+    d_sae = row.size
+    whole = d_sae // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        hits = 0
+        for j in range(start, start + BLOCK):
+            hits += row[j] > theta
+        if hits:
+            for j in range(start, start + BLOCK):
+                places[found] = j
+                found += row[j] > theta
+    for j in range(whole, d_sae):
+        places[found] = j
+        found += row[j] > theta
+    return found
+
+
+@numba_jit
 def newton(work, size, tau):
     """Exact sparsemax threshold of work[:size], shifted so that its maximum is 0, from a lower bound of it.
 
@@ -293,16 +316,16 @@ def topk_row(row, bits, maxima, work, places, k):
         for g in range(maxima.size):
             keys[g] = ordered_key(maxima_bits[g])
         bound = max(bound, np.int32(ordered_key(kth_largest(keys, maxima.size, k))).view(np.float32))
-    found = candidates(row, max(bound, np.float32(1e-45)), places)
+    found = candidates(row, bound, places) if bound > 0.0 else places_above(row, np.float32(0.0), places)
     if found < k:
         return found, 0.0
     for j in range(found):
         keys[j] = bits[places[j]]
     smallest = kth_largest(keys, found, k)
-    above = 0
+    larger = 0
     for j in range(found):
-        above += keys[j] > smallest
-    ties = k - above
+        larger += keys[j] > smallest
+    ties = k - larger
     kept = 0
     for j in range(found):
         place = places[j]
@@ -316,10 +339,9 @@ def topk_row(row, bits, maxima, work, places, k):
 @numba_jit
 def threshold_row(row, theta, places):
     """Places of the scores strictly above theta (d_sae,), or above its only element."""
-    found = 0
     if theta.size == 1:
-        # The scores above theta are those of at least the next number.
-        return candidates(row, np.nextafter(theta[0], np.float32(np.inf)), places)
+        return places_above(row, theta[0], places)
+    found = 0
     for start in range(0, row.size, BLOCK):
         stop = min(start + BLOCK, row.size)
         hits = 0

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -26,16 +27,17 @@ GRAIN = 2**19
 BLOCKS_PER_THREAD = 6
 """Blocks are handed out as threads become free; more of them balance better and cost more calls."""
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
+_jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_helpers = 0
+"""Python threads that take jobs from a queue of C's: an executor's locks may stay shut when a signal handler raises."""
 _forked = False
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _after_fork() -> None:
-    global _pool, _pool_size, _forked
-    _pool, _pool_size, _forked = None, 0, True
+    global _jobs, _helpers, _forked
+    _jobs, _helpers, _forked = SimpleQueue(), 0, True
 
 
 if hasattr(os, "register_at_fork"):
@@ -49,20 +51,13 @@ def _openmp() -> Any:
     for file in sorted([*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")]):
         try:
             library = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            library.GOMP_parallel.argtypes = (_Region, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            library.GOMP_parallel.restype = None
+            library.GOMP_parallel_start.argtypes = (_Region, ctypes.c_void_p, ctypes.c_uint)
+            library.GOMP_parallel_start.restype = library.GOMP_parallel_end.restype = None
             library.omp_in_parallel.restype = ctypes.c_int
         except (OSError, AttributeError):
             continue
         return library
     return None
-
-
-def _executor(size: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    if _pool is None or _pool_size < size:
-        _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="saehooks"), size
-    return _pool
 
 
 def blocks(total: int, grain: int) -> list[tuple[int, int]]:
@@ -86,32 +81,56 @@ def spread(work: Callable[[int, int], Result], ranges: list[tuple[int, int]]) ->
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
     waiting = deque(enumerate(ranges))
+    ended: SimpleQueue[None] = SimpleQueue()
 
     def drain(_: Any = None) -> None:
-        try:
-            while not errors:
-                try:
-                    place, (start, stop) = waiting.popleft()
-                except IndexError:
-                    return
+        while not errors:
+            try:
+                place, (start, stop) = waiting.popleft()
+            except IndexError:
+                return
+            try:
                 results[place] = work(start, stop)
-        except BaseException as error:
-            errors.append(error)
+            except BaseException as error:
+                errors.append(error)
+            ended.put(None)
 
     openmp = None if _forked else _openmp()
     if openmp is not None and not openmp.omp_in_parallel():
-        openmp.GOMP_parallel(_Region(drain), None, threads, 0)
+        _on_openmp_team(openmp, drain, threads)
     else:
-        _on_python_threads(drain, threads)
+        _help_with(drain, threads - 1)
+        drain()
+        while len(results) < len(ranges) and not errors:
+            ended.get()
     if errors:
         raise errors[0]
     return [results[place] for place in range(len(ranges))]
 
 
-def _on_python_threads(drain: Callable[[], None], threads: int) -> None:
-    helpers = [_executor(threads - 1).submit(drain) for _ in range(threads - 1)]
-    drain()
-    for helper in helpers:
-        # One that a busy pool never started has nothing left to do.
-        if not helper.cancel():
-            helper.result()
+def _on_openmp_team(openmp: Any, drain: Callable[[], None], threads: int) -> None:
+    """The team's other threads are started, and this one works beside them as plain Python, not in a callback of C's.
+
+    What a signal handler raises here would be lost in a callback. It is raised as anywhere, once the others are done.
+    """
+    region = _Region(drain)  # kept until the region has ended
+    try:
+        openmp.GOMP_parallel_start(region, None, threads)
+        drain()
+    finally:
+        openmp.GOMP_parallel_end()
+
+
+def _help_with(job: Callable[[], None], count: int) -> None:
+    """Give a job to so many helpers; those that are busy find later that nothing is left of it."""
+    global _helpers
+    while _helpers < count:
+        threading.Thread(target=_take_jobs, args=(_jobs,), name="saehooks", daemon=True).start()
+        _helpers += 1
+    for _ in range(count):
+        _jobs.put(job)
+
+
+def _take_jobs(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
