@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_common import Photos, load_photos, say
+from clip_common import Photos, load_photos, open_clip_model, parser_of, say
 from clip_concepts import grid_of, lit, patch_codes, png, row_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +29,6 @@ from torch.nn import functional as F
 import saehooks as sh
 from saehooks import causal
 from saehooks.demo.data import ASSETS
-from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
 from saehooks.evaluation.embeddings import class_embeddings
 from saehooks.show import html
@@ -41,12 +40,8 @@ STYLE = "<style>.strip img{image-rendering:pixelated;height:9em;border-radius:3p
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sae", default=str(ASSETS / "sae-tinyclip-l4"), help="folder or hub id")
-    parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
     parser.add_argument("--pairs", nargs="+", help="class:rival, by name; default: each class and its usual runner-up")
     parser.add_argument("--templates", nargs="+", default=["a photo of a {}."])
     parser.add_argument("--exact", type=int, default=48, help="latents ablated exactly, the best by attribution")
@@ -55,9 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/clip_ablation.html"))
     args = parser.parse_args(argv)
 
-    opened = open_model(args.model)
-    if not opened.is_clip:
-        raise ConfigError(f"{args.model} reads text; this recipe needs a CLIP")
+    opened = open_clip_model(args.model)
     clip, sae = opened.model, sh.load(args.sae)
     train = load_photos(args.data, "train", opened.preprocess).first(args.limit)
     test = load_photos(args.data, "test", opened.preprocess).first(args.limit)

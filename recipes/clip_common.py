@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import saehooks as sh
 from saehooks.demo import photos as packaged_photos
+from saehooks.demo.open import Opened, open_model
 from saehooks.errors import ConfigError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -26,6 +28,31 @@ SITE = "visual.blocks.4.hook_resid_post"
 def say(text: str) -> None:
     """A line for the person who waits; results go to files."""
     print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------- the command line
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that knows the model and the photos, as all these recipes ask for them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
+    )
+    parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
+    return parser
+
+
+def open_clip_model(name: str) -> Opened:
+    """A CLIP by its name on the command line.
+
+    Raises:
+        ConfigError: a language model.
+    """
+    opened = open_model(name)
+    if not opened.is_clip:
+        raise ConfigError(f"{name} reads text; this recipe needs a CLIP")
+    return opened
 
 
 # ----------------------------------------------------------------------- photos

@@ -24,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from clip_common import Photos, load_photos, say
+from clip_common import Photos, load_photos, open_clip_model, parser_of, say
 from PIL import Image
 from torch import Tensor
 
 import saehooks as sh
 from saehooks.demo.data import ASSETS
-from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
 from saehooks.show import html
 
@@ -50,12 +49,8 @@ STYLE = """<style>
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sae", default=str(ASSETS / "sae-tinyclip-l4"), help="folder or hub id")
-    parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
     parser.add_argument("--split", default="test", choices=["train", "test"])
     parser.add_argument("--limit", type=int, help="at most so many photos")
     parser.add_argument("--latents", type=int, nargs="+", help="show these")
@@ -65,9 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/clip_concepts.html"))
     args = parser.parse_args(argv)
 
-    opened = open_model(args.model)
-    if not opened.is_clip:
-        raise ConfigError(f"{args.model} reads text; this recipe needs a CLIP")
+    opened = open_clip_model(args.model)
     sae = sh.load(args.sae)
     photos = load_photos(args.data, args.split, opened.preprocess).first(args.limit)
     survey = look(opened.model, sae, photos)

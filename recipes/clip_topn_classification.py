@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_common import SITE, Photos, load_photos, say, train_saes
+from clip_common import SITE, Photos, load_photos, open_clip_model, parser_of, say, train_saes
 from torch import Tensor
 from torch.nn import functional as F
 
 import saehooks as sh
-from saehooks.demo.open import open_model
 from saehooks.errors import ConfigError
 from saehooks.evaluation.embeddings import class_embeddings
 from saehooks.hosts import host
@@ -52,11 +51,7 @@ RANKS = ("frequency", "strength", "contrast")
 
 
 def settings(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="tinyclip", help="tinyclip, open_clip:ARCH/WEIGHTS or open_clip:local-dir:DIR"
-    )
-    parser.add_argument("--data", help=".npz file or folder of class folders; default: the packaged photos")
+    parser = parser_of(__doc__)
     parser.add_argument("--at", default=SITE, help="the site, where SAEs are trained here")
     parser.add_argument("--saes", nargs="*", help="folders of SAEs to compare; default: train --train ones")
     parser.add_argument("--train", nargs="*", default=["sparsemax", "topk", "relu"], choices=list(CELLS))
@@ -75,9 +70,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = settings(argv)
-    opened = open_model(args.model)
-    if not opened.is_clip:
-        raise ConfigError(f"{args.model} reads text; this recipe needs a CLIP")
+    opened = open_clip_model(args.model)
     clip = opened.model
     train = load_photos(args.data, "train", opened.preprocess).first(args.limit)
     test = load_photos(args.data, "test", opened.preprocess).first(args.limit)

@@ -34,13 +34,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from language_common import codes_of, counts_of
 
 import saehooks as sh
 from saehooks.demo import text as packaged_text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
+from saehooks.hosts import host
 from saehooks.show import figures, html, terminal
+from saehooks.streams import prompt_tokens
 
 PROMPT = "I think that"
 SAMPLES, NEW_TOKENS = 8, 30
@@ -68,6 +69,22 @@ def words_of(text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------- the rule
+
+
+def codes_of(model, sae: sh.SAE, batches: sh.TokenBatches) -> sh.Codes:
+    """Codes of shape (sequences, positions) at the SAE's own site; each forward stops there."""
+    source, parts = host(model), []
+    site = source.site(sae.hook_name)
+    for tokens in batches:
+        with torch.no_grad(), sh.read(model, sae) as trace, source.stop_at(site):
+            source.run(tokens)
+        parts.append(trace.codes)
+    return sh.Codes.cat(parts)
+
+
+def counts_of(codes: sh.Codes) -> torch.Tensor:
+    """(d_sae,) tokens on which each latent fires; position 0, an attention sink, is left out."""
+    return torch.bincount(codes.indices[codes.rows % codes.shape[1] > 0], minlength=codes.d_sae)
 
 
 def describe(codes: sh.Codes, entries: torch.Tensor, tokens: torch.Tensor, tokenizer, usual: Counter) -> Chosen | None:
@@ -124,8 +141,7 @@ class Writer:
 
     def __init__(self, model, sae: sh.SAE, tokenizer, neutral: torch.Tensor) -> None:
         self.model, self.sae, self.tokenizer, self.neutral = model, sae, tokenizer, neutral
-        prompt = [tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False).input_ids]
-        self.prompt = torch.tensor([prompt] * SAMPLES)
+        self.prompt = prompt_tokens(tokenizer, PROMPT).repeat(SAMPLES, 1)
 
     def write(self) -> list[str]:
         """Texts after the prompt, sampled with the same seed each time."""

@@ -55,23 +55,29 @@ def tiny_bridge():
 
 
 @pytest.fixture
-def tiny_hf():
+def tiny_decoder():
+    """The configuration of a tiny decoder, for any family of Hugging Face that is built like Llama."""
+    return {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "initializer_range": 0.3,
+    }
+
+
+@pytest.fixture
+def tiny_hf(tiny_decoder):
     """A Hugging Face Llama: 4 layers, d_model 32, 4 heads of 8 over 2 key-value heads, vocabulary 64."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(4)  # greedy continuations of this one go on without ending the text
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        initializer_range=0.3,
-    )
+    config = transformers.LlamaConfig(**{**tiny_decoder, "num_hidden_layers": 4, "max_position_embeddings": 128})
     return transformers.LlamaForCausalLM(config).eval()
 
 

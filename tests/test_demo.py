@@ -12,10 +12,9 @@ from rich.console import Console
 
 from saehooks.codes import Codes
 from saehooks.demo import data, models, photos, small_clip, smollm2, text
-from saehooks.demo.language import Budget, Language, for_seconds, strongest
+from saehooks.demo.language import Budget, Language, contrast, for_seconds, strongest, typical
 from saehooks.demo.report import Report
 from saehooks.demo.run import CLIP_SAE_FOLDER, SAE_FOLDER, run
-from saehooks.demo.survey import Survey, typical
 from saehooks.demo.vision import class_shares
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
@@ -126,38 +125,20 @@ def test_packaged_saes_say_where_they_come_from(folder, width):
 # ------------------------------------------------------------------- its pieces
 
 
-class Words:
-    """A tokenizer whose token i is the word " wi"."""
-
-    def decode(self, ids):
-        return "".join(f" w{i}" for i in ids)
-
-
-def survey_of(rows: list[list[float]], tokens: list[int]) -> Survey:
-    survey = object.__new__(Survey)
-    survey.tokenizer, survey.tokens = Words(), torch.tensor(tokens)
-    survey.codes = Codes.from_dense(torch.tensor(rows))
-    return survey
+def test_typical_value_of_a_latent():
+    """A strong but ordinary value, of the positive ones; nothing where it does not fire or is negative."""
+    codes = Codes.from_dense(torch.tensor([[1.0, 0], [3.0, 0], [2.0, 0], [-1.0, 0], [0, 0]]))
+    assert typical(codes, 1) == 0.0
+    assert typical(codes, 0) == pytest.approx(2.9)
 
 
-def test_survey_describes_a_latent_by_its_strongest_tokens():
-    """Strongest first, each token once, nothing where it does not fire or is negative."""
-    survey = survey_of([[1.0, 0], [3.0, 0], [2.0, 0], [-1.0, 0], [0, 0]], tokens=[7, 8, 8, 9, 9])
-    assert survey.places(0) == [1, 0]
-    assert survey.words(0) == "·w8 ·w7"
-    assert survey.words(1) == ""
-    assert typical(survey.codes, 1) == 0.0
-    assert typical(survey.codes, 0) == pytest.approx(2.9)
-    assert survey.context(1, before=1, after=1) == "… w7[ w8] w8…"
-
-
-def test_survey_contrast_finds_the_latent_of_other_codes():
+def test_contrast_finds_the_latent_of_other_codes():
     """The latent that fires in the other codes and not here stands out; one that fires alike does not."""
-    survey = survey_of([[1.0, 0, 1.0]] * 50, tokens=[0] * 50)
-    contrast = survey.contrast(Codes.from_dense(torch.tensor([[1.0, 1.0, 0.0]] * 10)))
-    assert contrast[0] == 0
-    assert contrast[1] > 5
-    assert contrast[2] < -5
+    here = Codes.from_dense(torch.tensor([[1.0, 0, 1.0]] * 50))
+    found = contrast(here.counts(), 50, Codes.from_dense(torch.tensor([[1.0, 1.0, 0.0]] * 10)))
+    assert found[0] == 0
+    assert found[1] > 5
+    assert found[2] < -5
 
 
 def test_strongest_gives_pairs_for_each_row():

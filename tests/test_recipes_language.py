@@ -73,13 +73,16 @@ def test_dashboard_reads_codes_by_latent(tiny_hf_bridge):
         def __iter__(self):
             return iter(self.tokens.split(2))
 
-    survey = concept_dashboard.Survey(tiny_hf_bridge, sae, Batches())
+    index = concept_dashboard.surveyed(tiny_hf_bridge, sae, Batches())
     with torch.no_grad(), sh.read(tiny_hf_bridge, sae) as trace:
         tiny_hf_bridge(Batches.tokens)
-    assert survey.counts.tolist() == trace.codes[:, 1:].counts().tolist()
-    latent = int(survey.counts.argmax())
-    contexts = survey.contexts(latent, 3)
-    assert len({sequence for sequence, _ in contexts}) == 3
+    assert index.counts.tolist() == trace.codes[:, 1:].counts().tolist()
+    latent = int(index.counts.argmax())
+    contexts = index[latent].contexts[:3]
+    assert len({context.sequence for context in contexts}) == 3
     column = trace.codes.of(latent)[:, 1:]
-    assert float(column[contexts[0][0], contexts[0][1] - 1]) == pytest.approx(float(column.max()))
-    assert len(concept_dashboard.spread(survey.counts, 4, at_least=1)) == 4
+    assert float(column[contexts[0].sequence, contexts[0].column - 1]) == pytest.approx(float(column.max()))
+    latents = concept_dashboard.spread(index.counts, 4, at_least=1)
+    assert len(latents) == 4
+    page = concept_dashboard.page(index, sae, latents, "", "")
+    assert all(f"<b>latent {one}</b>" in page for one in latents)

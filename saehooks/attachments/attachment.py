@@ -20,7 +20,7 @@ from saehooks.errors import NeverFiredError
 from saehooks.hosts.base import Host
 from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.site import Site
-from saehooks.sae import SparseCoder
+from saehooks.sae import SparseCoder, autocast_off
 from saehooks.trace import Record, Trace
 from saehooks.where import Came, View, Where, full_mask
 
@@ -94,7 +94,7 @@ class Attachment:
     def _computing(self, acts: Tensor) -> Iterator[None]:
         """Inside the block the SAE computes in its own dtype, with a graph where somebody needs one."""
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
-        with torch.set_grad_enabled(graph), torch.autocast(acts.device.type, enabled=False):
+        with torch.set_grad_enabled(graph), autocast_off(acts.device):
             yield
 
     def _coded(self, columns: Columns, acts: Tensor) -> Coded:

@@ -15,9 +15,9 @@ from saehooks.causal import log_prob, rank_latents
 from saehooks.codes import Codes
 from saehooks.demo.data import text
 from saehooks.demo.report import Report
-from saehooks.demo.survey import Survey, typical
 from saehooks.errors import ConfigError
 from saehooks.evaluation import measure
+from saehooks.latents import LatentIndex, survey
 from saehooks.sae import SAE
 from saehooks.show import figures
 from saehooks.show.values import visible
@@ -179,11 +179,16 @@ class Language:
         curve = figures.effect_curves(lines, xlabel="calls of the model", ylabel="cross-entropy so far (nats)")
         self.report.figure(curve, "running cross-entropy, clean and spliced")
 
-    def survey(self) -> Survey:
-        """Codes over held-out text, by which latents are described."""
-        return Survey(self.model, self.sae, self.batches("eval", self.budget.tokens), self.tokenizer)
+    def index(self) -> LatentIndex:
+        """What the latents stand for in held-out text, by which they are described."""
+        # Short sequences, for an index keeps one place of each.
+        batches = TokenBatches(self.tokenizer, text("eval"), context=64, batch_size=16, limit=self.budget.tokens)
+        return survey(
+            self.model, self.sae, batches, where=slice(1, None), tokenizer=self.tokenizer, sampled=0, logits=0,
+            neighbours=0, progress=False,
+        )  # fmt: skip
 
-    def ablation(self, survey: Survey) -> None:
+    def ablation(self, index: LatentIndex) -> None:
         """Which latents carry a fact, and what the model says without them."""
         self.report.begin(
             "Which latents carry a fact?",
@@ -207,7 +212,7 @@ class Language:
             {
                 "latent": str(latent),
                 f"Δ log p({self.word(answer)})": effects[latent],
-                "fires most on": survey.words(latent),
+                "fires most on": index.words(latent, 6),
             }
             for latent in worst[:8]
         ]
@@ -230,9 +235,9 @@ class Language:
         self.report.quotes({"clean": self.generated(PROMPT), "ablated": changed})
         self._say_checked()
 
-    def steering(self, survey: Survey) -> None:
+    def steering(self, index: LatentIndex) -> None:
         """Push one latent, and read what the model then writes."""
-        push = self._push(survey)
+        push = self._push(index)
         self.report.begin(
             "Steering: push one latent",
             "Three themes were tried, each by the latents that fire more in a few sentences about it than in held-out "
@@ -282,7 +287,7 @@ class Language:
         ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in THEMES[theme][1]]
         return torch.tensor([one[0] for one in ids if len(one) == 1])
 
-    def _push(self, survey: Survey) -> Push:
+    def _push(self, index: LatentIndex) -> Push:
         """The theme and the latent whose push, by twice its typical value, raises the theme's words most."""
         best: Push | None = None
         highest = -1.0
@@ -292,7 +297,11 @@ class Language:
             with read(self.model, self.sae) as trace, torch.no_grad():
                 self.model(self.encode_prompt(sentences))
             codes = trace.codes[0, 1:]
-            for latent in survey.contrast(codes).argsort(descending=True)[: self.budget.candidates].tolist():
+            for latent in (
+                contrast(index.counts, index.positions, codes)
+                .argsort(descending=True)[: self.budget.candidates]
+                .tolist()
+            ):
                 value = typical(codes, latent)
                 with steer(self.model, self.sae, {latent: 2 * value}, where=slice(1, None)):
                     raised = float(self.next_probs(opening)[words].sum())
@@ -345,6 +354,27 @@ def strongest(codes: Codes, k: int) -> list[list[tuple[int, float]]]:
     top = codes.top(k)
     rows = zip(top.latents.tolist(), top.values.tolist(), strict=True)
     return [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in rows]
+
+
+def contrast(counts: Tensor, positions: int, codes: Codes) -> Tensor:
+    """(d_sae,) by how much more often each latent fires in some codes than elsewhere, in standard errors.
+
+    Args:
+        counts: (d_sae,) int64, positions elsewhere at which each latent fired.
+        positions: how many were looked at.
+        codes: of shape (n,).
+    """
+    n = codes.sizes.numel()
+    p, q = counts / positions, codes.counts() / n
+    pooled = (counts + codes.counts()) / (positions + n)
+    return (q - p) / (pooled * (1 - pooled) * (1 / positions + 1 / n)).clamp_min(1e-12).sqrt()
+
+
+def typical(codes: Codes, latent: int) -> float:
+    """A strong but ordinary value of a latent: the 95% quantile of its positive values; 0 if it has none."""
+    values = codes.values[codes.indices == latent]
+    values = values[values > 0]
+    return float(values.quantile(0.95)) if values.numel() else 0.0
 
 
 def for_seconds(batches: Iterable[Tensor], seconds: float) -> Iterator[Tensor]:

@@ -230,6 +230,7 @@ def _chosen(shelf: dict[str, Tensor], n: int, spread: bool) -> tuple[Tensor, Ten
         spread: evenly from the strongest to the weakest, instead of the strongest alone.
     """
     kept = shelf["scores"] > -float("inf")
+    n = min(n, kept.shape[1])
     order = shelf["values"].masked_fill(~kept, -float("inf")).argsort(dim=1, descending=True, stable=True)
     held = kept.sum(1, keepdim=True)
     rank = torch.arange(n)[None].expand(len(kept), -1)
@@ -237,7 +238,7 @@ def _chosen(shelf: dict[str, Tensor], n: int, spread: bool) -> tuple[Tensor, Ten
     if spread:  # the i-th of n lies i / (n - 1) of the way down
         rank = torch.where(held > n, (rank * (held - 1) / max(1, n - 1)).round().long(), rank)
     latents = torch.arange(len(kept))[:, None].expand(-1, n)[wanted]
-    return latents, order.gather(1, rank.clamp(max=order.shape[1] - 1))[wanted]
+    return latents, order.gather(1, rank.clamp(max=n - 1))[wanted]
 
 
 def _effects(given: Any, n: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class Shelf:
 
     def wants(self, latents: Tensor, scores: Tensor) -> Tensor:
         """(n,) bool, which candidates beat the weakest place of their latent."""
-        return scores > self.scores[latents, -1]
+        return scores > self.scores[latents, -1] if self.size else torch.zeros_like(scores, dtype=torch.bool)
 
     def offer(
         self, latents: Tensor, scores: Tensor, values: Tensor, sequences: Tensor, columns: Tensor, window: Window

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Protocol
 
 from rich.console import Console, Group
-from rich.errors import LiveError
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from saehooks.show.progress import started
 
 COLUMNS = {"loss": ".4f", "nmse": ".4f", "l0": ".1f", "dead": ".0f", "lr": ".1e", "eval_nmse": ".4f", "eval_l0": ".1f"}
 LINE_EVERY = 20.0
@@ -49,6 +50,7 @@ class TrainingProgress:
         self._started, self._said = time.perf_counter(), 0.0
         self._rows = {name: trainer.rows_seen for name, trainer in trainers.items()}
         self._live: Live | None = None
+        self._display = ExitStack()
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -62,15 +64,14 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         if self.enabled and self.live_display:
             live = Live(self.render(), console=self.console, refresh_per_second=4, transient=False)
-            with suppress(LiveError):  # a display of the user's own is running
-                live.start()
+            if self._display.enter_context(started(live)):
                 self._live = live
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.update(self.render())
-            self._live.stop()
+            self._display.close()
         elif self.enabled:
             self._print()
 

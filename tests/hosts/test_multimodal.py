@@ -14,7 +14,7 @@ IMAGE, SITE = 60, "model.language_model.layers.0"
 
 
 @pytest.fixture
-def llava():
+def llava(tiny_decoder):
     """A LLaVA: a picture of 8 x 8 becomes four tokens of a Llama of width 32."""
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
@@ -26,19 +26,7 @@ def llava():
         patch_size=4,
         projection_dim=16,
     )
-    text = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        initializer_range=0.3,
-    )
+    text = transformers.LlamaConfig(**tiny_decoder)
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1, image_seq_length=4
     )

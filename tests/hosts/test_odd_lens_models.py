@@ -15,25 +15,12 @@ TOKENS = torch.tensor([[0, 5, 6, 7, 8, 9]])
 
 
 @pytest.fixture
-def granite(tiny_tokenizer):
+def granite(tiny_tokenizer, tiny_decoder):
     """A bridge over a Granite, whose blocks multiply what they add to the residual stream by 0.25."""
     bridges = pytest.importorskip("transformer_lens.model_bridge")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(4)
-    config = transformers.GraniteConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        residual_multiplier=0.25,
-        initializer_range=0.3,
-    )
+    config = transformers.GraniteConfig(**tiny_decoder, residual_multiplier=0.25)
     hf = transformers.GraniteForCausalLM(config).eval()
     hf.config.architectures = ["GraniteForCausalLM"]
     return bridges.TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=tiny_tokenizer).eval()

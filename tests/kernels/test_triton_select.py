@@ -9,9 +9,6 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
 pytest.importorskip("triton")
 
 from forced import forced

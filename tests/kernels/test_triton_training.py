@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 pytest.importorskip("triton")
 

@@ -97,6 +97,20 @@ def test_sampled_places_fire(surveyed):
             assert context.value == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
+def test_what_is_not_wanted_is_left_out(surveyed, model, sae, batches, tmp_path):
+    """No places drawn at random, no tokens, no neighbours: the rest is as before, and it is shown and written."""
+    full, _ = surveyed
+    index = sh.survey(model, sae, batches, where=slice(1, None), sampled=0, logits=0, neighbours=0)
+    assert torch.equal(index.counts, full.counts)
+    latent = int(index.counts.argmax())
+    assert [one.value for one in index[latent].contexts] == [one.value for one in full[latent].contexts]
+    assert index[latent].sampled == []
+    assert "drawn at random" not in index[latent]._repr_html_()
+    assert index.page(tmp_path / "page.html").stat().st_size > 0
+    index.save(tmp_path / "index")
+    assert LatentIndex.load(tmp_path / "index")[latent].sampled == []
+
+
 def test_neighbours_are_the_cosines(surveyed, sae):
     """Firing together and pointing alike, each by its formula on dense tables."""
     index, dense = surveyed

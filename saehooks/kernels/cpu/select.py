@@ -229,6 +229,17 @@ def kth_largest(keys, size, k):
 
 
 @numba_jit
+def keep_above(row, places, found, shift, tau):
+    """Move the places whose score, less ``shift``, lies above tau to the front of places[:found]; return how many."""
+    kept = 0
+    for j in range(found):
+        place = places[j]
+        places[kept] = place
+        kept += np.float64(row[place]) - shift > tau
+    return kept
+
+
+@numba_jit
 def sparsemax_row(row, maxima, work, places):
     """Places of the support of one finite row in ``places``; return its size and the threshold."""
     shift = np.float64(largest(maxima))
@@ -241,12 +252,7 @@ def sparsemax_row(row, maxima, work, places):
     for j in range(found):
         work[j] = np.float64(row[places[j]]) - shift
     tau = newton(work, found, -1.0)
-    kept = 0
-    for j in range(found):
-        place = places[j]
-        places[kept] = place
-        kept += np.float64(row[place]) - shift > tau
-    return kept, shift + tau
+    return keep_above(row, places, found, shift, tau), shift + tau
 
 
 @numba_jit
@@ -292,12 +298,7 @@ def entmax_row(row, maxima, work, places, alpha):
     for j in range(found):
         work[j] = factor * (np.float64(row[places[j]]) - shift)
     tau = entmax_newton(work, found, power) * power
-    kept = 0
-    for j in range(found):
-        place = places[j]
-        places[kept] = place
-        kept += np.float64(row[place]) - shift > tau
-    return kept, shift + tau
+    return keep_above(row, places, found, shift, tau), shift + tau
 
 
 @numba_jit

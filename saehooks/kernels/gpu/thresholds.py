@@ -21,16 +21,6 @@ def read(Z_ROW, BIAS, column, mask, BIASED: tl.constexpr):
 
 
 @triton.jit
-def _ahead(count, total, weight, slope, power, tau, LINEAR: tl.constexpr):
-    """One Newton step from below; for sparsemax it is Michelot's rule."""
-    if LINEAR:
-        step = (total - 1.0) / count
-    else:
-        step = tau + (weight - 1.0) / (power * slope)
-    return step
-
-
-@triton.jit
 def _sums(v, tau, power, LINEAR: tl.constexpr):
     """What a Newton step needs of some scores: how many lie above tau, their sum, and of their weights and slopes."""
     inside = v > tau
@@ -49,6 +39,18 @@ def _sums(v, tau, power, LINEAR: tl.constexpr):
 
 
 @triton.jit
+def _raised(tau, count, total, weight, slope, power, before, steps, LINEAR: tl.constexpr):
+    """tau after one Newton step from below (for sparsemax it is Michelot's rule), and whether to take another."""
+    if LINEAR:
+        ahead = (total - 1.0) / count
+        going = (ahead > tau) & (count != before)
+    else:
+        ahead = tau + (weight - 1.0) / (power * slope)
+        going = (ahead > tau) & (steps < 64)
+    return tl.maximum(tau, ahead), going
+
+
+@triton.jit
 def simplex_threshold(v, tau, power, LINEAR: tl.constexpr):
     """The threshold of scores (n,) whose maximum is 0, from a lower bound of it; absent ones are -inf."""
     before = -1.0
@@ -56,13 +58,8 @@ def simplex_threshold(v, tau, power, LINEAR: tl.constexpr):
     going = True
     while going:
         count, total, weight, slope = _sums(v, tau, power, LINEAR)
-        ahead = _ahead(count, total, weight, slope, power, tau, LINEAR)
         steps += 1
-        if LINEAR:
-            going = (ahead > tau) & (count != before)
-        else:
-            going = (ahead > tau) & (steps < 64)
-        tau = tl.maximum(tau, ahead)
+        tau, going = _raised(tau, count, total, weight, slope, power, before, steps, LINEAR)
         before = count
     return tau
 
@@ -88,13 +85,8 @@ def simplex_streamed(
             total += two
             weight += three
             slope += four
-        ahead = _ahead(count, total, weight, slope, power, tau, LINEAR)
         steps += 1
-        if LINEAR:
-            going = (ahead > tau) & (count != before)
-        else:
-            going = (ahead > tau) & (steps < 64)
-        tau = tl.maximum(tau, ahead)
+        tau, going = _raised(tau, count, total, weight, slope, power, before, steps, LINEAR)
         before = count
     return tau
 
