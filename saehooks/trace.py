@@ -70,6 +70,11 @@ class Forward:
         return self._record.site
 
     @property
+    def sae(self) -> SparseCoder:
+        """The SAE that made the codes."""
+        return self._record.sae
+
+    @property
     def codes(self) -> Codes:
         """Codes of shape (batch, pos): what the SAE reads, before any edit; detached unless ``grads=True``."""
         return self._record.codes.trimmed()

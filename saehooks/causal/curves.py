@@ -15,7 +15,7 @@ from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
 from saehooks.causal.runs import Place, as_data, check_metric, runner
-from saehooks.causal.table import Table, words_of
+from saehooks.causal.table import Table, check_index, words_of
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -222,6 +222,8 @@ def curve(
         raise ConfigError(f"counts must lie in 1 .. {len(best)}, the latents given; got {tuple(counts)}")
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}")
+    index = index if index is not None else getattr(latents, "index", None)
+    check_index(index, {Place(model, sae, options.get("at"), options.get("head"), None).site.name: sae})
     pool = active_latents(model, sae, tokens, **options)
     if max(counts) > len(pool):
         raise ConfigError(
@@ -254,7 +256,7 @@ def curve(
         n_sequences=int((~found.clean.isnan()).sum()),
         draws=draws,
         latents=tuple(best[: max(counts)]),
-        index=index if index is not None else getattr(latents, "index", None),
+        index=index,
     )
 
 

@@ -14,7 +14,7 @@ from saehooks.attachments.request import refuse_others
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, check_metric, runner
-from saehooks.causal.table import SHOWN, Table, labelled, named, words_of
+from saehooks.causal.table import SHOWN, Table, check_index, labelled, named, words_of
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.hosts.frozen import frozen
@@ -131,6 +131,9 @@ def latent_graph(
     host = places[early].host
     if places[early].site.key == places[late].site.key:
         raise ConfigError(f"a graph goes from one site to another: '{early}' and '{late}' are the same place")
+    if isinstance(index, Mapping):
+        index = {places[name].site.name if name in places else name: one for name, one in index.items()}
+    check_index(index, {place.site.name: place.sae for place in places.values()})
     check_metric(places[early], measured)
     warn_in_train_mode(host.model, "drawing a graph of latents")
     data, call = as_data(host, tokens, batch_size), runner(host, run)
@@ -140,7 +143,7 @@ def latent_graph(
         edges, seen = walk.edges(targets, shown)
     sources = edges.abs().sum(1).topk(min(n_sources, int((edges != 0).any(1).sum()))).indices
     return Graph(
-        sites=(early, late),
+        sites=(places[early].site.name, places[late].site.name),
         metric=measured.name,
         sources=sources,
         targets=targets,

@@ -15,6 +15,7 @@ from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
 from saehooks.causal.ranking import ORDERS, Ranking
 from saehooks.causal.runs import Data, Place, as_data, check_metric, runner
+from saehooks.causal.table import check_index
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -71,7 +72,7 @@ def rank_latents(
     Returns:
         A `Ranking`: print it, ``.top(20)``, ``.to_pandas()``, ``.plot()``, ``.agreement``.
     Raises:
-        ConfigError: empty data, or a metric of the wrong shape or without a gradient.
+        ConfigError: empty data, a metric of the wrong shape or without a gradient, or an index of another SAE.
         NotFiniteError: the metric is NaN or infinite.
         NeverFiredError: no latent is selected in the data.
 
@@ -86,6 +87,7 @@ def rank_latents(
     count, listed = _exact_as_asked(exact, sae)
     wanted = None if latents is None else _listed(latents, sae)
     place, measured = Place(model, sae, at, head, where), as_metric(metric)
+    check_index(index, {place.site.name: sae})
     check_metric(place, measured)
     warn_in_train_mode(place.host.model, "ranking latents")
     data, call = as_data(place.host, tokens, batch_size), runner(place.host, run)

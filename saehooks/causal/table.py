@@ -56,6 +56,22 @@ def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
     return [{key: str(value) if key in columns else value for key, value in row.items()} for row in rows]
 
 
+def check_index(index: Any, saes: Mapping[str, Any]) -> None:
+    """Refuse an index, or one of a mapping by site, that is of another SAE than the one at its site.
+
+    Raises:
+        ConfigError: it is, or it is no index at all.
+    """
+    for site, sae in saes.items():
+        found = index.get(site) if isinstance(index, Mapping) else index
+        if found is None:
+            continue
+        if not hasattr(found, "words"):
+            raise ConfigError(f"index= takes a LatentIndex, which sh.survey makes; got {type(found).__name__}")
+        if found.site == site:
+            found.check(sae)
+
+
 def words_of(index: Any, site: str, latent: int, n: int = 4) -> str:
     """What a latent stands for, by an index of latents, or a mapping of several by site; "" where there is none.
 

@@ -6,14 +6,14 @@ import hashlib
 
 import torch
 
-from saehooks.sae import SAE
+from saehooks.sparse_coder import SparseCoder
 
 LOOKED_AT = 4096
 """Numbers of each tensor."""
 
 
 @torch.no_grad()
-def fingerprint(sae: SAE) -> str:
+def fingerprint(sae: SparseCoder) -> str:
     """A hash of an SAE's kind and of evenly spaced numbers of each of its tensors."""
     found = hashlib.sha256(f"{sae.cfg.dictionary} {sae.cfg.activation} {sorted(sae.cfg.settings.items())}".encode())
     for name, tensor in sorted(sae.state_dict().items()):

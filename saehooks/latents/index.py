@@ -23,7 +23,7 @@ from saehooks.latents.listing import Listing, TokenListing
 from saehooks.latents.result import SurveyResult
 from saehooks.latents.tallies import GRID
 from saehooks.latents.views import index_html
-from saehooks.sae import SAE
+from saehooks.sae import SAE, SparseCoder
 from saehooks.show.values import visible
 from saehooks.streams import prompt_tokens
 from saehooks.trace import Forward
@@ -56,11 +56,9 @@ class LatentIndex(SurveyResult):
         """Everything known of one latent.
 
         Raises:
-            LatentError: out of range.
+            LatentError: out of range, or no whole number.
         """
-        latent = int(latent)
-        self._check(latent)
-        return Latent(self, latent)
+        return Latent(self, self._number(latent))
 
     def __iter__(self) -> Iterator[Latent]:
         return (Latent(self, latent) for latent in range(len(self)))
@@ -127,7 +125,7 @@ class LatentIndex(SurveyResult):
         Returns:
             Rows with both similarities, each a cosine; None where a latent is not among the nearest kept of that kind.
         """
-        self._check(latent)
+        latent = self._number(latent)
         kinds = {"direction": self.alike, "fires with": self.fired_with}
         found: dict[int, dict[str, float]] = {}
         for kind, kept in kinds.items():
@@ -146,22 +144,23 @@ class LatentIndex(SurveyResult):
         Args:
             text: a text, tokens (pos,) or (1, pos), an image (1, 3, height, width), or a trace that was recorded.
             n: at most so many.
-            by: ``"value"``; or ``"rarity"``, for those that seldom fire so strongly elsewhere.
+            by: ``"value"``; or ``"rarity"``, for those that seldom fire so strongly elsewhere; latents that never fired
+                in the survey, of which it can say nothing, come last.
         Raises:
-            ConfigError: the index was loaded and knows no model: call `bind` first.
+            ConfigError: the index was loaded and knows no model: call `bind` first; or a trace of another SAE.
         """
         if by not in ("value", "rarity"):
             raise ConfigError(f"by={by!r}; expected 'value' or 'rarity'")
         forward = text if isinstance(text, Forward) else self._read(text)
+        self.check(forward.sae)
         codes = _inside(forward)
-        if codes.d_sae != len(self):
-            raise ConfigError(f"this index is of {len(self)} latents, the trace of {codes.d_sae}")
         largest = torch.full((len(self),), -float("inf")).scatter_reduce_(
             0, codes.indices.cpu(), codes.values.detach().float().cpu(), "amax"
         )
         fired = (largest > -float("inf")).nonzero()[:, 0]
         above = (self.quantiles[fired] >= largest[fired, None]).double().mean(1)  # NaN, a dead one, compares as False
         share = self.density[fired] * above.clamp(min=1 / GRID)
+        share[self.counts[fired] == 0] = float("inf")
         order = (-largest[fired] if by == "value" else share).argsort(stable=True)[:n]
         places = {int(fired[i]): float(largest[fired[i]]) for i in order}
         rows = [{**self.row(latent), "value": value, "at": _peak(forward, latent)} for latent, value in places.items()]
@@ -169,8 +168,7 @@ class LatentIndex(SurveyResult):
 
     def of_trace(self, forward: Forward, k: int = 5) -> TokenListing:
         """The k strongest latents of each token of a trace, with what they stand for: ``trace.top(5, index=index)``."""
-        if forward.codes.d_sae != len(self):
-            raise ConfigError(f"this index is of {len(self)} latents, the trace of {forward.codes.d_sae}")
+        self.check(forward.sae)
         return TokenListing(self, forward, k)
 
     def _read(self, given: Any) -> Forward:
@@ -268,12 +266,23 @@ class LatentIndex(SurveyResult):
         Raises:
             ConfigError: another SAE than the one surveyed.
         """
-        if fingerprint(sae) != self.metadata["fingerprint"]:
-            raise ConfigError(f"this index is of another SAE: it was made with {self.metadata['sae']}")
+        self.check(sae)
         self._model, self._sae = model, sae
         self._where = parse(self.metadata["where"]) if where is None else where
         self.tokenizer = tokenizer or host_of(model).tokenizer
         return self
+
+    def check(self, sae: SparseCoder) -> None:
+        """Refuse an SAE other than the one surveyed: the words would be those of other latents.
+
+        Raises:
+            ConfigError: another SAE, or the same after more training.
+        """
+        if fingerprint(sae) != self.metadata["fingerprint"]:
+            raise ConfigError(
+                f"this index is of another SAE: it was made with {self.metadata['sae']}; "
+                "sh.survey(model, sae, batches) makes one of this SAE"
+            )
 
     def _bound(self) -> tuple[Any, SAE]:
         if self._model is None:

@@ -34,7 +34,7 @@ class Latent:
     @property
     def density(self) -> float:
         """Share of the positions at which it was selected."""
-        return float(self.index.density[self.latent])
+        return self.count / max(1, self.index.positions)
 
     @property
     def dead(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index as whole
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class SurveyResult:
         Raises:
             LatentError: out of range, or dead: then it has no values.
         """
-        self._check(latent)
+        latent = self._number(latent)
         if not 0 <= q <= 1:
             raise ConfigError(f"a quantile lies in 0 .. 1, got {q}")
         if not int(self.counts[latent]):
@@ -125,15 +126,15 @@ class SurveyResult:
 
     def name(self, latent: int, name: str) -> None:
         """Give a latent a name of yours, which reprs, search and pages show; an empty one takes it back."""
-        self._check(latent)
+        latent = self._number(latent)
         if name:
-            self.names[int(latent)] = str(name)
+            self.names[latent] = str(name)
         else:
-            self.names.pop(int(latent), None)
+            self.names.pop(latent, None)
 
     def words(self, latent: int, n: int = 5) -> str:
         """A latent in a few words: its name; else the different tokens, or image labels, where it is strongest."""
-        self._check(latent)
+        latent = self._number(latent)
         if latent in self.names:
             return self.names[latent]
         words = [word for word in self._peaks(latent) if word]
@@ -166,7 +167,7 @@ class SurveyResult:
         Args:
             sampled: those drawn at random from all where it fires, instead of the strongest.
         """
-        self._check(latent)
+        latent = self._number(latent)
         shelf = self.drawn if sampled else self.best
         kept = (shelf["scores"][latent] > -float("inf")).nonzero()[:, 0]
         kept = kept[shelf["values"][latent][kept].argsort(descending=True, stable=True)]
@@ -186,9 +187,19 @@ class SurveyResult:
         skipped = int((~kept[:peak]).sum())
         return Context(sequence, column, peak - skipped, value, quantile, tokens[kept].tolist(), values[kept].tolist())
 
-    def _check(self, latent: int) -> None:
-        if not 0 <= latent < len(self):
-            raise LatentError(f"latent {latent} is out of range: this SAE has latents 0 to {len(self) - 1}")
+    def _number(self, latent: Any) -> int:
+        """A latent's number, whatever kind of whole number it was given as."""
+        if isinstance(latent, str):
+            raise LatentError(f"latents have numbers; to find one by a word write index.search({latent!r})")
+        try:
+            number = whole(latent)
+        except TypeError:
+            number = None
+        if number is None or isinstance(latent, bool):
+            raise LatentError(f"give the number of one latent, as in index[901]; got {latent!r}")
+        if not 0 <= number < len(self):
+            raise LatentError(f"latent {number} is out of range: this SAE has latents 0 to {len(self) - 1}")
+        return number
 
     def text(self, context: Context) -> str:
         """The text of a context."""
@@ -210,7 +221,7 @@ class SurveyResult:
         return {
             "latent": latent,
             "words": self.words(latent),
-            "density": float(self.density[latent]),
+            "density": int(self.counts[latent]) / max(1, self.positions),
             "typical": self.typical(latent) if fires else None,
             "largest": float(self.quantiles[latent, -1]) if fires else None,
         }

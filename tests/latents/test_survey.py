@@ -417,3 +417,30 @@ def test_crowded_batches_count_a_sample_of_positions(monkeypatch):
     found = cofiring.neighbours(1)
     assert found.latents[2].tolist() == [3]
     assert float(found.similarity[2, 0]) == pytest.approx(1.0)
+
+
+def test_what_is_no_latent_is_answered(nasty_index):
+    """A word, a slice, a fraction, a list or a truth value: the error says what to write."""
+    with pytest.raises(LatentError, match=r"index\.search\('music'\)"):
+        nasty_index["music"]
+    for wrong in (slice(1, 3), 1.5, [1, 2], True, None):
+        with pytest.raises(LatentError, match="the number of one latent"):
+            nasty_index[wrong]
+    with pytest.raises(LatentError, match="latents 0 to 95"):
+        nasty_index.typical(96)
+    with pytest.raises(LatentError, match=r"index\.search"):
+        nasty_index.words("music")
+    for kind in (torch.tensor(7), torch.tensor(7).numpy()[()]):
+        assert nasty_index[kind].latent == 7
+        assert nasty_index.words(kind) == nasty_index.words(7)
+
+
+def test_what_is_rare_was_seen(model, sae, batches):
+    """By rarity a latent that never fired in the survey, of which nothing is known, stands after all others."""
+    index = sh.survey(model, sae, batches[:1], where=slice(1, None))
+    found = index.top(batches[1][:1], n=96, by="rarity").rows()
+    dead = [row["density"] == 0 for row in found]
+    assert any(dead)
+    assert dead == sorted(dead)
+    shares = [row["density"] for row in found if row["density"]]
+    assert shares[0] <= shares[-1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import saehooks as sh
+from saehooks.errors import ConfigError
 
 SITE = "model.layers.1"
 
@@ -59,3 +61,35 @@ def test_a_trace_shows_words(model, sae, batches, nasty_index):
     assert rows[1]["strongest"].startswith(f"{first} {nasty_index.words(first, 3)}")
     assert "strongest" in repr(table)
     assert "<table" in table._repr_html_()
+
+
+def test_an_index_of_another_sae_is_refused(model, sae, batches, nasty_index):
+    """At the same site the words of another SAE's latents would be wrong: an error before anything runs."""
+    torch.manual_seed(9)
+    other = sh.SAE(d_in=32, d_sae=96, activation="topk", dictionary="linear", k=6, hook_name=SITE)
+    with sh.read(model, other) as trace:
+        model(batches[0])
+    calls = {
+        "rank": lambda: sh.rank_latents(model, other, batches[:1], index=nasty_index),
+        "curve": lambda: sh.causal.curve(model, other, batches[:1], [1, 2], counts=(1,), index=nasty_index),
+        "graph": lambda: sh.causal.latent_graph(
+            model, {SITE: other, "model.layers.2": other}, batches[:1], index={SITE: nasty_index}
+        ),
+        "trace": lambda: trace.top(2, index=nasty_index),
+        "top": lambda: nasty_index.top(trace),
+    }
+    for call in calls.values():
+        with pytest.raises(ConfigError, match="this index is of another SAE"):
+            call()
+    with pytest.raises(ConfigError, match=r"takes a LatentIndex.*got str"):
+        sh.rank_latents(model, sae, batches[:1], index="folder")
+
+
+def test_a_graph_knows_its_sites_by_any_name(model, sae, batches, nasty_index):
+    """Sites are named as the model names them, so that an index finds its words."""
+    late = sh.SAE(d_in=32, d_sae=24, dictionary="linear", activation="topk", k=4)
+    graph = sh.causal.latent_graph(
+        model, {SITE: sae, "model.layers.2": late}, batches[:1], n_sources=2, n_targets=2, index=nasty_index
+    )
+    assert graph.sites == (SITE, "model.layers.2")
+    assert graph._shown()[0]["source stands for"]
