@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def with_config_object(state: dict[str, Tensor], **attributes: Any) -> Callable[[], Any]:
-    """A checkpoint of a config object, whose class nobody can import when it is read."""
+    """A checkpoint of a config object, whose class cannot be imported when it is read."""
 
     def make() -> Any:
         module = types.ModuleType("config_of_a_stranger")

@@ -32,7 +32,7 @@ def settings() -> argparse.Namespace:
 
 
 def write_demo(path: Path) -> Path:
-    """A file as the authors' `save_model` writes it: CLIP ViT-B/16 width, random tables, weights nobody uses."""
+    """A file as the authors' `save_model` writes it: CLIP ViT-B/16 width, random tables, unused weights."""
     torch.manual_seed(0)
     d_in, d_sae = 768, 6144
     state = {

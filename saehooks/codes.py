@@ -1,4 +1,4 @@
-"""The sparse latent activations that flow through everything: compressed sparse rows with a batch shape."""
+"""`Codes`, the sparse latent activations that every part exchanges: compressed sparse rows with a batch shape."""
 
 from __future__ import annotations
 

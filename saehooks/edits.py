@@ -77,7 +77,8 @@ class Edit:
 
 
 def zero(latents: int | Iterable[int] | Tensor) -> Edit:
-    """Set latents to zero wherever they are selected; they stay in the support, holding 0."""
+    """Set latents, an int, several, or a tensor (n,), to zero where selected; they stay in the support, with value
+    0."""
     chosen = latent_list(latents)
 
     def function(codes: Codes) -> Codes:
@@ -87,7 +88,7 @@ def zero(latents: int | Iterable[int] | Tensor) -> Edit:
 
 
 def keep(latents: int | Iterable[int] | Tensor) -> Edit:
-    """Set every latent to zero except these."""
+    """Set every latent to zero except these: an int, several, or a tensor (n,)."""
     chosen = latent_list(latents)
 
     def function(codes: Codes) -> Codes:
@@ -97,7 +98,7 @@ def keep(latents: int | Iterable[int] | Tensor) -> Edit:
 
 
 def keep_top(k: int) -> Edit:
-    """Keep the k strongest latents of each position and set the others to zero; they stay in the support, holding 0.
+    """Keep the k strongest latents of each position; the others stay in the support with the value 0.
 
     Of equal values the lower latent stays. ``sh.edits.strongest`` is another name of it.
 
@@ -192,7 +193,7 @@ def _copied(codes: Codes) -> Codes:
 
 
 def _as_before(edited: Codes, copy: Codes, codes: Codes) -> Codes:
-    """The edited codes, in which the parts of the copy that nobody wrote into are those of the original again."""
+    """The edited codes, with each part of the copy that the edit did not write into replaced by the original."""
     original = codes.trimmed()
     names = [name for name in ("indices", "offsets", "scale") if getattr(edited, name) is getattr(copy, name)]
     same = [name for name in names if _untouched(getattr(copy, name), getattr(original, name))]
@@ -200,7 +201,7 @@ def _as_before(edited: Codes, copy: Codes, codes: Codes) -> Codes:
 
 
 def _untouched(part: Tensor | None, original: Tensor | None) -> bool:
-    """Whether nobody wrote into a clone of a tensor."""
+    """Whether a clone of a tensor was not written into."""
     if part is None or original is None:
         return part is original
     # A clone starts to count at 0; under inference mode nothing is counted.
@@ -246,7 +247,7 @@ def difference(edited: Codes, original: Codes) -> Codes:
 
 
 def same_scale(edited: Codes, original: Codes) -> bool:
-    """Whether both weigh their rows alike, so that their difference is one of values."""
+    """Whether both have the same row scales and shifts, so that only their values can differ."""
     one, other = edited.scale, original.scale
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 

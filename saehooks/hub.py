@@ -1,4 +1,4 @@
-"""Files of a hub: fetched one by one, kept in the hub's own cache, never looked for outside their repository; sent."""
+"""Files of a hub: downloaded one by one into the hub's cache, only from their repository; and uploads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def split(hub_id: str, below: str | None = None) -> tuple[str, str]:
 
 
 def check_inside(path: str, where: str) -> None:
-    """Complain about a path that leaves the folder it is given for."""
+    """Raise FormatError for a path that leads out of its folder."""
     parts = PurePosixPath(path).parts
     if ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path or "\0" in path:
         raise FormatError(f"{path!r} leads out of {where}, which is not followed")

@@ -26,7 +26,7 @@ def nmse(x: Tensor, recons: Tensor) -> float:
 
 
 def token_nmse(x: Tensor, recons: Tensor) -> float:
-    """Mean over rows of squared error over squared norm; 0 is best. Rows of zeros are left out.
+    """Mean over rows of x and recons (*shape, d_in) of squared error over squared norm; 0 is best. Skips rows of zeros.
 
     `nmse` is one ratio of sums: where a few tokens have a hundred times the norm of the others, it is about those.
     """
@@ -37,19 +37,19 @@ def token_nmse(x: Tensor, recons: Tensor) -> float:
 
 
 def fvu(x: Tensor, recons: Tensor) -> float:
-    """Fraction of variance unexplained: squared error over the variance of x about its mean row; 0 is best."""
+    """Fraction of variance unexplained by recons (*shape, d_in): squared error over the variance of x; 0 is best."""
     _same_shape(x, recons)
     x, recons = x.detach().double().flatten(0, -2), recons.detach().double().flatten(0, -2)
     return float((recons - x).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def explained_variance(x: Tensor, recons: Tensor) -> float:
-    """``1 - fvu``; 1 is best."""
+    """``1 - fvu`` of x and recons (*shape, d_in); 1 is best."""
     return 1.0 - fvu(x, recons)
 
 
 def cosine(x: Tensor, recons: Tensor) -> float:
-    """Mean over rows of the cosine of a row and its reconstruction; 1 is best, and 0 for a reconstruction of zeros.
+    """Mean cosine of a row and its reconstruction, (*shape, d_in) each; 1 is best, 0 for a reconstruction of zeros.
 
     Source: ``cossim`` of SAEBench's core evaluation.
     """
@@ -57,7 +57,7 @@ def cosine(x: Tensor, recons: Tensor) -> float:
 
 
 def shrinkage(x: Tensor, recons: Tensor) -> float:
-    """Mean over rows of the reconstruction's norm over the row's; 1 is best, below 1 the SAE shrinks.
+    """Mean ratio of the norms of reconstruction and row, (*shape, d_in) each; 1 is best, below 1 the SAE shrinks.
 
     Source: ``l2_ratio`` of SAEBench's core evaluation.
     """
@@ -65,7 +65,7 @@ def shrinkage(x: Tensor, recons: Tensor) -> float:
 
 
 def reconstruction_bias(x: Tensor, recons: Tensor) -> float:
-    """``sum |recons|^2 / sum x . recons``: 1 where no common factor would improve the reconstructions.
+    """``sum |recons|^2 / sum x . recons``, (*shape, d_in) each: 1 where no common factor would improve recons.
 
     Source: ``relative_reconstruction_bias`` of SAEBench's core evaluation; gamma in Gated SAEs (arXiv 2404.16014).
     """
@@ -87,7 +87,7 @@ class SupportSizes(NamedTuple):
 
 
 def l0(codes: Codes | Tensor) -> SupportSizes:
-    """Mean support size with its 5, 50 and 95% quantiles, of codes or of support sizes."""
+    """Mean support size with its 5, 50 and 95% quantiles, of codes or of support sizes of any shape."""
     sizes = (codes.sizes if isinstance(codes, Codes) else codes).flatten().double()
     if not sizes.numel():
         return SupportSizes(*[float("nan")] * 4)

@@ -50,24 +50,26 @@ class SAEOutput(NamedTuple):
     recons: Tensor
     """(*shape, d_in), the reconstruction."""
     codes: Codes
-    """The sparse latent activations."""
+    """Codes of shape (*shape): the sparse latent activations."""
 
 
 class Encoded(NamedTuple):
     """The stages of encoding, for losses that need more than the codes."""
 
     prepared: Prepared
+    """What the dictionary made of the rows: queries (rows, d), and scale (rows,) or None."""
     support: Support
+    """The selected latents: indices (nnz,), offsets (rows + 1,)."""
     scores: Tensor
     """(nnz,) scores of the selected latents, differentiable."""
     candidates: Codes
-    """Codes of all that was selected: what training decodes, so that gradients reach what is not active too."""
+    """(*shape) codes of all that was selected: training decodes these, so that gradients reach inactive latents too."""
     codes: Codes
-    """Codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
+    """(*shape) codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
 
 
 def _glance(module: nn.Module) -> dict[str, Tensor]:
-    """A few numbers of every parameter, by which one that was filled anew is told."""
+    """A few numbers of every parameter: they show whether it was filled anew."""
     found = {}
     for name, p in module.named_parameters():
         few = p.detach()
@@ -115,8 +117,8 @@ class SparseCoder(nn.Module):
 
     @property
     def finished(self) -> bool:
-        """Whether the weights say something already (loaded, trained, or set from data): training then goes on from
-        them and never sets them from data again. Parameters that you filled yourself, in whatever way, are seen."""
+        """Whether the weights are loaded, trained, or set from data: training then goes on from them and never sets
+        them from data again. Parameters that you filled yourself, in whatever way, are seen."""
         return self._finished or any(p._version for p in self.parameters()) or _differ(self._first, _glance(self))
 
     @finished.setter
@@ -142,7 +144,7 @@ class SparseCoder(nn.Module):
 
     @_in_own_dtype
     def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
-        """Encode and keep what losses need on the way."""
+        """Encode activations (*shape, d_in) and keep the stages that losses need."""
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
             raise WidthError(
                 f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
@@ -229,13 +231,13 @@ class SparseCoder(nn.Module):
         return self.dictionary.directions(wanted)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; the SAE counts as `finished` from then on."""
+        """Load as any module does; the SAE then counts as `finished`."""
         found = super().load_state_dict(state_dict, strict, assign)
         self.finished = True
         return found
 
     def frozen(self) -> SparseCoder:
-        """The same SAE for use alone: in eval mode, its parameters without gradient.
+        """The same SAE for use only: in eval mode, its parameters without gradient.
 
         It shares every tensor with this SAE, whose own mode and flags stay as they are: another thread may be training
         it. Make a new one for each use; it does not see ``sae.to(...)``.
@@ -368,7 +370,7 @@ class SparseCoder(nn.Module):
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the type and memory layout of a parameter, copied only where it has another."""
+    """The tensor in the dtype and strides of a parameter of the same shape, copied only where they differ."""
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)

@@ -92,7 +92,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write tensors one after the other, so that no second copy of them all is needed.
+    """Write tensors, of any shape, one after the other, so that no second copy of them all is needed.
 
     Args:
         path: replaced when the new file is whole.
@@ -135,7 +135,7 @@ def _header_bytes(header: dict) -> bytes:
 
 
 def write_folder(folder: str | Path, config: Mapping, tensors: Mapping[str, Tensor], *, in_order: bool = False) -> None:
-    """Write config and tensors; other files in the folder stay as they are.
+    """Write config and tensors, of any shape; other files in the folder stay as they are.
 
     The weights file carries the config too and is replaced first, so a crash between the two files leaves the new
     weights with their own config.
@@ -314,7 +314,7 @@ class Folder:
         }
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors, after a check that they are those that were saved."""
+        """All tensors, of the `shapes`, after a check that they are those that were saved."""
         if self.digest is not None:
             total = hashlib.sha256()
             with self.weights.path.open("rb") as file:
@@ -348,7 +348,7 @@ def open_folder(folder: str | Path) -> Folder:
 
 
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Config and tensors of a folder written by `write_folder`.
+    """Config and tensors, of any shape by name, of a folder written by `write_folder`.
 
     Raises:
         FormatError: a file is missing, cut off, altered, or a pickle in place of safetensors.
@@ -358,7 +358,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Tensors of a safetensors file and the config embedded in it, if any."""
+    """Tensors of a safetensors file, of any shape by name, and the config embedded in it, if any."""
     opened = open_safetensors(path)
     return opened.read(), opened.config
 

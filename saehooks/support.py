@@ -68,7 +68,7 @@ class Support:
         return replace(self, threshold=threshold)
 
     def renamed(self, latents: Tensor, d_sae: int) -> Support:
-        """The support in terms of other latents: index ``i`` becomes ``latents[i]``, one of ``0 .. d_sae - 1``."""
+        """The support in other latents: index ``i`` becomes ``latents[i]``, ``latents`` (n,) of ``0 .. d_sae - 1``."""
         return replace(self, indices=latents[self.indices], _known={}).trusted(d_sae)
 
     def by_latent(self, sort: Callable[[Tensor, Tensor, int], Index], d_sae: int) -> Index:
@@ -83,12 +83,12 @@ class Support:
         return found
 
     def trusted(self, d_sae: int) -> Support:
-        """The same support, marked as made by the kernels themselves, so that `check` need not look (and wait)."""
+        """The same support, marked as made by the kernels themselves, so that `check` need not wait for them."""
         self._remember("range", d_sae)
         return self
 
     def check(self, d_sae: int) -> None:
-        """Look whether the kernels may follow this support; on a GPU this waits, unless the kernels made it.
+        """Check that the kernels may follow this support; on a GPU this waits, unless the kernels made it.
 
         Raises:
             LatentError: a latent outside ``0 .. d_sae - 1``.

@@ -1,4 +1,4 @@
-"""What a block recorded: the codes of each forward, and everything that follows from them."""
+"""What a block recorded: the codes of each forward, and what is computed from them."""
 
 from __future__ import annotations
 
@@ -29,23 +29,32 @@ class Record:
     """The raw facts of one forward at one site."""
 
     site: str
+    """Name of the site."""
     sae: SparseCoder
+    """The SAE, which decodes ``codes``."""
     codes: Codes
+    """(batch, pos) codes as the SAE reads them; detached unless ``grads``."""
     edited: Codes
+    """(batch, pos) codes after the edits; detached unless ``grads``."""
     acts: Tensor
     """(batch, pos, d_in), the model's own tensor, detached and not copied."""
     columns: Columns
+    """Which texts the (batch, pos) columns belong to, and their positions in them."""
     where: Where
+    """The rule for positions."""
     mask: Tensor | None
+    """(batch, pos) bool, where the attachment acts; None for everywhere."""
     tokenizer: Any
+    """Turns tokens into text; None if the model has none."""
     grads: bool
+    """Whether gradients at the latents are kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_stamp", _stamp(self.acts))
 
     @property
     def untouched_acts(self) -> Tensor:
-        """The activations, unless the model has written over them since."""
+        """The activations (batch, pos, d_in), unless the model has written over them since."""
         if not torch.equal(_stamp(self.acts), self._stamp):  # type: ignore[attr-defined]
             raise ConfigError(
                 f"the model wrote over the activations of '{self.site}' after the site, so recons and error are lost; "

@@ -62,7 +62,7 @@ class Where:
     """The last forward that is asked for by number: an error on leaving the block if there were fewer."""
 
     def mask(self, view: View) -> Tensor | None:
-        """Bool mask, (pos,) or (batch, pos); None for everywhere. What it says of padding does not matter."""
+        """Bool mask, (pos,) or (batch, pos); None for everywhere. Its values at padding do not matter."""
         raise TypeError(f"{type(self).__name__} does not say where")
 
     def __and__(self, other: Any) -> Where:
@@ -388,7 +388,7 @@ def steps(listed: int | Iterable[int] | slice) -> Where:
             return Steps(found.span)
     elif isinstance(found, Positions) and min(found.listed, default=0) >= 0:
         return Steps(found.listed)
-    raise WhereError(f"steps are counted from 0, as nobody knows how many will come; got {listed!r}")
+    raise WhereError(f"steps are counted from 0, as the number of forwards is not known; got {listed!r}")
 
 
 def not_special(tokenizer: Any = None) -> Where:
@@ -467,7 +467,7 @@ def _all_bools(where: Any) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LeftOut(Where):
-    """A rule that nobody wrote: positions that it names need not come."""
+    """The rule when ``where`` is left out: positions that it names need not come."""
 
     rule: Where
 
@@ -499,13 +499,13 @@ _MAKERS: dict[str, Callable[..., Where]] = {
     "tokens": tokens,
 }
 OLDER_SPAN, OLDER_LIST = re.compile(r"positions \[(-?\d*):(-?\d*)\]"), re.compile(r"^positions (\[[-\d, ]*\])$")
-"""How rules were told until 0.1: ``positions [1:]``, ``positions [0, 3]``."""
+"""How metadata wrote rules until 0.1: ``positions [1:]``, ``positions [0, 3]``."""
 
 _NAMES = {"everywhere": everywhere, "last": last, "pooled": pooled}
 
 
 def parse(text: str) -> Where | None:
-    """The rule that a repr, or the metadata of an SAE, tells; None where it tells none (a mask, a function).
+    """The rule that a repr, or the metadata of an SAE, describes; None where it describes none (a mask, a function).
 
     >>> parse("sh.positions([0, 3]) & ~sh.last"), parse("all but the first"), parse("a mask of shape (4,)")
     ((sh.positions([0, 3]) & ~sh.last), all but the first, None)
@@ -560,7 +560,7 @@ def full_mask(where: Where, view: View) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Judged(Where):
-    """A rule in a block that is one of several: whether its positions came is asked of ``came``, after all of them."""
+    """A rule of one of several blocks; ``came`` judges after all of them whether its positions came."""
 
     rule: Where
     came: Came
@@ -574,7 +574,7 @@ class Judged(Where):
 
 
 class Came:
-    """Which of the positions that a rule asks for came, over all forwards past one site."""
+    """Tracks which of the positions that a rule asks for came, over all forwards past one site."""
 
     def __init__(self, where: Where):
         self._asked = tuple(dict.fromkeys(where.asked))
@@ -584,7 +584,7 @@ class Came:
         self._told: Tensor | None = None  # the same, as padded batches told it: not waited for before the end
 
     def add(self, columns: Columns) -> None:
-        """Take note of one forward."""
+        """Add one forward."""
         self._steps = max(self._steps, columns.number + 1)
         if len(self._came) == len(self._asked):
             return

@@ -64,12 +64,12 @@ def test_image_batches_can_be_iterated_again():
 
 def test_image_batches_say_what_is_missing(tmp_path):
     """An empty folder, a missing file, a wrong file: each is named."""
-    np.savez(tmp_path / "odd.npz", other=np.zeros(1))
+    np.savez(tmp_path / "other.npz", other=np.zeros(1))
     (tmp_path / "x.txt").write_text("")
     for source, message in (
         (tmp_path, "no pictures"),
         (tmp_path / "gone", "no such"),
-        (tmp_path / "odd.npz", "other"),
+        (tmp_path / "other.npz", "other"),
         (tmp_path / "x.txt", "npz"),
     ):
         with pytest.raises(ConfigError, match=message):

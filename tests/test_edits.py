@@ -241,7 +241,7 @@ def test_an_edit_that_writes_in_place_works_on_a_copy(codes):
 
 
 def test_an_edit_that_changes_values_alone_keeps_the_support_object(codes):
-    """The support that nobody wrote into is the original's: then nothing has to be matched."""
+    """A support that was not written into is the original's: then nothing has to be matched."""
     edited = edits.run([lambda codes: codes.with_values(codes.values * 2)], codes)
     assert edited.indices is codes.indices
     assert edited.scale is codes.scale

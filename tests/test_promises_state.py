@@ -80,7 +80,7 @@ def test_a_deep_copy_made_in_a_block_is_the_plain_model(tiny_hf, sae, hooks_of, 
 
 
 def test_a_copy_keeps_a_method_that_was_replaced_by_its_owner(tiny_hf):
-    """A ``forward`` that somebody else put on the model before the block is in the copy too."""
+    """A ``forward`` that other code put on the model before the block is in the copy too."""
     tiny_hf.forward = lambda ids: ("theirs", ids)
     with replaced_method(tiny_hf, "forward", lambda forward: lambda ids: ("ours", forward(ids))):
         twin = copy.deepcopy(tiny_hf)
@@ -117,7 +117,7 @@ def test_a_model_saved_in_a_block_is_the_plain_model():
 
 
 def test_hooks_of_a_block_come_first_when_asked_and_leave_the_order_of_others():
-    """A hook that is to run first runs before those that were there; taking it away moves nobody."""
+    """A hook that is to run first runs before those that were there; taking it away moves none of them."""
     module, calls = nn.Identity(), []
     one = module.register_forward_hook(lambda *_: calls.append("one"))
     handle = hook_module(module, "out", lambda *_: calls.append("first"), first=True)
@@ -231,7 +231,7 @@ def test_a_hook_that_another_thread_takes_away_in_a_forward_does_nothing(slot):
 
 
 def test_a_stop_in_one_thread_counts_its_own_calls(tiny_hf):
-    """A forward of another thread, which began before, is stopped at its own entry point, not at somebody else's."""
+    """A forward of another thread, which began before, is stopped at its own entry point only."""
     host = hosts.host(tiny_hf)
     site = host.site("model.layers.2")
     meeting, found = threading.Barrier(2, timeout=20), []

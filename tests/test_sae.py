@@ -94,7 +94,7 @@ def test_frozen_counts_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
-# ------------------------------------------------------------------ odd input
+# ------------------------------------------------------------- unusual input
 
 
 def test_zero_norm_activations_reconstruct_the_offset():

@@ -193,7 +193,7 @@ def test_an_interruption_before_the_first_step_keeps_an_older_checkpoint(tiny_br
 
 
 def test_a_program_with_handlers_of_its_own_keeps_them(tiny_bridge, tmp_path):
-    """Where somebody else handles Ctrl-C, training neither takes it over nor stops."""
+    """Where the program handles Ctrl-C itself, training neither takes it over nor stops."""
     sae, seen = fresh(), []
     before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:

@@ -187,7 +187,7 @@ def test_texts_that_share_a_row_count_each_their_own():
 
 
 def test_an_unknown_start_is_an_error_and_never_0():
-    """Where nobody knows how much came before, positions are refused, and everywhere is not."""
+    """Where it is not known how much came before, positions are refused, and everywhere is not."""
     unknown = columns_of(start=None, prompt=0)
     assert masks(w.everywhere, unknown) == [[[1] * 4] * 2]
     for rule in (0, w.last, slice(1, None), w.past_first):
@@ -321,7 +321,7 @@ def test_left_out_of_training_it_is_all_but_the_first():
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("written", "expected"),
     [
         ("positions [1:]", "sh.positions(slice(1, None))"),
         ("positions [2:-1]", "sh.positions(slice(2, -1))"),
@@ -329,11 +329,11 @@ def test_left_out_of_training_it_is_all_but_the_first():
         ("positions [0, 3]", "sh.positions([0, 3])"),
     ],
 )
-def test_older_metadata_are_understood(told, expected):
+def test_older_metadata_are_understood(written, expected):
     """SAEs saved before rules had a repr of their own act where they were trained; the packaged one is of these."""
     from saehooks.where import parse
 
-    assert repr(parse(told)) == repr(parse(expected)) != "None"
+    assert repr(parse(written)) == repr(parse(expected)) != "None"
 
 
 def test_the_packaged_sae_acts_where_it_was_trained():

@@ -51,7 +51,7 @@ class Activation(nn.Module):
 
     @property
     def rank(self) -> Callable[[Tensor], Tensor] | None:
-        """What of the dense scores a top-k rule compares; None for the scores, of which only positive ones count."""
+        """From dense scores (rows, d_sae) to what a top-k rule compares; None for the positive scores."""
         return None
 
     def values(self, scores: Tensor, support: Support) -> Tensor:
@@ -74,7 +74,7 @@ class Activation(nn.Module):
         return None
 
     def observe(self, scores: Tensor, support: Support) -> None:
-        """Update running statistics from a training batch; called without gradient, never in eval mode."""
+        """Update running statistics from the scores (nnz,) of a training batch; no gradient, never in eval mode."""
 
     def initialise(self, queries: Tensor, scores: Callable[[], Iterable[Tensor]]) -> None:
         """Set what is best set from data, before training.

@@ -49,7 +49,7 @@ class LatentDensity(nn.Module):
 
     @torch.no_grad()
     def update(self, counts: Tensor, rows: int) -> None:
-        """Add a batch: in how many of its rows each latent fired."""
+        """Add a batch of ``rows`` rows: ``counts`` (d_sae,) int64, in how many of them each latent fired."""
         if not self.tracked:
             return
         self.fired += counts

@@ -18,7 +18,7 @@ class Zipf(NamedTuple):
     exponent: float
 
     def at(self, ranks: Tensor) -> Tensor:
-        """Density expected at each rank."""
+        """Density expected at each rank; ``ranks`` and the result are (n,)."""
         return self.scale / (ranks.double() + self.shift) ** self.exponent
 
 

@@ -32,13 +32,15 @@ class Coded(NamedTuple):
     """What the SAE made of the activations of one forward."""
 
     sae: SparseCoder
-    """Frozen."""
+    """The SAE, frozen."""
     codes: Codes
-    """As the SAE reads them."""
+    """(batch, pos) codes as the SAE reads them."""
     original: Codes
-    """What the edits are measured against."""
+    """(batch, pos) codes that the edited ones are compared with."""
     edited: Codes
+    """(batch, pos) codes after the edits."""
     view: View
+    """The forward, as rules for positions see it."""
     mask: Tensor | None
     """(batch, pos) bool, where the attachment acts; None for everywhere."""
 
@@ -48,20 +50,28 @@ class Attachment:
     """One SAE at one site: what the hook there does."""
 
     host: Host
+    """The model."""
     site: Site
+    """Where the SAE reads, activations (batch, pos, d_in)."""
     sae: SparseCoder
+    """The SAE, as the user gave it."""
     edits: tuple[EditFunction, ...]
+    """Functions from Codes (batch, pos) to Codes of the same shape, run in order."""
     where: Where
+    """The rule for positions: a bool mask (batch, pos) for each forward."""
     error: Literal["keep", "drop"]
+    """``"keep"`` adds what the edits change, (batch, pos, d_in), to the activations; ``"drop"`` replaces them."""
     grads: bool
+    """Whether the gradient at each latent is kept, Codes (batch, pos)."""
     trace: Trace
+    """Records each forward."""
     came: Came
     """Which of the positions that ``where`` asks for came."""
     known: tuple[Codes, Tensor | None] | None = None
     """What the SAE gives the first time it fires and where it acts then, for a caller who knows both."""
 
     def hooks(self, watch: SequenceWatch) -> list[tuple[Site, Callable[[Tensor], Tensor | None]]]:
-        """What is called at which site."""
+        """The hooks: each site, and the function that is called on its activations (batch, pos, width)."""
         return [(self.site, partial(self, watch))]
 
     @property
@@ -75,7 +85,7 @@ class Attachment:
         return bool(self.edits) or self.error == "drop"
 
     def __call__(self, watch: SequenceWatch, acts: Tensor) -> Tensor | None:
-        """The hook: what the site carries in, its replacement out, or None to let the very same tensor flow."""
+        """The hook: takes what the site carries, (batch, pos, width); returns what replaces it, or None."""
         check_width(self.sae, self.site, acts.shape[-1])
         columns = watch.look(self.site, acts)
         if columns.again and not self.changes and not self.grads:
@@ -92,7 +102,7 @@ class Attachment:
 
     @contextmanager
     def _computing(self, acts: Tensor) -> Iterator[None]:
-        """Inside the block the SAE computes in its own dtype, with a graph where somebody needs one."""
+        """Inside the block the SAE computes in its own dtype, with an autograd graph where one is needed."""
         graph = torch.is_grad_enabled() and (self.changes or self.grads)
         with torch.set_grad_enabled(graph), autocast_off(acts.device):
             yield

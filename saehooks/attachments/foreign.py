@@ -13,7 +13,7 @@ from saehooks.hosts.site import Site
 from saehooks.sae import SparseCoder
 
 ALIASES = {"gpt2-small": "gpt2", "distillgpt2": "distilgpt2", "mistral-7b": "mistral-7b-v0.1"}
-"""Names that TransformerLens has for models of other names, where its own table is not loaded."""
+"""TransformerLens' short names of models, for when its own table is not loaded."""
 
 TABLES = ("transformer_lens.supported_models", "transformer_lens.loading_from_pretrained")
 """Where TransformerLens keeps that table, by version."""

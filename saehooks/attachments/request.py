@@ -21,10 +21,12 @@ class Request(NamedTuple):
     """One SAE, and where it was asked for."""
 
     name: str
+    """Name of the site that the SAE reads."""
     head: int | None
+    """One attention head there, or None."""
     sae: SparseCoder
     out: str | None = None
-    """The site that a transcoder writes, where it was given."""
+    """Name of the site that a transcoder writes, if the user gave one."""
 
 
 def requested(saes: Any, at: str | tuple[str, str] | None, head: int | None) -> dict[Any, Request]:
@@ -68,7 +70,7 @@ MEANT = {
     **dict.fromkeys(("heads", "hook_head_index"), "head"),
     **dict.fromkeys(("grad", "gradients", "requires_grad", "keep_grads"), "grads"),
 }
-"""What other tools call the keywords."""
+"""The names of our keywords in other libraries."""
 
 
 def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
@@ -125,7 +127,7 @@ def spread(what: str, given: Any, keys: Iterable[Any], default: Any) -> dict[Any
 
 
 def check(attachments: Iterable[Attachment]) -> None:
-    """Everything that can be wrong before the first forward, and can be told from the parts together."""
+    """Check before the first forward everything that can be checked only once all parts are known."""
     places: dict[Any, Site] = {}
     for attachment in attachments:
         sae = attachment.sae

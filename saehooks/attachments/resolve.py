@@ -24,7 +24,7 @@ def written_by(host: Host, sae: Transcoder, at: str | None = None) -> Site:
     """The site that a transcoder writes.
 
     Raises:
-        SiteError: no such site, or nobody says which.
+        SiteError: no such site, or none was named.
         WidthError: the transcoder writes another width.
     """
     name = at or sae.hook_name_out
@@ -40,7 +40,7 @@ def find(host: Host, sae: SparseCoder, at: str | None = None, head: int | None =
     """The site of an SAE in a model, of a width that fits.
 
     Raises:
-        SiteError: no such site, or nobody says which.
+        SiteError: no such site, or none was named.
         WidthError: the SAE reads another width.
     """
     site = host.site(*name_of(sae, at, head))

@@ -39,14 +39,14 @@ class TranscoderAttachment(Attachment):
         return self.writing(watch, acts)
 
     def reading(self, watch: SequenceWatch, acts: Tensor) -> None:
-        """The hook where it reads: nothing changes there."""
+        """The hook at the site that it reads: takes acts (batch, pos, d_in) and changes nothing."""
         check_width(self.sae, self.site, acts.shape[-1])
         columns = watch.look(self.site, acts)
         with self._computing(acts):
             self.read[threading.get_ident()] = self._coded(columns, columns.arrange(acts))
 
     def writing(self, watch: SequenceWatch, acts: Tensor) -> Tensor | None:
-        """The hook where it writes: what the site carries in, its replacement out, or None for the same tensor."""
+        """The hook at the site that it writes: takes acts (batch, pos, d_out); returns what replaces them, or None."""
         if acts.shape[-1] != self.sae.d_out:
             raise WidthError(
                 f"the transcoder writes d_out={self.sae.d_out}, but '{self.out.name}' is {acts.shape[-1]} wide"

@@ -108,7 +108,7 @@ def _add_batch(
 
 
 def add_products(effect: Tensor, codes: Codes, grad: Codes, weight: float) -> None:
-    """Take ``weight * value * gradient`` off the effect of each latent.
+    """Subtract ``weight * value * gradient`` from the ``effect`` (d_sae,) of each latent.
 
     Where the site fires several times in a forward, scaling its first codes can move the support of the later ones:
     only what is in both counts there.
@@ -129,7 +129,7 @@ def _scaled(point: float) -> Callable[[Codes], Codes]:
 
 
 def gradient(name: str, total: Tensor, passes: Sequence[Forward], keep_graph: bool = False) -> list[Codes]:
-    """Gradient of a number at the latents of each time the site fired.
+    """Gradient of ``total`` (), one number, with respect to the latents each time the site fired.
 
     Raises:
         ConfigError: it does not depend on them.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 OPTIONS = ("at", "head", "where", "error", "batch_size", "run", "progress")
-"""What `curve` hands on to `ablate_sets`."""
+"""Options of `curve` that it passes to `ablate_sets`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Graph(Table):
-    """Latents of two sites and how much the earlier ones do through the later ones.
+    """Latents of two sites, and how much of the earlier ones' effect goes through the later ones.
 
     All numbers are first-order estimates of the metric's change when a latent, or its influence on another one, is
     taken away; the mean over sequences.

@@ -231,7 +231,8 @@ Run = Callable[[Tensor], Tensor]
 
 
 def runner(host: Host, run: Callable[[Tensor], Any] | None = None) -> Run:
-    """A function from inputs to the output that metrics see: logits, or embeddings of a CLIP."""
+    """A function from inputs to the output that metrics see: logits (batch, pos, vocabulary), or embeddings of a
+    CLIP."""
     model: Any = host.model
     if run is not None:
         call: Callable[[Tensor], Any] = run

@@ -28,7 +28,7 @@ COMMANDS = (demo, fit, harvest, measure, sites, info, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for an error that the user can mend)."""
+    """Run a command; returns the exit status (2 for an error that the user can fix)."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0

@@ -331,7 +331,7 @@ class Language:
             site,
             passes=4,
             batch_size=512,
-            decay=0.0,  # by the clock, nobody knows which step will be the last
+            decay=0.0,  # the clock ends the training, so the last step is not known beforehand
             buffer_rows=8192,
             log_every=5,
             eval_batches=list(self.batches("eval", min(2048, self.budget.tokens))),
@@ -378,7 +378,7 @@ def typical(codes: Codes, latent: int) -> float:
 
 
 def for_seconds(batches: Iterable[Tensor], seconds: float) -> Iterator[Tensor]:
-    """Batches until the time is up; at least one."""
+    """Batches (batch, pos) until the time is up; at least one."""
     end = time.monotonic() + seconds
     for batch in batches:
         yield batch

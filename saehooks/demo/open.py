@@ -75,7 +75,7 @@ def open_model(name: str, device: str | None = None, dtype: str = "float32") -> 
         device: where to put it, such as ``"cuda:1"``; where its library puts it, if not given.
         dtype: of its weights, ``"float32"`` or ``"bfloat16"``.
     Raises:
-        ConfigError: it cannot be opened, or not there; says why.
+        ConfigError: it cannot be opened, or not on that device; says why.
     """
     place = None if device is None else device_named(device)
     opened, wanted = _open(name), getattr(torch, dtype)

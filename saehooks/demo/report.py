@@ -1,4 +1,4 @@
-"""What the demo says, told twice at once: in the terminal as it happens, and on the HTML page that it ends with."""
+"""The demo's output, written twice: to the terminal as it happens, and to the HTML page at the end."""
 
 from __future__ import annotations
 

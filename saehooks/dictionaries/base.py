@@ -96,7 +96,7 @@ class Dictionary(nn.Module):
         return False
 
     def after_backward(self) -> None:
-        """Adjust gradients between the backward pass and the optimiser's step; say so in `adjusts_gradients`."""
+        """Adjust gradients between the backward pass and the optimiser's step, if `adjusts_gradients`."""
 
     def after_step(self) -> None:
         """Restore constraints after the optimiser's step."""
@@ -176,7 +176,7 @@ class Dictionary(nn.Module):
         return recons + codes.shift if with_offset and codes.shift is not None else recons
 
     def total(self, latents: int) -> int:
-        """A number of latents, of which each process that shares a dictionary knows its own."""
+        """A sum over latents; where processes share a dictionary, each gives the sum over its own latents."""
         return latents
 
     def sums(self, codes: Codes, *, step: Step = DEFAULT) -> Tensor:
@@ -185,7 +185,7 @@ class Dictionary(nn.Module):
         return kernels.spmm(codes.values, support, self.table, step=step)
 
     def forward(self, codes: Codes) -> Tensor:
-        """Decode: so that a decoder with other parameters can be called functionally."""
+        """Decode to (rows, d_out), as a module call, so that `torch.func.functional_call` can swap the parameters."""
         return self.decode(codes)
 
     def directions(self, latents: Tensor) -> Tensor:

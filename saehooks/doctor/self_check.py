@@ -97,13 +97,13 @@ class Tiny:
         self.sae = SAE(WIDTH, LATENTS)
 
     def logits(self) -> Tensor:
-        """What one call gives."""
+        """Logits (batch, pos, vocabulary) of one call."""
         with torch.no_grad():
             out = self.model(PROMPT)
         return getattr(out, "logits", out)
 
     def generated(self, cached: bool) -> Tensor:
-        """Greedy tokens, steered at a position of the prompt."""
+        """Greedy tokens (batch, pos), steered at a position of the prompt."""
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, self.cache or "": cached}
         with steer(self.model, self.sae, {7: 1.5, 30: -1.5}, at=self.site, where=[2, 4]):
             return self.model.generate(PROMPT, **options)  # type: ignore[operator]

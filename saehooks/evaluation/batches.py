@@ -21,7 +21,7 @@ IMAGES_AT_ONCE = 64
 
 
 def rows_at_once(shape: tuple[int, ...]) -> int:
-    """Sequences, or images, of one shape in a forward, when nothing is said."""
+    """The default number of sequences, or images, of one shape in a forward."""
     return max(1, TOKENS_AT_ONCE // max(1, shape[0])) if len(shape) == 1 else IMAGES_AT_ONCE
 
 

@@ -45,7 +45,8 @@ class Call(NamedTuple):
         return Call(self.forward, bound.args, bound.kwargs)
 
     def instead(self, old: Tensor, new: Tensor) -> Call | None:
-        """The same call with another tensor in place of one that it was given; None if it was not."""
+        """The same call with another tensor, of the same shape, in place of one that it was given; None if it was
+        not."""
         found = False
 
         def swapped(value: Any) -> Any:
@@ -63,7 +64,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor among the arguments."""
+        """Every tensor, of any shape, among the arguments."""
         return _tensors((self.args, self.kwargs))
 
 
@@ -92,7 +93,7 @@ class Comparison(ABC):
     """
 
     nothing_found = "nothing to compare came out of this call"
-    """What is said of a call whose output holds nothing to compare."""
+    """The error message for a call whose output holds nothing to compare."""
 
     @abstractmethod
     def entry_points(self) -> Iterable[tuple[nn.Module, str]]:
@@ -108,19 +109,19 @@ class Comparison(ABC):
 
     @abstractmethod
     def compared(self, output: Any) -> Tensor | None:
-        """The tensor that is compared, out of what a run returned; None if it does not hold it."""
+        """The tensor (batch, ...) to compare, from what a run returned; None if there is none."""
 
     @abstractmethod
     def targets(self, call: Call, passage: Passage, output: Any) -> Any:
-        """What the call's outputs are compared with, told from its arguments and one output."""
+        """What the call's outputs are compared with, from its arguments and one output tensor."""
 
     @abstractmethod
     def reduce(self, output: Tensor, targets: Any) -> Tensor:
-        """As little of the zero-ablated output as the comparison needs."""
+        """The part of the zero-ablated output, (batch, ...), that the comparison needs."""
 
     @abstractmethod
     def add(self, targets: Any, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
-        """Compare, and add to the sums; ``zero`` as `reduce` gave it."""
+        """Compare outputs (batch, ...) of the three runs and add to the sums; ``zero`` is what `reduce` returned."""
 
     @abstractmethod
     def summary(self) -> dict[str, float]:

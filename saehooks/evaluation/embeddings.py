@@ -15,7 +15,7 @@ from saehooks.hosts import Host
 
 RUNS = ("clean", "spliced", "zero")
 SIDES = {"visual": ("image_embeds", "image_features"), "text": ("text_embeds", "text_features")}
-"""What the two embeddings are called in an output that holds both."""
+"""The names of the two embeddings in an output that holds both."""
 
 
 class EmbeddingComparison(Comparison):
@@ -99,7 +99,7 @@ class EmbeddingComparison(Comparison):
         self.labels = torch.as_tensor(labels)
 
     def offer_labels(self, labels: Any) -> None:
-        """Take what a loader gives beside its images, where accuracy is asked for and nothing else gave labels."""
+        """Use the labels (batch,) of a loader, where accuracy is measured and no other labels were given."""
         if self._classes is not None and self._all_labels is None:
             self.set_labels(labels)
 

@@ -36,7 +36,7 @@ class Targets(NamedTuple):
     keep: Tensor
     """(batch, n) bool, which of them count."""
     by_labels: bool
-    """Whether labels said so, not the next token."""
+    """Whether they are the call's labels; otherwise they are the next tokens."""
 
 
 class LogitsComparison(Comparison):
@@ -147,7 +147,7 @@ class LogitsComparison(Comparison):
         return call.instead(passage.tokens, _with_other_ends(passage.tokens, targets.keep))
 
     def check_next_token(self, targets: Targets, before: Tensor, changed: Tensor) -> None:
-        """Complain when a logit depends on a token after it."""
+        """Raise ConfigError when a logit (batch, pos, vocabulary) depends on a token after it."""
         if not _same_rows(before, changed, targets.keep):
             raise ConfigError(
                 "measure cannot compare this model by the next token: its logits at earlier tokens change when the "

@@ -74,7 +74,7 @@ class Measurement:
         return {**self.comparison.summary(), **site, "n_tokens": rows}
 
     def compare_by(self, comparison: Comparison) -> None:
-        """Take another comparison, before anything was measured."""
+        """Use another comparison, before anything was measured."""
         self.comparison = comparison
 
     def add(self, acts: Tensor, recons: Tensor, codes: Codes) -> None:
@@ -82,7 +82,7 @@ class Measurement:
         self._meter.update(acts.to(recons), recons, codes)
 
     def after_call(self) -> None:
-        """Take note that one more call was measured."""
+        """Record that one more call was measured."""
         self.calls += 1
         if self.calls % self._stride == 0:
             self.history.append({"calls": self.calls, **self.summary()})

@@ -43,7 +43,7 @@ class _Now(threading.local):
         """How often the site fired in the zero-ablated run."""
 
     def reset(self) -> None:
-        """No call is being measured any more."""
+        """Forget the call that was measured."""
         self.running, self.mode, self.attachment, self.zeroed = False, "off", None, 0
 
 
@@ -84,7 +84,7 @@ class ThreeRuns:
         return self._now.running
 
     def check_used(self) -> None:
-        """Complain about a position that was asked for and never came."""
+        """Raise WhereError if a position that was asked for never came."""
         self.attachment.came.check(self.site.name)
 
     # ------------------------------------------------------------------ one call

@@ -36,7 +36,7 @@ def load(
 
     Read are folders of saehooks, SAELens (of all versions), sparsify, dictionary_learning, Gemma Scope 1 and 2 and
     OpenMOSS (Llama Scope), and files of OpenAI, PatchSAE, Prisma, saev, Goodfire, DeepSeek-R1, Qwen Scope,
-    circuit-tracer and of the authors of the Sparsemax SAE. They are told apart by what they hold.
+    circuit-tracer and of the authors of the Sparsemax SAE. The contents decide which one it is.
 
     Args:
         source: a folder or a file; a hub id such as ``"user/name"`` or ``"user/name/subfolder"`` when no such folder

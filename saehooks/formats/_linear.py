@@ -17,7 +17,7 @@ from saehooks.storage import StoredTensor
 
 @dataclass
 class LinearParts:
-    """The parts of a linear SAE, each as the file holds it: nothing is read before all of them fit."""
+    """The tensors of a linear SAE, in the file's layout: none is read before the shapes of all fit."""
 
     W_enc: StoredTensor
     """(d_in, d_sae), or (d_sae, d_in) with ``encoder_rows``."""
@@ -60,7 +60,7 @@ def build_linear(
         fold: changes the read tensors, a dict by our names, in place; run last.
         dtype: what it computes in; the type of the encoder if not given.
     Raises:
-        FormatError: tensors that do not fit one another, or something left that nobody understood.
+        FormatError: tensors that do not fit one another, or contents of the file that are not understood.
     """
     contents.finish()
     d_in, d_sae = parts.W_enc.shape[::-1] if parts.encoder_rows else parts.W_enc.shape
@@ -121,7 +121,7 @@ def exponential(logarithm: StoredTensor) -> StoredTensor:
 
 
 def scale_by_decoder_norm(read: dict[str, Tensor]) -> None:
-    """Codes in units of their decoder rows, which then have norm 1: the reconstruction stays as it is."""
+    """Multiply codes by the norms (d_sae,) of their decoder rows, which then have norm 1; the reconstruction stays."""
     norm = read["dictionary.W_dec"].norm(dim=1)
     if bool((norm == 1).all()):
         return
@@ -142,7 +142,7 @@ def scale_codes(read: dict[str, Tensor], factor: Tensor) -> None:
 
 
 def scale_input(read: dict[str, Tensor], factor: float) -> None:
-    """Fold ``factor`` into an SAE that was trained on activations times it: it then needs no scaling."""
+    """Fold ``factor`` into W_enc (d_in, d_sae), W_dec and b_dec of an SAE that was trained on activations times it."""
     read["dictionary.W_enc"] = read["dictionary.W_enc"] * factor
     for name in ("dictionary.W_dec", "dictionary.b_dec"):
         read[name] = read[name] / factor

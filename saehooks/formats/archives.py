@@ -29,7 +29,7 @@ MOST_EXPANSION = 16
 ALWAYS = 16 * 2**20
 """Bytes that a compressed file may unpack to in any case."""
 MAGIC = 0x1950A86A20F9469CFC6C
-"""Begins a file of torch before 1.6."""
+"""The first number of a file of torch before 1.6."""
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,

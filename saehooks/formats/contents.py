@@ -1,4 +1,4 @@
-"""What a file holds, all of which must be understood: what nobody took in the end is an error that names it.
+"""The contents of a file, all of which must be understood: what no reader took is an error that names it.
 
 Every reader takes the tensors and settings that it knows. A setting that changes the mathematics in a way that the
 reader does not follow may only have its neutral value; settings of the training are named as such, in lists that follow
@@ -154,7 +154,7 @@ class Contents:
     # --------------------------------------------------------------------- end
 
     def finish(self) -> None:
-        """Complain about what nobody took.
+        """Raise an error for settings and tensors that no reader took.
 
         Raises:
             FormatError: it names the tensors and settings that are left.
@@ -178,5 +178,5 @@ def _says_nothing(value: Any) -> bool:
 
 
 def stored(tensor: Tensor) -> StoredTensor:
-    """A tensor in memory, as if it stood in a file."""
+    """A tensor in memory, of any shape, with the interface of one in a file."""
     return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)

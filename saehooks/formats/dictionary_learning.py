@@ -53,7 +53,7 @@ def load(
         path: a folder of ae.pt and config.json, or the .pt file.
         hook_name: its site, where neither config nor path says it.
         ignore: settings or tensors that you know to change nothing.
-        name: where it came from, from which the site is told; the path if not given.
+        name: where it came from, which says the site; the path if not given.
     Raises:
         FormatError: not such a folder, or something in it that is not understood.
     """

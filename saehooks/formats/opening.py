@@ -1,4 +1,4 @@
-"""Which reader a file or folder is for: told by what it holds, never guessed."""
+"""Which reader a file or folder is for: decided by its contents, never guessed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PRISMA = "weights.pt"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What else is known of a file or folder."""
+    """What the user and the table of releases say about a file or folder."""
 
     name: str
     """Where it came from: a repository and a folder in it, or the path."""
@@ -44,7 +44,7 @@ class Wanted:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What every reader is told."""
+        """The arguments that every reader gets."""
         return {"hook_name": self.hook_name, "ignore": self.ignore}
 
 
@@ -130,7 +130,7 @@ FOLDERS: dict[str, Callable[[Path, Wanted], SparseCoder]] = {
     WEIGHTS: _weights,
     PRISMA: _prisma,
 }
-"""The weights by which a folder is told."""
+"""Names of weight files, which decide the format of a folder."""
 
 
 def open_file(path: Path, wanted: Wanted) -> SparseCoder:
@@ -166,7 +166,7 @@ def _safetensors(path: Path, wanted: Wanted) -> SparseCoder:
 
 
 def _pickle(path: Path, wanted: Wanted) -> SparseCoder:
-    """A file of torch or a plain pickle, told by what it holds."""
+    """A file of torch or a plain pickle; its contents decide the format."""
     with path.open("rb") as file:
         if vision.is_saev(file.read(64)):
             return vision.read_saev(path, **wanted.common)

@@ -1,4 +1,4 @@
-"""Reading a pickle as data: nothing in it is called, no class of it is imported, no memory is taken on its word.
+"""Reading a pickle as data: nothing in it is called, no class is imported, no memory is allocated on its claim.
 
 A pickle is a program for a small stack machine. This one has the instructions that build plain values; where a pickle
 calls a function, it notes the call. Calls that make a tensor, a plain dict and a few others of torch are understood and

@@ -44,7 +44,7 @@ class Release:
     """The name of the loader that SAELens has for it."""
     input_scale: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """They take the place of what the files say."""
+    """They replace what the files say."""
 
 
 def find(release: str, sae_id: str | None, table: str | Path | None = None) -> Release | None:

@@ -84,7 +84,7 @@ def load(
         ignore: settings or tensors that you know to change nothing.
         input_scale: the factor that scaled the activations in training, for an SAE of ``expected_average_only_in``
             whose folder does not hold it.
-        settings: take the place of what cfg.json says.
+        settings: replace what cfg.json says.
     Raises:
         FormatError: not such a folder, or something in it that is not understood.
     """

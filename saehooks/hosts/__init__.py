@@ -35,8 +35,8 @@ def host(model: Any) -> Host:
     """See a model as a set of sites.
 
     Args:
-        model: a TransformerBridge or HookedTransformer, an open_clip model, or any ``nn.Module``. Families are
-            told apart by what the model offers, so nothing is imported for them.
+        model: a TransformerBridge or HookedTransformer, an open_clip model, or any ``nn.Module``. A model's attributes
+            decide its family, so no model library is imported.
     Raises:
         SiteError: the model cannot carry hooks.
     """

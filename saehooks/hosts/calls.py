@@ -87,7 +87,7 @@ def read_call(module: nn.Module, names: Sequence[str], args: tuple[Any, ...], kw
 
 
 def is_integer(value: Tensor) -> bool:
-    """Whether a tensor holds whole numbers."""
+    """Whether a tensor, of any shape, holds whole numbers."""
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 

@@ -36,7 +36,7 @@ class _Stopper:
         self._hook = hook_module(module, slot, self._fire)
 
     def _fire(self, *_: Any) -> None:
-        # A submodule may be called by itself, with nobody above to catch: then it runs to its end.
+        # A submodule may be called by itself, with no entry point above it to catch: then it runs to its end.
         if self._calls.running:
             raise _Stop(self)
 

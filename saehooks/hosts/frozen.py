@@ -21,7 +21,7 @@ class _Frozen:
         self.blocks = 0
 
     def __deepcopy__(self, memo: object) -> None:
-        """A copy of the model is nobody's block."""
+        """A copy of the model belongs to no block."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from saehooks.hosts.widths import Channels
 
 
 def first_tensor(holder: Any, name: str) -> Tensor:
-    """The first tensor of a module's output: itself, or the first inside a tuple, list or mapping.
+    """The first tensor, of any shape, of a module's output: itself, or the first inside a tuple, list or mapping.
 
     Raises:
         SiteError: there is no tensor in it, or the first one is not floating point.
@@ -32,7 +32,7 @@ def first_tensor(holder: Any, name: str) -> Tensor:
 
 
 def with_first_tensor(holder: Any, new: Tensor) -> Any:
-    """A copy of a module's output in which the first tensor is ``new``.
+    """A copy of a module's output whose first tensor is ``new``, of any shape.
 
     >>> with_first_tensor((torch.zeros(1), None), torch.ones(1))
     (tensor([1.]), None)
@@ -91,7 +91,7 @@ class ActivationView:
         return acts.unsqueeze(1) if acts.dim() == 2 else acts
 
     def write(self, new: Tensor, raw: Tensor) -> Tensor:
-        """The raw activation in which the part that ``read`` shows is ``new``; ``raw`` itself is not touched."""
+        """A copy of ``raw`` in which the part that ``read`` shows is ``new`` (batch, pos, width)."""
         acts = self._unfold(raw)
         if self.heads is not None and acts.dim() == 4:
             if self.head is None:
@@ -135,7 +135,7 @@ class ActivationView:
 
 
 def with_strides_of(raw: Tensor, new: Tensor) -> Tensor:
-    """``new`` laid out in memory as ``raw`` is: the kernels downstream choose their path, and their rounding, by it."""
+    """``new`` with the strides of ``raw``, of the same shape: kernels downstream choose their rounding by them."""
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(raw.stride(), raw.shape, strict=True))
     if new.stride() == raw.stride() or overlapping:
         return new

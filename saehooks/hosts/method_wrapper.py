@@ -69,7 +69,7 @@ class _StandIn:
         del self._layers[place]
         if place < len(self._layers):
             self._layers[place].below = layer.below
-        # Somebody else may have wrapped the method meanwhile: theirs stays, around a stand-in that adds nothing.
+        # Other code may have wrapped the method meanwhile: its wrapper stays, around a stand-in that adds nothing.
         if not self._layers and self._module.__dict__.get(self._name) is self:
             if self._own is None:
                 del self._module.__dict__[self._name]

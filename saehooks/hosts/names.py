@@ -16,7 +16,7 @@ LAYER = re.compile(r"(?<=\.)-?\d+(?=\.|$)")
 
 
 def check_name(name: Any) -> None:
-    """Refuse what is no name at all.
+    """Refuse anything that is not a name.
 
     Raises:
         SiteError: ``name`` is not a string.

@@ -1,7 +1,7 @@
 """Running only what comes after a site: what ran before it is remembered once, and handed out again.
 
 It works for any model: whichever module calls had ended when the site first fired, outermost ones first, return what
-they returned, whole or for chosen rows of the batch; the model's own code around them runs as ever.
+they returned, whole or for chosen rows of the batch; the model's own code around them runs as usual.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Rows(NamedTuple):
 
 
 class _BoundToBatch(Exception):
-    """An output whose rows cannot be told apart."""
+    """An output whose rows are not known."""
 
 
 class CachedPrefix:
@@ -91,7 +91,7 @@ class CachedPrefix:
         return self._reached and all(_versions(call.output) == call.versions for call in self._calls)
 
     def forget(self) -> None:
-        """Let go of what is remembered."""
+        """Free what is remembered."""
         self._calls, self._reached = [], False
 
     @contextmanager
@@ -223,7 +223,7 @@ def _changed(output: Any, leaves: list[Any]) -> Any:
 
 
 def equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are the same but for the order in which their sums were made."""
+    """Whether two outputs, of one shape, differ at most by the rounding of sums in another order."""
     if one.shape != other.shape:
         return False
     tolerance = min(0.05, ROUNDING * torch.finfo(other.dtype).eps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _RERUN: ContextVar[bool] = ContextVar("saehooks_rerun", default=False)
-"""Whether what runs now, in this thread, is such a forward."""
+"""Whether the forward that this thread runs is such a one."""
 
 
 def is_rerun() -> bool:

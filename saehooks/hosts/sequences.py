@@ -176,7 +176,7 @@ class Columns:
         return acts.transpose(0, 1) if self.layout == "pos first" else acts.reshape(*self.shape, acts.shape[-1])
 
     def restore(self, acts: Tensor, like: Tensor) -> Tensor:
-        """What `arrange` was given, from what it gave."""
+        """Undo `arrange`: from new (batch, pos, width) to the layout of ``acts``, what the site carries."""
         if self.layout == "same":
             return acts
         return acts.transpose(0, 1) if self.layout == "pos first" else acts.reshape(like.shape)
@@ -196,7 +196,7 @@ class Columns:
 
     @property
     def is_known(self) -> bool:
-        """Whether positions can be told."""
+        """Whether positions are known."""
         return self.start is not None and self.text.prompt is not None
 
     @cached_property
@@ -395,14 +395,14 @@ class SequenceWatch:
 
     @contextmanager
     def generating(self, module: nn.Module, columns: int | None, whole: Tensor | None = None) -> Iterator[Generation]:
-        """A call of a method that generates."""
+        """Inside the block a method that generates runs; ``whole`` is (batch, columns) bool, False at padding."""
         generation = Generation(module, columns, whole)
         with self.going_on(generation):
             yield generation
 
     @contextmanager
     def going_on(self, generation: Generation) -> Iterator[None]:
-        """A part of a generation."""
+        """Inside the block a part of a generation runs."""
         generations = self._here.generations  # of this thread, also when the block ends in another one meanwhile
         generations.append(generation)
         try:
@@ -533,7 +533,7 @@ class SequenceWatch:
             text.prompt, text.turn = (start, 0) if kept is None else (min(kept.prompt, start), kept.turn)
 
     def _start(self, given: Given, generation: Generation | None) -> int | None:
-        """How many columns came before those of a call; None where nobody knows."""
+        """How many columns came before those of a call; None where that is not known."""
         total = None if generation is None else generation.total
         behind = None if total is None or given.shape is None else max(0, total - given.shape[1])
         if given.cache is None:

@@ -18,7 +18,7 @@ HookFn = Callable[[Tensor], "Tensor | None"]
 
 
 class Handle(Protocol):
-    """Something registered, that can be taken away again."""
+    """A registration that can be removed."""
 
     def remove(self) -> None: ...
 
@@ -147,7 +147,7 @@ class Site:
 
 
 def _with_listener(has_hooks: Callable[..., bool]) -> Callable[..., bool]:
-    """A bridge passes by some points that nobody listens to: there is somebody who listens to forward passes."""
+    """Make a bridge run a hook point that it skips while the point has no hooks."""
 
     def heard(dir: str = "both", *args: Any, **kwargs: Any) -> bool:
         return dir != "bwd" or has_hooks(dir, *args, **kwargs)

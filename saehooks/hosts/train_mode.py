@@ -1,4 +1,4 @@
-"""A model left in train mode: what makes its outputs random, or lets a forward change it."""
+"""Models left in train mode, where dropout makes outputs random and a forward updates batch norms."""
 
 from __future__ import annotations
 

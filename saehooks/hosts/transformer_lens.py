@@ -1,4 +1,4 @@
-"""TransformerLens 2.18, 3.9 and 4.3: HookedTransformer and TransformerBridge, told apart by what they offer."""
+"""TransformerLens 2.18, 3.9 and 4.3: HookedTransformer and TransformerBridge, recognised by their attributes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_ACTIVATIONS = (
 """Hook points that are no place for an SAE, and why."""
 
 SILENT = re.compile(r".*attn\.(qkv\.hook_(in|out)|hook_hidden_states)")
-"""Hook points of a bridge that exist and are passed by: they are not listed."""
+"""Hook points of a bridge that no forward runs: they are not listed."""
 
 PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k")
 PER_HEAD_RESIDUAL = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in")
@@ -230,7 +230,7 @@ def processing(model: Any) -> dict[str, Any]:
 
     Returns:
         ``folded``: layer norms are folded into the next layers; ``centered``: what is written to the residual
-        stream has mean zero. None where it cannot be told.
+        stream has mean zero. None where that is not known.
     """
     if hasattr(model, "original_model"):
         folded = _has_plain_norms(model) if getattr(model, "compatibility_mode", False) else False

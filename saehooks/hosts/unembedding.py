@@ -78,9 +78,9 @@ def _gain(norm: nn.Module | None, width: int) -> tuple[Tensor | None, bool]:
     swinging = torch.cat([ones[..., : width // 2], -ones[..., width // 2 :]], -1)  # mean 0, root mean square 1
     signs = swinging.flatten()
 
-    def odd(vector: Tensor) -> Tensor:  # a bias cancels; `forward` itself passes by the module's hooks
+    def antisymmetric(vector: Tensor) -> Tensor:  # a bias cancels; `forward` itself passes by the module's hooks
         return (norm.forward(vector) - norm.forward(-vector)).flatten() / 2
 
-    gain = odd(swinging) * signs
-    centred = bool((odd(ones).abs() < 1e-3 * gain.abs().clamp(min=1e-6)).all())
+    gain = antisymmetric(swinging) * signs
+    centred = bool((antisymmetric(ones).abs() < 1e-3 * gain.abs().clamp(min=1e-6)).all())
     return (None if torch.allclose(gain, torch.ones_like(gain)) else gain), centred

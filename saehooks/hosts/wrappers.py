@@ -1,4 +1,4 @@
-"""Modules that stand around a model and pass its calls on: a site has the same name inside them."""
+"""Modules that wrap a model and pass calls on to it: a site has the same name inside them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Selection and sparse products: the kernels under every SAE.
 
 `select` finds which latents each row uses without keeping the score matrix, `sddmm` recomputes the selected scores
-with gradients, `spmm` decodes. `backend` says what each backend owes and which one serves; `Step` carries what a step
-knows beside its tensors.
+with gradients, `spmm` decodes. `backend` says what each backend must have and which one serves; a `Step` carries what
+a step knows beside its tensors.
 """
 
 from saehooks.kernels.backend import BACKENDS, Backend, backend_for

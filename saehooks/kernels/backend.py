@@ -1,4 +1,4 @@
-"""What every backend owes, and which one serves a tensor.
+"""The operations that every backend must have, and which backend serves a tensor.
 
 A backend is a folder of this room: ``reference`` (plain torch, any device and dtype), ``cpu`` (float32, numba),
 ``gpu`` (Triton). Each has the same files: `select`, `products`, `weights`, `across_rows`, `adam`; what a backend has no
@@ -82,7 +82,7 @@ class Backend(Protocol):
 
 
 def backend_for(tensor: Tensor, step: Step = DEFAULT) -> Backend:
-    """The backend that serves a tensor: the step's, else the environment's, else the fastest for device and dtype.
+    """The backend that serves a tensor, of any shape: the step's, else the environment's, else the fastest for it.
 
     Raises:
         ConfigError: a name that is no backend's.

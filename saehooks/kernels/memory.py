@@ -1,4 +1,4 @@
-"""Large CPU tensors whose memory is used again: touching fresh memory costs more than most of what is done in it."""
+"""Large CPU tensors whose memory is reused: touching fresh memory often costs more than computing in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def reusable_empty(*shape: int) -> Tensor:
-    """An uninitialised float32 CPU tensor; a large one takes over the memory of one that nobody refers to any more.
+    """An uninitialised float32 CPU tensor of a shape; a large one reuses memory that is free again.
 
     It is no view of another tensor, so that autograd can add to it in place.
     """

@@ -42,11 +42,11 @@ class Step:
         return self if self.capacity is None else replace(self, capacity=Capacity(entries))
 
     def table(self, table: Tensor) -> Tensor:
-        """The table as products read it: its bfloat16 copy if this step makes any, else the table itself."""
+        """The table (d_sae, d) as products read it: its bfloat16 copy if this step makes any, else itself."""
         return table if self.bfloat16_tables is None else self.bfloat16_tables.copy_of(table)
 
     def keeps_gradient(self, table: Tensor, values: Tensor, support: Support, left: Tensor) -> bool:
-        """Keep a contribution to a table's gradient as a sparse sum, if that is wanted; says whether it was."""
+        """Keep a contribution to the gradient of a table (d_sae, d) as a sparse sum, if one is wanted."""
         kept = self.sparse_gradients
         return kept is not None and kept.take(table, Contribution(values, support, left))
 
@@ -117,11 +117,11 @@ class Contribution(NamedTuple):
     """One sparse sum of a table's gradient: row ``i`` gets ``value * left[row]`` of the entries with index ``i``."""
 
     values: Tensor
-    """(nnz,)."""
+    """(nnz,) the value of each entry."""
     support: Support
-    """Row and latent of each entry."""
+    """Row and latent of each entry: indices (nnz,), offsets (rows + 1,)."""
     left: Tensor
-    """(rows, d)."""
+    """(rows, d) what the values multiply."""
 
 
 class SparseGradients:
@@ -135,14 +135,14 @@ class SparseGradients:
         self._found: dict[tuple, list[Contribution]] = {_place(table): [] for table in tables}
 
     def take(self, table: Tensor, contribution: Contribution) -> bool:
-        """Keep a contribution if the table is one of these."""
+        """Keep a contribution if the table (d_sae, d) is one of these; returns whether it is."""
         found = self._found.get(_place(table))
         if found is not None:
             found.append(contribution)
         return found is not None
 
     def pop(self, table: Tensor) -> list[Contribution]:
-        """The contributions of a table, which are forgotten."""
+        """The contributions of a table (d_sae, d), which are forgotten."""
         found = self._found.get(_place(table), [])
         taken, found[:] = list(found), []
         return taken
@@ -171,7 +171,7 @@ class Bfloat16Tables:
         self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def copy_of(self, table: Tensor) -> Tensor:
-        """The bfloat16 copy of a float32 table, if such products are wanted; otherwise the table.
+        """The bfloat16 copy of a float32 table (d_sae, d), if such products are wanted; otherwise the table.
 
         A table that was changed since, as far as torch counts, is copied again. The table is held with its copy, so
         that no other can take its place in memory.
@@ -213,7 +213,7 @@ class ScreenTables:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held beyond the table itself."""
+        """Bytes that are held beyond the table itself."""
         kept = self._kept
         return 0 if kept is None else kept[3].nbytes
 
@@ -291,14 +291,14 @@ class Forecast:
         return Capacity(max(1, -(-wanted // grain) * grain))
 
     def add(self, entries: int, capacity: Capacity | None, batch: Tensor) -> None:
-        """Note a step: its codes had so many entries, or, if they were given room, as many as the room will say."""
+        """Add a step on ``batch`` (rows, d_in): its codes had so many entries, or as many as its room will say."""
         if capacity is None or capacity.wanted is None:
             self._sizes.append(entries / max(1, len(batch)))
         else:
             self._steps.append(SentStep(LateNumber(capacity.wanted), capacity.entries, batch))
 
     def overflowed_batches(self, everything: bool = False) -> list[Tensor]:
-        """Batches whose codes did not fit: of the steps LAG and more before the next one, or of all."""
+        """Batches (rows, d_in) whose codes did not fit: of the steps LAG and more before the next one, or of all."""
         missed = []
         while len(self._steps) >= (1 if everything else LAG):
             step = self._steps.popleft()

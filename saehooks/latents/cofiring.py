@@ -19,7 +19,7 @@ SCORES_AT_ONCE = 2**24
 
 
 class Neighbours(NamedTuple):
-    """For each latent those most like it."""
+    """The latents most like each latent."""
 
     latents: Tensor
     """(d_sae, n) int64, most alike first; -1 where there is none."""

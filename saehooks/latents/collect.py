@@ -124,7 +124,7 @@ def survey(
 
 
 class Walk:
-    """The pass under way: everything counted and kept so far."""
+    """The running pass: everything counted and kept so far."""
 
     def __init__(
         self, host: Host, sites: tuple[Site, Site], sae: SAE, options: dict[str, Any], settings: dict[str, Any]
@@ -244,9 +244,9 @@ class Walk:
         found, tensors = read_tensors(folder, partial=True)
         known = {name: found["settings"].get(name) for name in self.settings}
         if known != self.settings:
-            odd = next(name for name in known if known[name] != self.settings[name])
+            name = next(name for name in known if known[name] != self.settings[name])
             raise ConfigError(
-                f"the survey in {folder} was begun with {odd}={known[odd]!r}, not {self.settings[odd]!r}: "
+                f"the survey in {folder} was begun with {name}={known[name]!r}, not {self.settings[name]!r}: "
                 "give the same SAE and settings, or another folder"
             )
         self._make_shelves(found["settings"]["reads_tokens"], found["settings"]["width"])

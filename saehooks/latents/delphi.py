@@ -52,7 +52,7 @@ def write_delphi(
             ``config.json``. In memory is one part at a time.
         n_splits: parts.
         model_name: a hub name, from which delphi loads the tokenizer; by default the model's own name.
-        dataset: a hub name, told in the config.
+        dataset: a hub name, written into the config.
     Returns:
         The folder named after the site: give delphi its parent.
     Raises:

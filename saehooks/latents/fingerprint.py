@@ -1,4 +1,4 @@
-"""Tells SAEs apart."""
+"""A hash that differs between SAEs."""
 
 from __future__ import annotations
 

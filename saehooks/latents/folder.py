@@ -18,12 +18,12 @@ VERSION = 1
 
 
 def write_index(folder: str | Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an index; a crash at any moment leaves the old one or the new one."""
+    """Write an index, tensors of any shape by name; a crash at any moment leaves the old one or the new one."""
     _write(Path(folder), INDEX, description, tensors)
 
 
 def write_partial(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint of a survey."""
+    """Write a checkpoint of a survey, tensors of any shape by name."""
     _write(folder, PARTIAL, description, tensors)
 
 
@@ -34,7 +34,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def read_tensors(folder: str | Path, partial: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and tensors of an index, or of the checkpoint of a survey.
+    """Description and tensors, of any shape by name, of an index or of the checkpoint of a survey.
 
     Raises:
         FormatError: there is none, or it is damaged, or of a later version.

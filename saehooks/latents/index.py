@@ -261,8 +261,8 @@ class LatentIndex(SurveyResult):
 
         Args:
             tokenizer: by default the model's own.
-            where: the positions to look at; by default those of the survey, or, where they were told by a mask or a
-                function, where the SAE was trained.
+            where: the positions to look at; by default those of the survey, or, where these were a mask or a function,
+                where the SAE was trained.
         Raises:
             ConfigError: another SAE than the one surveyed.
         """

@@ -21,7 +21,7 @@ from saehooks.storage import write_file
 
 BARS = 50
 INTERVALS = 4
-"""Groups, of equally many values, that the contexts drawn at random are told in."""
+"""Groups, of equally many values, of the contexts drawn at random."""
 
 UNKNOWN: dict[str, list[Any]] = {
     name: []
@@ -58,7 +58,7 @@ def write_neuronpedia(
         model_id: Neuronpedia's name of the model; by default the model's own.
         sae_set: Neuronpedia's name of the set of SAEs, such as ``"res-sparsemax"``.
         layer: by default the number in the site's name.
-        dataset: what the texts were, as told on Neuronpedia.
+        dataset: what the texts were, as shown on Neuronpedia.
         latents_per_file: latents in one ``batch-N.json``.
     Returns:
         The files: the batches, and ``skipped_indexes.json``, which names the dead latents.

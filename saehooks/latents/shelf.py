@@ -41,7 +41,7 @@ class Shelf:
     def offer(
         self, latents: Tensor, scores: Tensor, values: Tensor, sequences: Tensor, columns: Tensor, window: Window
     ) -> None:
-        """Take in candidates, at most one for each latent and sequence, of sequences not offered before."""
+        """Add candidates (n,), at most one for each latent and sequence, of sequences not offered before."""
         if not len(latents):
             return
         order = torch.sort(scores, descending=True, stable=True).indices
@@ -77,11 +77,11 @@ class Shelf:
             table[which] = moved
 
     def state(self) -> dict[str, Tensor]:
-        """Everything kept, as tensors."""
+        """Everything kept, as tensors of the shapes of the attributes."""
         return {name: getattr(self, name) for name in ("scores", "values", "sequences", "columns", "tokens", "around")}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`, of the same shapes."""
         for name, tensor in state.items():
             setattr(self, name, tensor.to(self.scores.device))
 

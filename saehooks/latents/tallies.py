@@ -117,11 +117,11 @@ class Tallies:
         return found.float()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything counted, as tensors."""
+        """Everything counted, as tensors of the shapes of the attributes."""
         names = ("counts", "sums", "smallest", "largest", "octave", "positive", "negative")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`, of the same shapes."""
         for name, tensor in state.items():
             setattr(self, name, tensor.to(self.counts.device))

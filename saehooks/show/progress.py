@@ -1,4 +1,4 @@
-"""Displays that follow what goes on: a progress bar, and a panel around something that changes."""
+"""Live displays: a progress bar, and a panel around something that changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bar:
             self._task = self._progress.add_task(what, total=total)  # type: ignore[assignment]
 
     def step(self, n: int = 1) -> None:
-        """So many steps are done."""
+        """Advance by n steps."""
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, n)
 

@@ -91,7 +91,7 @@ class Activations:
         return self.from_batch(0)
 
     def from_batch(self, number: int) -> Iterator[Tensor]:
-        """The tensors from one on, without reading those before it."""
+        """The tensors (n, d_in) from number ``number`` on, without reading those before it."""
         return ahead(self._read(number))
 
     def _read(self, number: int) -> Iterator[Tensor]:
@@ -113,7 +113,7 @@ class Activations:
 def harvest(
     model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = None
 ) -> Iterator[Tensor]:
-    """Batch by batch."""
+    """Batch by batch, (n, width) each."""
 
 
 @overload

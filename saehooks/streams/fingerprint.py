@@ -13,7 +13,7 @@ from torch import Tensor
 SAMPLE = 65_536
 """Elements of a tensor that are read: larger ones are sampled evenly."""
 FACTOR = 6_364_136_223_846_793_005
-"""Odd multiplier of a linear congruential generator modulo 2^64. Source: Knuth, MMIX."""
+"""Multiplier of a linear congruential generator modulo 2^64. Source: Knuth, MMIX."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -58,7 +58,7 @@ class Tap:
 def batch_by_batch(
     model: Any, batches: Iterable[Any], at: str, *, head: int | None = None, where: Any = None
 ) -> Iterator[Tensor]:
-    """Activations of a site, batch by batch, each forward stopped at the site: see `saehooks.harvest`."""
+    """Activations (n, width) of a site, batch by batch, each forward stopped at the site: see `saehooks.harvest`."""
     source = host(model)
     site = source.site(at, head)
     for (rows,) in harvest_sites(source, checked_batches(batches), [(site, where)]):

@@ -66,7 +66,7 @@ class ImageBatches:
         return self.from_batch(0)
 
     def from_batch(self, number: int) -> Iterator[Tensor]:
-        """The batches from one on, without reading those before it."""
+        """The batches (n, 3, height, width) from number ``number`` on, without reading those before it."""
         starts = range(number * self.batch_size, len(self._pictures), self.batch_size)
         groups = [list(range(start, min(start + self.batch_size, len(self._pictures)))) for start in starts]
         loader = torch.utils.data.DataLoader(

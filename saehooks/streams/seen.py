@@ -10,7 +10,7 @@ from saehooks.streams.fingerprint import Fingerprint
 
 
 class Mark(NamedTuple):
-    """How far somebody has read."""
+    """How far a reader has read."""
 
     number: int = 0
     """Batches seen."""
@@ -21,7 +21,7 @@ class Mark(NamedTuple):
     source: str = ""
     """What they came from, by `identity_of`."""
     position: list | None = None
-    """Where the last of them begins in a source that tells."""
+    """Where the last of them begins, in a source that says."""
 
 
 def identity_of(batches: Any) -> str:
@@ -30,14 +30,14 @@ def identity_of(batches: Any) -> str:
 
 
 def unseen(batches: Iterable[Any], marks: Iterable[Mark]) -> Iterator[tuple[int, Any]]:
-    """The batches that somebody has not seen, each with how many came before it.
+    """The batches that at least one reader has not seen, each with how many came before it.
 
     Batches seen before are read again and compared by their fingerprint; of a source with ``from_batch`` only the last
     one is, and the source's identity.
 
     Args:
         batches: those of the first run.
-        marks: of everybody who reads them.
+        marks: of every reader.
     Raises:
         ConfigError: they are others, in another order, or fewer than were seen.
     """
@@ -68,7 +68,7 @@ def _entered(batches: Any, number: int, mark: Mark) -> Iterator[Any]:
 
 
 def position_of(batches: Any, number: int) -> list | None:
-    """Where a batch begins, in a source that tells."""
+    """Where a batch begins, in a source that says."""
     return batches.position_of(number) if hasattr(batches, "position_of") else None
 
 

@@ -82,7 +82,7 @@ class ShuffleBuffer:
         self._taken = 0
 
     def drain(self) -> Iterator[Tensor]:
-        """Serve what is left; only a last part smaller than a batch is kept back."""
+        """Serve what is left as batches (batch_size, d_in); a last part smaller than a batch is kept back."""
         yield from self._serve()
         yield from self._serve(self.filled)
 
@@ -119,7 +119,7 @@ class ShuffleBuffer:
         return self._taken
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which `restore` continues bit for bit, also between two batches of an `add`."""
+        """Tensors, rows (n, d_in) among them, from which `restore` continues bit for bit, also amid an `add`."""
         serving = self._serving or _Serving(torch.zeros(0, dtype=torch.int64, device="cpu"), 0, 0)
         return {
             "rows": self.rows[: self.filled].clone(),
@@ -129,7 +129,7 @@ class ShuffleBuffer:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from a `state`; one from the middle of an `add` wants the same rows in the next `add`."""
+        """Continue from a `state`; one from the middle of an `add` wants the same rows (n, d_in) in the next `add`."""
         held = state["rows"]
         if held.shape[0] > self.rows.shape[0] or held.shape[1] != self.rows.shape[1]:
             raise WidthError(f"a buffer of {tuple(self.rows.shape)} cannot hold the saved {tuple(held.shape)}")

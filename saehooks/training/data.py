@@ -1,4 +1,4 @@
-"""What a training reads: rows of activations, batch by batch, from a model's sites or from activations of one's own."""
+"""What a training reads: rows of activations, batch by batch, from a model's sites or of the user's own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     rows: Mapping[Hashable, Tensor]
     """(n, d_in) activations of each site, by its key."""
     position: list | None = None
-    """Where the batch begins in its source, if that tells."""
+    """Where the batch begins in its source, if the source says."""
 
 
 class Data(Protocol):
@@ -36,7 +36,7 @@ class Data(Protocol):
         """How many batches there are.
 
         Raises:
-            TypeError: nobody knows before they end.
+            TypeError: the batches have no length.
         """
 
     @property
@@ -44,7 +44,7 @@ class Data(Protocol):
         """See `saehooks.streams.seen.identity_of`."""
 
     def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
-        """From the first batch that somebody has not seen.
+        """The parts from the first batch on that a training has not seen.
 
         Args:
             marks: how far each training has read.

@@ -173,7 +173,7 @@ def fit(
 
 
 def _named(on_record: Callable[[dict[str, Any]], None] | None, name: str) -> Callable[[dict[str, Any]], None] | None:
-    """The same callback, told whose a record is where there are several."""
+    """The same callback, whose records also name the SAE where there are several."""
     if on_record is None or not name:
         return on_record
     return lambda record: on_record({"sae": name, **record})

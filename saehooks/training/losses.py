@@ -223,7 +223,7 @@ def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str) -> Tensor:
 
 
 def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
-    """(n,) int64 latents that have not fired for ``config.dead_after`` rows; None if nobody counts."""
+    """(n,) int64 latents that have not fired for ``config.dead_after`` rows; None if the trainer does not count."""
     return None if idle is None else (idle >= config.dead_after).nonzero()[:, 0]
 
 

@@ -52,7 +52,7 @@ class Alone:
         return self.rank == 0
 
     def own(self, batch: Tensor) -> Tensor:
-        """The rows of a batch that this rank trains on."""
+        """The rows (n, d_in) of a batch (rows, d_in) that this rank trains on."""
         return batch
 
     def any(self, flag: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Alone:
         """Over the ranks that share latents."""
 
     def merge_statistics(self, statistics: list[tuple[Tensor, Tensor]]) -> None:
-        """Bring running statistics, each with what it was before, to what all rows of the batch make of them."""
+        """Running statistics, pairs (now, before) of one shape, become those of all ranks' rows, in place."""
 
     def sum_latents(self, number: float) -> float:
         """A number that was counted over own latents, over all; averaged over the rows of all ranks."""
@@ -74,7 +74,7 @@ class Alone:
         return number
 
     def least(self, counts: Tensor) -> None:
-        """Of each entry the smallest of the ranks that share latents, in place."""
+        """Each entry of a tensor, of any shape, becomes the smallest of the ranks that share latents, in place."""
 
     def check_agreement(self, sae: SAE, facts: dict[str, Any]) -> None:
         """Every rank must be asked for the same training; the weights are those of rank 0."""
@@ -84,11 +84,11 @@ class Alone:
         return sae
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter or statistic of the whole SAE, from the part of each rank."""
+        """A parameter or statistic (d_sae, ...) of the whole SAE, from the part of each rank."""
         return tensor
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's part of one."""
+        """This rank's part of a parameter or statistic (d_sae, ...)."""
         return tensor
 
     def all_codes(self, codes: Codes) -> Codes:
@@ -150,7 +150,7 @@ class Ranks(Alone):
         return parts
 
     def over_latents(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduced in place over the ranks that share rows."""
+        """A tensor, of any shape, reduced in place over the ranks that share rows."""
         return self._reduce(tensor, self._latent_group, op)
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
@@ -324,7 +324,7 @@ class ShardedDictionary(Dictionary):
         silenced: Tensor | None = None,
         step: Step = DEFAULT,
     ) -> Support:
-        """As of one rank: own latents by the rule, less those that the threshold of all latents leaves out."""
+        """Select own latents by the rule, without those below the threshold of all latents, for rows (rows, d)."""
         latents, rows = self.d_sae if among is None else among.numel(), prepared.queries.shape[0]
         if latents:
             own = type(rule)(min(rule.k, latents)) if isinstance(rule, (TopK, BatchTopK)) else rule
@@ -395,12 +395,12 @@ class ShardedDictionary(Dictionary):
         return smallest.expand(support.n_rows), (scores >= smallest) & (scores > 0)
 
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
-        """As of one rank; what the scores of all ranks say of the queries is added up in the backward pass."""
+        """(nnz,) scores of own latents; the gradients of the queries are summed over ranks in the backward pass."""
         queries = _SumOfGradients.apply(prepared.queries, self.ranks)
         return super().scores(prepared._replace(queries=queries), support, step=step)
 
     def sums(self, codes: Codes, *, step: Step = DEFAULT) -> Tensor:
-        """Added up over the latents of all ranks."""
+        """(rows, d) sums, added up over the latents of all ranks."""
         return _Sum.apply(super().sums(codes, step=step), self.ranks)
 
 

@@ -118,7 +118,7 @@ class Trainer:
         self.data = Fingerprint()
         """Of those batches."""
         self.position: list | None = None
-        """Where the last of them begins in its source, if that tells."""
+        """Where the last of them begins in its source, if the source says."""
         self.source = ""
         """What the batches come from, where they can be entered anywhere."""
         self.idle = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
@@ -275,7 +275,7 @@ class Trainer:
     def expect(self, batches: int, rows: int) -> None:
         """Set `expected_steps` for so many batches in all, of as many rows as those so far; the next one has ``rows``.
 
-        ``steps`` of the config stays the limit. Every batch mends the estimate, so that one short batch at the
+        ``steps`` of the config stays the limit. Every batch corrects the estimate, so that one short batch at the
         beginning does not end the training's learning rate.
         """
         config, seen = self.config, self.rows_done + rows

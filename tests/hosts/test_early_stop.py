@@ -80,7 +80,7 @@ def test_direct_calls_stop_too(tiny_hf_bridge, tiny_clip):
 
 
 def test_a_pass_that_misses_the_site_runs_to_its_end(tiny_hf):
-    """A submodule called by itself is not stopped: nobody above it would catch."""
+    """A submodule called by itself is not stopped: no entry point above it would catch."""
     with host(tiny_hf).stop_at(host(tiny_hf).site("model.layers.1")):
         assert tiny_hf.model(TOKENS).last_hidden_state.shape == (1, 7, 32)
 
@@ -117,7 +117,7 @@ def test_blocks_nest_and_the_earlier_site_wins(tiny_hf):
 
 
 def test_a_model_whose_forward_was_replaced_keeps_its_own():
-    """A forward that somebody put on the instance before the block is there again after it."""
+    """A forward that was put on the instance before the block is there again after it."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     own = model.forward
     model.forward = own
@@ -159,7 +159,7 @@ def test_a_copy_made_inside_a_block_is_a_model_of_its_own():
 
 
 def test_a_wrapper_that_came_meanwhile_stays():
-    """A forward that somebody puts over ours inside the block is still there after it, and works."""
+    """A forward that is put over ours inside the block is still there after it, and works."""
     model = nn.Sequential(nn.Linear(2, 2))
     with host(model).stop_at(host(model).site("0")):
         ours = model.forward

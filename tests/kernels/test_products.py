@@ -204,7 +204,7 @@ def test_a_latent_out_of_range_is_an_error(path, device, latent):
 
 
 def test_a_support_that_was_changed_in_place_is_looked_at_again(path, device):
-    """What selection made is followed without a look only for as long as nobody wrote into it."""
+    """What selection made is followed without a look only until it is written into."""
     left, table = case(device)[:2]
     support = kernels.select(left, table, Sparsemax())
     kernels.sddmm(left, table, support)

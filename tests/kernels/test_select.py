@@ -113,8 +113,8 @@ def test_rows_without_a_finite_maximum_keep_their_argmax_alone(path, device, rul
     scores[4, 1], scores[4, 2], scores[4, 4] = inf, -nan, nan
     scores[5, 2], scores[5, 4] = inf, -inf
     support = select_rows(scores, rule)
-    odd = {0: 3, 1: 5, 2: 0, 4: 2, 5: 2}
-    for row, latent in odd.items():
+    nonfinite = {0: 3, 1: 5, 2: 0, 4: 2, 5: 2}
+    for row, latent in nonfinite.items():
         assert support.indices[support.offsets[row] : support.offsets[row + 1]].tolist() == [latent]
         assert torch.equal(support.threshold[row].isnan(), scores[row, latent].isnan())
         assert scores[row, latent].isnan() or support.threshold[row] == scores[row, latent]

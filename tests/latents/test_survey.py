@@ -235,7 +235,7 @@ def test_an_error_loses_nothing(model, sae, batches, tmp_path, hooks_of):
 
 
 def test_bad_input_is_named(model, sae, batches, surveyed):
-    """A text instead of batches, no batches, odd numbers, a latent out of range, a dead one."""
+    """A text instead of batches, no batches, numbers out of range, a latent out of range, a dead one."""
     with pytest.raises(ConfigError, match="one text"):
         sh.survey(model, sae, "a text")
     with pytest.raises(ConfigError, match="empty"):

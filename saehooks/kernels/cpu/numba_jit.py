@@ -1,4 +1,4 @@
-"""How a loop is compiled: on first use, kept on disk where that is possible, without the interpreter lock."""
+"""Compiles a loop with numba: on first use, cached on disk where possible, without the interpreter lock."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from saehooks.support import Support
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the loops take tensors of this device and dtype; others take the reference."""
+    """Whether the loops take a tensor, of any shape, of this device and dtype; others go to the reference."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
@@ -108,7 +108,7 @@ BLOCK_BYTES = 64 * 2**20
 
 
 def dense_is_faster(support: Support, d_sae: int, other: Tensor | None = None) -> bool:
-    """Whether so many selected latents are better multiplied densely with ``other``.
+    """Whether so many selected latents are better multiplied densely with ``other`` (rows, d).
 
     Where that holds a NaN or infinity they are not: times the zeros of a block it would reach rows that do not use it.
     """

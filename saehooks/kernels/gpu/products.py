@@ -100,7 +100,7 @@ class ColumnSum(NamedTuple):
 
 
 def column_sum(values: Tensor, support: Support, left: Tensor, d_sae: int) -> ColumnSum:
-    """Sort by column and sum the segments of long columns."""
+    """Sort values (nnz,) by column and sum the segments of long columns, of ``left`` (rows, d)."""
     values, left = values.contiguous(), _rowwise(left)
     by_latent = support.by_latent(sort_by_latent, d_sae)
     segments, width = by_latent.owners.numel(), left.shape[1]

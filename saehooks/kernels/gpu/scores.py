@@ -43,7 +43,7 @@ HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 def select_products(
     queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, step: Step = DEFAULT
 ) -> Support:
-    """Support of the scores ``queries @ keys.T + bias``.
+    """Support of the scores ``queries (rows, d) @ keys.T (d, d_sae) + bias (d_sae,)``.
 
     The reference serves float64, feature choice, and batch top-k over more scores than SCORE_BYTES in `launch` hold.
     """
@@ -80,7 +80,7 @@ def _by_row(queries: Tensor, keys: Tensor, rule: RuleNumbers, bias: Tensor | Non
 
 
 def operands(queries: Tensor, keys: Tensor, step: Step = DEFAULT) -> tuple[Tensor, Tensor]:
-    """Queries and keys in the dtype they are multiplied in."""
+    """Queries (rows, d) and keys (d_sae, d) in the dtype they are multiplied in."""
     if queries.dtype == keys.dtype and queries.dtype in HALF:
         return queries, keys
     dtype = torch.bfloat16 if bfloat16_is_wanted() else torch.float32
@@ -112,7 +112,7 @@ def select_unwritten(
     step: Step = DEFAULT,
     plan: GemmPlan = GEMM_PLAN,
 ) -> Support | None:
-    """Select without writing the scores; None if a row had too many candidates, so that they must be written.
+    """Select for queries (rows, d) without writing the scores; None if a row had too many candidates for that.
 
     Under a `Capacity`, where the host does not look, such a step counts as overflowed.
     """

@@ -420,7 +420,7 @@ class Target(NamedTuple):
 def collect(
     scores: Tensor, rule: RuleNumbers, plan: SelectPlan, bias: Tensor | None = None, step: int = 1
 ) -> Candidates:
-    """Candidates of each row; the scores may be those of every ``step``-th latent."""
+    """Candidates of each row of scores (rows, d_sae), or of the scores of every ``step``-th latent."""
     rows, d_sae = scores.shape
     made: dict[str, Any] = {"device": scores.device}
     found = Candidates(
@@ -447,7 +447,7 @@ def support_of_candidates(
     bias: Tensor | None = None,
     target: Target | None = None,
 ) -> Support:
-    """Support from candidates; ``scores`` are read again for rows whose list is not complete.
+    """Support from candidates; ``scores`` (rows, d_sae) are read again for rows whose list is not complete.
 
     Without scores a row with an incomplete list is selected from what there is: see `incomplete`. With a target the
     entries go there, and the support's offsets count from its beginning; without one, the host waits for their number.
@@ -472,7 +472,7 @@ def write(
     bias: Tensor | None = None,
     target: Target | None = None,
 ) -> Support:
-    """Support from candidates, of which it is known which are selected; see `support_of_candidates`."""
+    """Support from candidates and what `finish` found of each row, (rows,); see `support_of_candidates`."""
     source = found.values if scores is None else scores
     offsets = offsets_of(cut.sizes.long())
     if target is None:

@@ -104,7 +104,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def join(parts: list[Support], like: Tensor) -> Support:
-    """One Support of the rows of several, in order; empty and on the device of ``like`` when there are none."""
+    """One Support of the rows of several, in order; (0,) and on the device of ``like`` when there are none."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
