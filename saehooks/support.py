@@ -82,6 +82,12 @@ class Support:
                 self._remember((sort, d_sae), found)
         return found
 
+    def shared(self, make: Callable[[], Index]) -> Index:
+        """What ``make`` made when this support, or one of the same pattern, was first asked for it."""
+        if make not in self._known:
+            self._remember(make, make())
+        return self._known[make][-1]
+
     def trusted(self, d_sae: int) -> Support:
         """The same support, marked as made by the kernels themselves, so that `check` need not wait for them."""
         self._remember("range", d_sae)

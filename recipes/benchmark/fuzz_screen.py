@@ -79,7 +79,7 @@ def main() -> None:
         if errors is not None:
             scores = (errors[0] @ rounded.table.T).double()
             truth = queries[:8].double() @ keys.double().T + (0.0 if wide is None else wide)
-            bound = torch.from_numpy(errors[1])[:, None].double() + screen.ROUNDING * scores.abs()
+            bound = torch.from_numpy(errors[2])[:, None].double() + screen.ROUNDING * scores.abs()
             worst = max(worst, float(((scores - truth).abs() / bound).max()))
         done, entries = done + len(queries), entries + found.indices.numel()
     seconds = time.perf_counter() - began

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from saehooks.dictionaries.base import Dictionary, Prepared, unit_rows
+from saehooks.dictionaries.base import Dictionary, Prepared, row_products, unit_rows
 from saehooks.errors import ConfigError
 
 
@@ -98,16 +98,15 @@ class _Directions(torch.autograd.Function):
     def backward(ctx, d_queries, d_norm):
         directions, norm, queries, W_k = ctx.saved_tensors
         shifted = norm + ctx.eps
-        along = (queries * d_queries).sum(1) / shifted
+        along = row_products(queries, d_queries) / shifted
         # c / n = u (n + eps) / n, which a row of zeros does not have.
         along = torch.where(norm > 0, (d_norm - along) * shifted / norm, 0.0)
-        scaled = d_queries / shifted[:, None]
         d_x = d_b = d_W = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.addcmul(scaled @ W_k, directions, along[:, None])
+            d_x = torch.addcmul((d_queries / shifted[:, None]) @ W_k, directions, along[:, None])
             d_b = -d_x.sum(0) if ctx.needs_input_grad[1] else None
         elif ctx.needs_input_grad[1]:
-            d_b = -(scaled.sum(0) @ W_k + along @ directions)
+            d_b = -((1 / shifted) @ d_queries @ W_k + along @ directions)
         if ctx.needs_input_grad[2]:
             d_W = d_queries.T @ directions
         return d_x, d_b, d_W, None

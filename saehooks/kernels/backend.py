@@ -56,6 +56,9 @@ class Backend(Protocol):
     def spmm_transposed(self, values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
         """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
 
+    def table_gradient(self, parts: list[Contribution], d_sae: int) -> Tensor:
+        """(d_sae, d) the sum of one or more `spmm_transposed`, in new memory."""
+
     def sum_by_latent(self, values: Tensor, support: Support, d_sae: int) -> Tensor:
         """(d_sae,) sums of the values (nnz,) of each latent, always in the same order."""
 

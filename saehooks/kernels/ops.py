@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from saehooks.errors import WidthError
 from saehooks.kernels.backend import Backend, backend_for
 from saehooks.kernels.rules import BatchRule, RowRule
-from saehooks.kernels.step import DEFAULT, Step
+from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
 
@@ -98,7 +98,9 @@ def sddmm(
     """
     check_widths(left, table, bias)
     _check_product(left.shape[0], known, support, table)
-    return _Sddmm.apply(left, table, bias, support, known, backend_for(left, step), step)
+    backend = backend_for(left, step)
+    table, gradient = _shared(table, support, backend)
+    return _Sddmm.apply(left, table, bias, support, known, gradient, backend, step)
 
 
 def spmm(values: Tensor, support: Support, table: Tensor, *, step: Step = DEFAULT) -> Tensor:
@@ -116,14 +118,82 @@ def spmm(values: Tensor, support: Support, table: Tensor, *, step: Step = DEFAUL
         WidthError: tensors that do not fit each other.
     """
     _check_product(None, values, support, table)
-    return _Spmm.apply(values, table, support, backend_for(table, step), step)
+    backend = backend_for(table, step)
+    table, gradient = _shared(table, support, backend)
+    return _Spmm.apply(values, table, support, gradient, backend, step)
+
+
+# ------------------------------------------------------------ gradients of tables
+
+
+class _TableGradient:
+    """What the products of one support add to a table's gradient, kept until all are known; it is written once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[Contribution]] = {}
+        """By backward pass."""
+
+    def add(self, part: Contribution) -> None:
+        self._parts.setdefault(torch._C._current_graph_task_id(), []).append(part)
+
+    def take(self) -> list[Contribution]:
+        """What this backward pass added."""
+        return self._parts.pop(torch._C._current_graph_task_id(), [])
+
+
+class _SharedTables:
+    """The tables that products of one support read, each with its `_TableGradient`; copies and pickles have none."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor, _TableGradient]] = []
+
+    def __deepcopy__(self, memo: dict) -> _SharedTables:
+        return _SharedTables()
+
+    def __reduce__(self) -> tuple:
+        return _SharedTables, ()
+
+
+def _shared(table: Tensor, support: Support, backend: Backend) -> tuple[Tensor, _TableGradient | None]:
+    """The table as all products of a support read it, and where they leave their parts of its gradient."""
+    if not (table.requires_grad and torch.is_grad_enabled()):
+        return table, None
+    tables = support.shared(_SharedTables)
+    for held, seen, gradient in tables.found:
+        if held is table:
+            return seen, gradient
+    gradient = _TableGradient()
+    seen = _Gather.apply(table, gradient, backend)
+    tables.found.append((table, seen, gradient))
+    return seen, gradient
+
+
+class _Gather(torch.autograd.Function):
+    """A table as it is. Its gradient is the sum of what was left in a `_TableGradient`, made in one pass."""
+
+    @staticmethod
+    def forward(ctx, table, gradient: _TableGradient, backend: Backend):
+        ctx.set_materialize_grads(False)
+        ctx.gradient, ctx.backend, ctx.d_sae = gradient, backend, table.shape[0]
+        return table.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        parts = ctx.gradient.take()
+        if parts:
+            found = ctx.backend.table_gradient(parts, ctx.d_sae)
+            grad = found if grad is None else found.add_(grad)
+        return grad, None, None
 
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, left, table, bias, support: Support, known, backend: Backend, step: Step):
+    def forward(
+        ctx, left, table, bias, support: Support, known, gradient: _TableGradient | None, backend: Backend, step: Step
+    ):
         ctx.save_for_backward(left, table)
-        ctx.support, ctx.backend, ctx.step = support.pattern(), backend, step
+        ctx.support, ctx.gradient, ctx.backend, ctx.step = support.pattern(), gradient, backend, step
         if known is not None:
             return known.detach().to(left.dtype, copy=True)
         found = backend.sddmm(left, table, support, step)
@@ -133,35 +203,35 @@ class _Sddmm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (left, table), support, backend = ctx.saved_tensors, ctx.support, ctx.backend
-        d_left = d_table = d_bias = None
+        d_left = d_bias = None
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             d_left = backend.spmm(grad, support, table, ctx.step)
         if ctx.needs_input_grad[1] and not ctx.step.keeps_gradient(table, grad, support, left):
-            d_table = backend.spmm_transposed(grad, support, left, table.shape[0])
+            ctx.gradient.add(Contribution(grad, support, left))
         if ctx.needs_input_grad[2]:
             d_bias = backend.sum_by_latent(grad, support, table.shape[0])
-        return d_left, d_table, d_bias, None, None, None, None
+        return d_left, None, d_bias, None, None, None, None, None
 
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, table, support: Support, backend: Backend, step: Step):
+    def forward(ctx, values, table, support: Support, gradient: _TableGradient | None, backend: Backend, step: Step):
         ctx.save_for_backward(values, table)
-        ctx.support, ctx.backend, ctx.step = support.pattern(), backend, step
+        ctx.support, ctx.gradient, ctx.backend, ctx.step = support.pattern(), gradient, backend, step
         return backend.spmm(values, support, table, step)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (values, table), support, backend = ctx.saved_tensors, ctx.support, ctx.backend
-        d_values = d_table = None
+        d_values = None
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
             d_values = backend.sddmm(grad, table, support, ctx.step).to(values.dtype)
         if ctx.needs_input_grad[1] and not ctx.step.keeps_gradient(table, values, support, grad):
-            d_table = backend.spmm_transposed(values, support, grad, table.shape[0])
-        return d_values, d_table, None, None, None
+            ctx.gradient.add(Contribution(values, support, grad))
+        return d_values, None, None, None, None, None
 
 
 # --------------------------------------------------------- weights on the simplex

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from dataclasses import replace
 
@@ -146,6 +148,132 @@ def test_supports_that_are_a_good_share_of_all_latents_are_multiplied_densely(mo
             results.append((picked, sums, *torch.autograd.grad(sums.square().sum(), inputs)))
     for sparse, dense in zip(*results, strict=True):
         torch.testing.assert_close(dense, sparse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sorted_inside", [True, False])
+def test_tables_larger_than_the_cache_are_gathered_from_in_tiles(monkeypatch, sorted_inside):
+    """A tile at a time gives what the whole table gives, whatever the order of latents in a row, empty rows too."""
+    pytest.importorskip("numba")
+    from saehooks.kernels.cpu import products
+
+    left, table, indices, offsets = case("cpu")
+    if not sorted_inside:
+        indices = torch.cat([part.flip(0) for part in indices.tensor_split(offsets[1:-1])])
+    monkeypatch.setattr(products, "MIN_REUSE", 0)
+    rows, values = rows_of(offsets, indices.numel()), torch.randn(indices.numel())
+    for bytes_of_a_tile in (4 * 24, 4 * 24 * 7, 2**40):
+        monkeypatch.setattr(products, "TILE_BYTES", bytes_of_a_tile)
+        inputs = [tensor.detach().requires_grad_() for tensor in (left, table)]
+        with forced("cpu"):
+            support = Support(indices, offsets)
+            picked = kernels.sddmm(*inputs, support)
+            sums = kernels.spmm(values * picked, support, inputs[1])
+            found = torch.autograd.grad(sums.sin().sum(), inputs)
+        own = [tensor.double().requires_grad_() for tensor in (left, table)]
+        codes = torch.zeros(len(left), len(table), dtype=torch.float64)
+        dense = codes.index_put((rows, indices), values * (own[0] @ own[1].T)[rows, indices]) @ own[1]
+        torch.testing.assert_close(sums.double(), dense, rtol=1e-4, atol=1e-4)
+        for mine, other in zip(found, torch.autograd.grad(dense.sin().sum(), own), strict=True):
+            torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-3)
+
+
+class TestOneGradientOfATable:
+    """Products of one support leave their parts of a table's gradient in one place; nothing else may notice."""
+
+    @pytest.fixture(autouse=True)
+    def _made(self, path, device):
+        self.left, self.table, self.indices, self.offsets = case(device, dtype=torch.float64)
+        self.rows = rows_of(self.offsets, self.indices.numel())
+        self.table.requires_grad_()
+
+    def sums(self, support, **settings):
+        """(rows, d) the table's rows weighed by their own scores: two products of one support."""
+        return kernels.spmm(kernels.sddmm(self.left, self.table, support), support, self.table, **settings)
+
+    def dense(self, table):
+        codes = self.left.new_zeros(len(self.left), len(table))
+        return codes.index_put((self.rows, self.indices), (self.left @ table.T)[self.rows, self.indices]) @ table
+
+    def expected(self, loss):
+        table = self.table.detach().clone().requires_grad_()
+        return torch.autograd.grad(loss(self.dense(table), table), table)[0]
+
+    def support(self):
+        return Support(self.indices, self.offsets)
+
+    def test_other_uses_of_the_table_count_too(self):
+        """A penalty on the table's rows enters before, between and after the products' parts."""
+        for weigh in (lambda s, t: s.sin().sum() + t.norm(dim=1).sum(), lambda s, t: t.sum() * s.square().sum()):
+            sums = self.sums(self.support())
+            weigh(sums, self.table).backward()
+            torch.testing.assert_close(self.table.grad, self.expected(weigh))
+            self.table.grad = None
+
+    def test_one_part_alone(self):
+        """A detached score, or a gradient asked of the table alone, leaves the other part out, or in."""
+        support = self.support()
+        picked = kernels.sddmm(self.left, self.table, support)
+        sums = kernels.spmm(picked.detach(), support, self.table)
+        found = torch.autograd.grad(sums.sum(), self.table)[0]
+        codes = self.left.new_zeros(len(self.left), len(self.table))
+        codes = codes.index_put((self.rows, self.indices), picked.detach())
+        torch.testing.assert_close(found, codes.sum(0)[:, None].expand_as(found))
+        left = self.left.clone().requires_grad_()
+        scores = kernels.sddmm(left, self.table, self.support())
+        torch.autograd.grad(scores.sum(), left, retain_graph=True)  # asks nothing of the table
+        torch.testing.assert_close(
+            torch.autograd.grad(scores.sum(), self.table)[0],
+            torch.zeros_like(self.table).index_add_(0, self.indices, self.left[self.rows]),
+        )
+
+    def test_passes_do_not_mix(self):
+        """A second pass over the graph adds nothing of the first, nor of one that failed."""
+        support = self.support()
+        sums = self.sums(support)
+        broken = sums * 1.0
+        broken.register_hook(lambda grad: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                broken.sum().backward(retain_graph=True)
+            sums.sum().backward(retain_graph=True)
+            torch.testing.assert_close(self.table.grad, self.expected(lambda s, t: s.sum()))
+            self.table.grad = None
+        again = self.sums(support)  # another forward over the same support
+        (sums.sum() + again.sum()).backward()
+        torch.testing.assert_close(self.table.grad, 2 * self.expected(lambda s, t: s.sum()))
+
+    def test_hooks_and_changes_in_place(self):
+        """A hook of the table sees the whole gradient once; a table changed before backward is still an error."""
+        seen = []
+        self.table.register_hook(lambda grad: seen.append(grad.clone()))
+        sums = self.sums(self.support())
+        sums.sum().backward()
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], self.expected(lambda s, t: s.sum()))
+        sums = self.sums(self.support())
+        with torch.no_grad():
+            self.table.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            sums.sum().backward()
+
+    def test_a_table_may_change_between_two_uses_of_a_support(self):
+        """Codes of before an optimiser's step are decoded with the table of after it, and trained."""
+        support = self.support()
+        kernels.sddmm(self.left, self.table, support)
+        with torch.no_grad():
+            self.table.mul_(2)
+        self.sums(support).sum().backward()
+        torch.testing.assert_close(self.table.grad, self.expected(lambda s, t: s.sum()))
+
+    def test_codes_can_still_be_copied_and_pickled(self):
+        """What a support remembers of its table stays behind."""
+        support = self.support()
+        self.sums(support)
+        for other in (copy.deepcopy(support), pickle.loads(pickle.dumps(support))):
+            assert torch.equal(other.indices, support.indices)
+            self.sums(other).sum().backward()
+            torch.testing.assert_close(self.table.grad, self.expected(lambda s, t: s.sum()))
+            self.table.grad = None
 
 
 def test_a_support_makes_its_index_by_latent_once():

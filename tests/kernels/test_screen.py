@@ -117,13 +117,44 @@ def test_no_score_is_off_by_more_than_the_bound(kind):
         queries, keys = scale * vectors(kind, 20, d, seed), vectors(kind, 300, d, seed + 50)
         bias = None if seed % 2 else scale * torch.randn(300, generator=torch.Generator().manual_seed(seed))
         rounded = screen.rounded_keys(keys, bias)
-        half, errors = screen._errors(queries, rounded)
+        half, _, errors = screen._errors(queries, rounded)
         found = (half @ rounded.table.T).double()
         exact = queries.double() @ keys.double().T + (0 if bias is None else bias.double())
         bound = torch.from_numpy(errors)[:, None].double() + screen.ROUNDING * found.abs()
         worst = max(worst, float(((found - exact).abs() / bound).max()))
     assert worst <= 1.0
     assert worst > 0.01, "the bound is no mere fiction"
+
+
+@pytest.mark.parametrize("expected", [-1e30, -3.0, 0.05, 0.3, 1.0, 7.0, 1e30])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_whatever_threshold_is_expected_the_selection_is_the_same(both, rule, expected, monkeypatch):
+    """Rows are shifted by what is expected of them: far too much, too little or nothing of it changes no support."""
+    monkeypatch.setattr(screen.Rounded, "expected", (rule, expected))
+    monkeypatch.setattr(screen._Job, "expect", lambda job, thresholds: None)
+    plain = screen._Job.shift_all
+    monkeypatch.setattr(screen._Job, "shift_all", lambda job, by: plain(job, expected))
+    keys, bias = vectors("normal", 1500, 48, 1), torch.randn(1500, generator=torch.Generator().manual_seed(0))
+    for rows, scale in ((3, 1.0), (300, 0.2), (300, 5.0)):
+        queries = scale * vectors("heavy", rows, 48, rows) / 48**0.5
+        for given in (None, bias):
+            agree(*both(queries, keys, rule, given), queries, keys, given)
+
+
+def test_no_shifted_score_is_off_by_more_than_the_bound():
+    """The bound holds for scores from which a shift was subtracted before they were rounded."""
+    for seed, (d, scale, by) in enumerate([(3, 1.0, 2.0), (64, 1e3, 5e3), (577, 1.0, 1e9), (30, 1e-3, -1e-4)]):
+        queries, keys = scale * vectors("normal", 20, d, seed), vectors("normal", 300, d, seed + 50)
+        rounded = screen.rounded_keys(keys, None)
+        half, norms, errors = screen._errors(queries, rounded)
+        shifts = torch.zeros(20)
+        job = screen._Job(queries, keys, TopK(1), TopK(1), None, rounded, half, norms, errors, shifts.numpy())
+        job.shift_all(by)
+        assert abs(float(shifts[0]) / by - 1) < 2**-7
+        found = (job.half @ rounded.table.T).double()
+        exact = queries.double() @ keys.double().T - shifts[:, None].double()
+        bound = torch.from_numpy(job.errors)[:, None].double() + screen.ROUNDING * found.abs()
+        assert ((found - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -259,7 +290,7 @@ def test_checking_stops_at_a_difference(monkeypatch):
     monkeypatch.setattr(screen, "MODE", "check")
     kernels.select(queries, keys, TopK(5))
     plain = screen._errors
-    monkeypatch.setattr(screen, "_errors", lambda *given: (plain(*given)[0], plain(*given)[1] * 0 - 0.5))
+    monkeypatch.setattr(screen, "_errors", lambda *given: (*plain(*given)[:2], plain(*given)[2] * 0 - 0.5))
     with pytest.raises(InexactError, match=r"differ in row \d+, latent \d+, score .* SAEHOOKS_SCREEN=off"):
         kernels.select(queries, keys, TopK(5))
 

@@ -1,6 +1,6 @@
 """The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
 
-from saehooks.kernels.cpu.products import sddmm, spmm, spmm_transposed
+from saehooks.kernels.cpu.products import sddmm, spmm, spmm_transposed, table_gradient
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.reference.adam import adam_step
@@ -23,4 +23,5 @@ __all__ = [
     "spmm",
     "spmm_transposed",
     "sum_by_latent",
+    "table_gradient",
 ]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
-from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.cpu.threads import BLOCKS_PER_THREAD, GRAIN, blocks, spread
 from saehooks.kernels.memory import reusable_empty
-from saehooks.kernels.step import DEFAULT, Step
+from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
 
@@ -34,9 +34,10 @@ def sddmm(left: Tensor, table: Tensor, support: Support, step: Step = DEFAULT) -
         return _dense_sddmm(left.detach(), table.detach(), support)
     out = torch.empty(support.indices.numel(), dtype=torch.float32, device="cpu")
     arrays = _arrays(left, table, support.indices, support.offsets)
+    tile = _tile(table, support.indices.numel(), support.n_rows)
     spread(
-        lambda start, stop: _sddmm_rows(*arrays, start, stop, out.numpy()),
-        _row_blocks(support, table.shape[1]),
+        lambda start, stop: sddmm_rows(*arrays, start, stop, tile, out.numpy()),
+        _row_blocks(support, table, tile),
     )
     return out
 
@@ -49,26 +50,45 @@ def spmm(values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) 
         return _dense_spmm(values.detach(), support, table.detach())
     out = reusable_empty(support.n_rows, table.shape[1])
     arrays = _arrays(values, support.indices, support.offsets, table)
+    tile = _tile(table, support.indices.numel(), support.n_rows)
     spread(
-        lambda start, stop: _spmm_rows(*arrays, start, stop, out.numpy()),
-        _row_blocks(support, table.shape[1]),
+        lambda start, stop: _spmm_rows(*arrays, start, stop, tile, out.numpy(), False),
+        _row_blocks(support, table, tile),
     )
     return out
 
 
 def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
-    if not (serves(values) and serves(left)):
-        return reference.spmm_transposed(values, support, left, d_sae)
-    if dense_is_faster(support, d_sae, left.detach()):
-        return _dense_spmm_transposed(values.detach(), support, left.detach(), d_sae)
-    starts, rows, places = support.by_latent(sort_by_latent, d_sae)
-    out = reusable_empty(d_sae, left.shape[1])
-    arrays = (values.detach()[places].numpy(), rows.numpy(), starts.numpy(), left.detach().contiguous().numpy())
-    spread(
-        lambda start, stop: _spmm_rows(*arrays, start, stop, out.numpy()),
-        blocks(d_sae, max(1, GRAIN // left.shape[1])),
-    )
+    return table_gradient([Contribution(values, support, left)], d_sae)
+
+
+def table_gradient(parts: list[Contribution], d_sae: int) -> Tensor:
+    """(d_sae, d) the sum of one or more `spmm_transposed`, in new memory, each row of which is written once."""
+    if not all(serves(values) and serves(left) for values, _, left in parts):
+        return reference.table_gradient(parts, d_sae)
+    width = parts[0].left.shape[1]
+    out = reusable_empty(d_sae, width)
+    begun, jobs = False, []
+    for values, support, left in parts:
+        if dense_is_faster(support, d_sae, left.detach()):
+            _dense_spmm_transposed(values.detach(), support, left.detach(), out if begun else out.zero_())
+            begun = True
+            continue
+        starts, rows, places = support.by_latent(sort_by_latent, d_sae)
+        sorted_values, matrix = values.detach()[places].numpy(), left.detach().contiguous()
+        tile = _tile(matrix, rows.numel(), d_sae)
+        jobs.append((sorted_values, rows.numpy(), starts.numpy(), matrix.numpy(), tile))
+    # Blocks that stay in the cache from one part to the next, unless what is gathered from comes in tiles.
+    untiled = all(tile >= len(matrix) for *_, matrix, tile in jobs)
+    pieces = max(BLOCKS_PER_THREAD, d_sae // tile_rows(out)) if untiled else 1
+
+    def work(start: int, stop: int) -> None:
+        for i, (sorted_values, rows, starts, matrix, tile) in enumerate(jobs):
+            _spmm_rows(sorted_values, rows, starts, matrix, start, stop, tile, out.numpy(), begun or i > 0)
+
+    if jobs:
+        spread(work, blocks(d_sae, max(1, GRAIN // width), pieces))
     return out
 
 
@@ -76,9 +96,33 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
 
 
-def _row_blocks(support: Support, width: int) -> list[tuple[int, int]]:
-    each = max(1, support.indices.numel() * width // max(1, support.n_rows))
-    return blocks(support.n_rows, max(1, GRAIN // each))
+TILE_BYTES = 3 * 2**19
+"""Bytes of a table that stay in a processor's own cache."""
+
+MIN_REUSE = 4
+"""Entries of a row in a tile of the table, from which on going through the rows once a tile is faster."""
+
+
+def tile_rows(table: Tensor) -> int:
+    """Rows of a float32 table that stay in the cache."""
+    return max(1, TILE_BYTES // (4 * max(1, table.shape[1])))
+
+
+def _tile(table: Tensor, entries: int, rows: int) -> int:
+    """Rows of a table that are gathered from at a time: all of them, or as many as stay in the cache while all rows
+    of the product pass by, if those have enough entries there."""
+    size, tile = table.shape[0], tile_rows(table)
+    return tile if tile < size and entries * tile >= MIN_REUSE * rows * size else max(1, size)
+
+
+def _row_blocks(support: Support, table: Tensor, tile: int) -> list[tuple[int, int]]:
+    each = max(1, support.indices.numel() * table.shape[1] // max(1, support.n_rows))
+    return blocks(support.n_rows, max(1, GRAIN // each), _pieces(table, tile))
+
+
+def _pieces(table: Tensor, tile: int) -> int:
+    """Blocks a thread: each block of rows reads a table that is tiled once more."""
+    return BLOCKS_PER_THREAD if tile >= table.shape[0] else 1
 
 
 class ByLatent(NamedTuple):
@@ -134,12 +178,10 @@ def _dense_spmm(values: Tensor, support: Support, table: Tensor) -> Tensor:
     return out
 
 
-def _dense_spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
-    """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
-    out = reusable_empty(d_sae, left.shape[1]).zero_()
-    for rows, entries, place, block in _dense_blocks(support, d_sae):
+def _dense_spmm_transposed(values: Tensor, support: Support, left: Tensor, out: Tensor) -> None:
+    """Add to row ``i`` of out (d_sae, d) the sum of ``value * left[row]`` over the entries with index ``i``."""
+    for rows, entries, place, block in _dense_blocks(support, len(out)):
         out.addmm_(_scatter(values[entries], place, block).T, left[rows])
-    return out
 
 
 def _dense_blocks(support: Support, d_sae: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
@@ -193,35 +235,63 @@ def dots(x, table, places, found, out):
 
 
 @numba_jit
-def _sddmm_rows(left, table, indices, offsets, start, stop, out):
-    """Write ``left[row] . table[index]`` for the entries of rows start to stop."""
-    for r in range(start, stop):
-        first, last = offsets[r], offsets[r + 1]
-        dots(left[r], table, indices[first:last], last - first, out[first:last])
+def sddmm_rows(left, table, indices, offsets, start, stop, tile, out):
+    """Write ``left[row] . table[index]`` for the entries of rows start to stop, a tile of the table at a time."""
+    after = offsets[start:stop].copy()
+    for limit in range(tile, table.shape[0] + tile, tile):
+        for r in range(start, stop):
+            first = after[r - start]
+            last = _below(indices, first, offsets[r + 1], limit)
+            dots(left[r], table, indices[first:last], last - first, out[first:last])
+            after[r - start] = last
 
 
 @numba_jit
-def _spmm_rows(values, indices, offsets, table, start, stop, out):
-    """Write rows start to stop of the sums of ``value * table[index]``, four entries at a time."""
-    width = table.shape[1]
-    for r in range(start, stop):
-        into = out[r]
-        into[:] = 0
-        p = offsets[r]
-        end = offsets[r + 1]
-        while p + 4 <= end:
-            v0, v1, v2, v3 = values[p], values[p + 1], values[p + 2], values[p + 3]
-            t0, t1 = table[indices[p]], table[indices[p + 1]]
-            t2, t3 = table[indices[p + 2]], table[indices[p + 3]]
-            for j in range(width):
-                into[j] += (v0 * t0[j] + v1 * t1[j]) + (v2 * t2[j] + v3 * t3[j])
-            p += 4
-        while p < end:
-            v0 = values[p]
-            t0 = table[indices[p]]
-            for j in range(width):
-                into[j] += v0 * t0[j]
-            p += 1
+def _below(indices, first, end, limit):
+    """The first entry from ``first`` on whose index is not below a limit, or ``end``."""
+    last = first
+    while last < end and indices[last] < limit:
+        last += 1
+    return last
+
+
+@numba_jit
+def _spmm_rows(values, indices, offsets, table, start, stop, tile, out, add):
+    """Write rows start to stop of the sums of ``value * table[index]``, a tile of the table at a time, or add them."""
+    after = offsets[start:stop].copy()
+    for limit in range(tile, table.shape[0] + tile, tile):
+        for r in range(start, stop):
+            if limit == tile and not add:
+                out[r][:] = 0
+            first = after[r - start]
+            last = _below(indices, first, offsets[r + 1], limit)
+            _add_rows(values, indices, first, last, table, out[r])
+            after[r - start] = last
+
+
+@numba_jit
+def _add_rows(values, indices, first, last, table, into):
+    """Add ``value * table[index]`` of entries first to last, four at a time."""
+    width = into.size
+    p = first
+    while p + 4 <= last:
+        v0, v1, v2, v3 = values[p], values[p + 1], values[p + 2], values[p + 3]
+        t0, t1 = table[indices[p]], table[indices[p + 1]]
+        t2, t3 = table[indices[p + 2]], table[indices[p + 3]]
+        for j in range(width):
+            into[j] += (v0 * t0[j] + v1 * t1[j]) + (v2 * t2[j] + v3 * t3[j])
+        p += 4
+    if p + 2 <= last:
+        v0, v1 = values[p], values[p + 1]
+        t0, t1 = table[indices[p]], table[indices[p + 1]]
+        for j in range(width):
+            into[j] += v0 * t0[j] + v1 * t1[j]
+        p += 2
+    if p < last:
+        v0 = values[p]
+        t0 = table[indices[p]]
+        for j in range(width):
+            into[j] += v0 * t0[j]
 
 
 @numba_jit

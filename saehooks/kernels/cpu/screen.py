@@ -29,20 +29,18 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError, InexactError
 from saehooks.kernels.cpu.numba_jit import numba_jit
-from saehooks.kernels.cpu.products import dots, serves
-from saehooks.kernels.cpu.select import (
-    ENTMAX,
-    RULES,
+from saehooks.kernels.cpu.products import MIN_REUSE, dots, sddmm_rows, serves, tile_rows
+from saehooks.kernels.cpu.select import RULES, select_rows
+from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.cpu.thresholds import (
     THRESHOLD,
     TOPK,
     described,
-    entmax_newton,
     kth_largest,
-    newton,
     ordered_key,
-    select_rows,
+    settle,
+    simplex_threshold,
 )
-from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
 from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.reference.across_rows import largest
 from saehooks.kernels.reference.select import CPU_SCORE_BYTES, join
@@ -63,10 +61,17 @@ SMALLEST = 1e-12
 """Norms below this are not screened: the squares of what they lose may underflow."""
 LARGEST = 1e18
 """Norms above this are not screened: products may overflow."""
+BATCH, BATCH_ENTRIES = 256, 2**18
+"""Rows whose candidates are scored together, and most candidates that there is room for."""
 TILE = 32
 """Columns are padded to a multiple of this, which AMX multiplies at no cost."""
-EXTRA = 2
-"""Columns for the bias: its value in bfloat16, and what that leaves."""
+EXTRA = 3
+"""Columns for the bias, its value in bfloat16 and what that leaves, and for the shift of a row."""
+SHIFT = 0.95
+"""Share of the threshold that is expected by which rows are shifted: what rounding a score loses grows with its size,
+and scores slightly above 0 are told from those below by their sign."""
+SAMPLE = 64
+"""Fewest rows whose thresholds say what to expect."""
 FEW_ROWS = 64
 """Products of so many rows are faster from a table that was laid out for them."""
 LARGE_TABLE = 128 * 2**20
@@ -186,7 +191,7 @@ def describe() -> str:
 
 @dataclass
 class Rounded:
-    """Rows in bfloat16, with two columns for a bias and padding, and what rounding them lost."""
+    """Rows in bfloat16, with columns for a bias and a shift, and what rounding them lost."""
 
     table: Tensor
     """(rows, width) bfloat16."""
@@ -198,6 +203,8 @@ class Rounded:
     """The largest bias that is not FAR."""
     reused: bool = False
     """Whether it is kept, so that laying it out once more is worth it."""
+    expected: tuple[Any, float] = None, 0.0
+    """The rule of the last selection, and the threshold of a query of norm 1 that most of its rows exceeded."""
 
     @cached_property
     def largest(self) -> tuple[float, float, float]:
@@ -231,8 +238,8 @@ class Rounded:
 def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
     """Keys (d_sae, d) in bfloat16, their bias (d_sae,) in two columns of it."""
     if bias is None or not bias.any():
-        return _rounded(keys, 0, 0)
-    rounded = _rounded(keys, 0, 0)
+        return _rounded(keys, 0, 0, MINUS_ONE)
+    rounded = _rounded(keys, 0, 0, MINUS_ONE)
     near = bias.clamp(-FAR, FAR)
     high = near.to(torch.bfloat16)
     low = torch.where(near.abs() < FAR, near - high.float(), 0.0).to(torch.bfloat16)
@@ -244,8 +251,8 @@ def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
     return rounded
 
 
-def _rounded(rows: Tensor, first: int, second: int) -> Rounded:
-    """Rows (n, d) in bfloat16, with two more columns of these bits, and zeros up to a multiple of TILE."""
+def _rounded(rows: Tensor, first: int, second: int, third: int) -> Rounded:
+    """Rows (n, d) in bfloat16, with three more columns of these bits, and zeros up to a multiple of TILE."""
     rows = rows.contiguous()
     n, d = rows.shape
     width = -(-(d + EXTRA) // TILE) * TILE
@@ -253,14 +260,14 @@ def _rounded(rows: Tensor, first: int, second: int) -> Rounded:
     norms = np.empty((3, n), np.float32)
     bits, out = rows.numpy().view(np.int32), table.view(torch.int16).numpy()
     spread(
-        lambda start, stop: _round_range(rows.numpy(), bits, out, first, second, norms, start, stop),
+        lambda start, stop: _round_range(rows.numpy(), bits, out, first, second, third, norms, start, stop),
         blocks(n, max(1, GRAIN // max(1, d))),
     )
     return Rounded(table, norms)
 
 
-ONE = 0x3F80
-"""The bits of 1 in bfloat16."""
+ONE, MINUS_ONE = 0x3F80, 0x3F80 - 2**15
+"""The bits of 1 and -1 in bfloat16, as int16."""
 
 
 # --------------------------------------------------------------------- the screen
@@ -281,10 +288,11 @@ def _screened(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Te
     errors = _errors(queries, rounded)
     if errors is None:
         return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
-    job = _Job(queries.contiguous(), keys, rule, screened_rule, bias, rounded, *errors)
+    job = _Job(queries.contiguous(), keys, rule, screened_rule, bias, rounded, *errors, np.zeros(rows, np.float32))
     if isinstance(rule, BatchTopK):
         found = _across_rows(job)
         return found or select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
+    job.shift_by_row(0)
     parts = []
     for start, stop in _chunks(rows, d_sae):
         part, undecided = _by_row(job, start, stop)
@@ -292,6 +300,9 @@ def _screened(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Te
         if undecided * 4 > stop - start and stop < rows:  # most rows have too many candidates: so will the others
             parts.append(select_in_chunks(queries[stop:], keys, rule, bias, step, by_row=select_rows))
             break
+        if start == 0 and not isinstance(rule, Threshold):
+            job.expect(part.threshold)
+            job.shift_by_row(stop)
     return join(parts, keys)
 
 
@@ -307,9 +318,44 @@ class _Job(NamedTuple):
     rounded: Rounded
     half: Tensor
     """(rows, width) bfloat16 queries."""
+    norms: np.ndarray
+    """(rows,) float64 norms of the queries."""
     errors: np.ndarray
     """(rows,) float32, the most that a score of the row is off, before it is rounded to bfloat16; not finite where
     the row cannot be screened."""
+    shifts: np.ndarray
+    """(rows,) float32, exact in bfloat16, what is subtracted from a row's scores before they are rounded."""
+
+    def shift_by_row(self, start: int) -> None:
+        """Shift rows from start on by most of the threshold that is expected of them, which decides nothing."""
+        if isinstance(self.screened_rule, Threshold):
+            wanted = float(torch.as_tensor(self.screened_rule.theta))
+            self._shift(start, np.full(len(self.norms) - start, wanted))
+        else:
+            rule, threshold = self.rounded.expected
+            with np.errstate(invalid="ignore", over="ignore"):
+                self._shift(start, (SHIFT * threshold if rule == self.rule else 0.0) * self.norms[start:])
+
+    def shift_all(self, by: float) -> None:
+        """Shift all rows by the same, about."""
+        self._shift(0, np.full(len(self.norms), by))
+
+    def _shift(self, start: int, by: np.ndarray) -> None:
+        by = np.nan_to_num(by, posinf=0.0, neginf=0.0)
+        usable = np.isfinite(self.errors[start:]) & (np.abs(by) > SMALLEST) & (np.abs(by) < FAR)
+        column = self.half[start:, self.queries.shape[1] + 2]
+        column.copy_(torch.from_numpy(np.where(usable, by, 0.0)))
+        self.shifts[start:] = column.float().numpy()
+        lost = self.half.shape[1] * SUMMING * np.abs(self.shifts[start:])
+        self.errors[start:] = (self.errors[start:] + lost) * (1 + 1e-6)
+
+    def expect(self, thresholds: Tensor) -> None:
+        """Note the thresholds of the first rows: what to expect of others."""
+        first = thresholds.numel()
+        ratio = thresholds.numpy() / np.maximum(self.norms[:first], SMALLEST)
+        ratio = ratio[np.isfinite(ratio) & np.isfinite(self.errors[:first])]
+        if len(ratio) >= SAMPLE:
+            self.rounded.expected = self.rule, max(0.0, float(np.quantile(ratio, 0.05)))
 
     def scores(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, d_sae) int16, the bits of the bfloat16 scores of some rows."""
@@ -322,7 +368,7 @@ class _Job(NamedTuple):
 def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
     """Ranges of rows whose scores fit; a small one first, which says whether rows can be decided at all."""
     most = max(1, CPU_SCORE_BYTES // (2 * d_sae))
-    first = min(most, rows // 8 if rows >= 1024 else rows)
+    first = min(most, max(SAMPLE, rows // 8) if rows >= 4 * SAMPLE else rows)
     ranges, start = [(0, first)], first
     count = max(1, -(-(rows - first) // most))
     size = max(1, -(-(rows - first) // count))
@@ -332,12 +378,12 @@ def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray] | None:
-    """Rounded queries and the bound of each row's error; None if no row can be screened."""
+def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray, np.ndarray] | None:
+    """Rounded queries, their norms, and the bound of each row's error; None if no row can be screened."""
     key, key_lost, key_left = rounded.largest
     if not (SMALLEST < key < LARGEST and key_left < LARGEST):
         return None
-    made = _rounded(queries, ONE, ONE)
+    made = _rounded(queries, ONE, ONE, 0)
     half, norms = made.table, made.norms
     whole, lost, left = (norm.astype(np.float64) for norm in norms)
     width = rounded.table.shape[1]
@@ -345,7 +391,7 @@ def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray] | No
         errors = (lost * key + left * key_lost) * (1 + 1e-3) + width * SUMMING * (left * key_left + whole * key)
         errors += rounded.bias_lost + width * SUMMING * rounded.bias_size + 1e-17 * (whole + left + key) + 1e-34
         errors = np.where((whole > SMALLEST) & (whole < LARGEST), errors * (1 + 1e-6), np.inf)
-    return half, errors.astype(np.float32)
+    return half, whole, errors.astype(np.float32)
 
 
 def _group_count(d_sae: int, k: int) -> int:
@@ -364,17 +410,21 @@ def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
     kind, k, alpha, theta = described(job.screened_rule, d_sae)  # type: ignore[arg-type]
     _, _, _, own_theta = described(job.rule, d_sae)  # type: ignore[arg-type]
     scores, groups, room = job.scores(start, stop), _group_count(d_sae, k), _room(d_sae, k)
+    tile = tile_rows(job.keys)
     sizes = np.empty(count, np.int64)
     thresholds = np.full(count, float(own_theta.min()), np.float32)
-    arrays = (scores, job.queries[start:stop].numpy(), job.keys.numpy(), _array(job.bias), job.errors[start:stop])
+    arrays = (
+        scores, job.queries[start:stop].numpy(), job.keys.numpy(), _array(job.bias), job.errors[start:stop],
+        job.shifts[start:stop],
+    )  # fmt: skip
 
     def work(first: int, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
         parts, size = [], max(room, (last - first) * max(128, 2 * k))
         while first < last:
             indices, picked = np.empty(size, np.int64), np.empty(size, np.float32)
             first, used = _screen_range(
-                *arrays, first, last, kind, k, alpha, theta[0], own_theta, groups, room, indices, picked, sizes,
-                thresholds,
+                *arrays, first, last, kind, k, alpha, theta[0], own_theta, groups, room, tile, indices, picked,
+                sizes, thresholds,
             )  # fmt: skip
             parts.append((indices[:used], picked[:used]))
             size = max(room, 2 * size)
@@ -409,19 +459,17 @@ def _across_rows(job: _Job) -> Support | None:
     total, groups = k * rows, _group_count(d_sae, 2 * k)
     if not np.isfinite(job.errors).all() or total > rows * groups:
         return None
-    chunks = _chunks(rows, d_sae)[1:] or [(0, rows)]
-    chunks[0] = 0, chunks[0][1]
     maxima = np.empty((rows, groups), np.float32)
+    (_, sample), *chunks = _chunks(rows, d_sae)
+    if chunks:
+        _fill_maxima(job, 0, sample, maxima)
+        job.shift_all(SHIFT * max(0.0, _value_of_rank(_bits(maxima[:sample]), k * sample)))
+        chunks[0] = 0, chunks[0][1]
+    else:
+        chunks = [(0, rows)]
     for start, stop in chunks:
-        scores = job.scores(start, stop)
-        spread(
-            lambda a, b, scores=scores, start=start: _lower_maxima_range(  # type: ignore[misc]
-                scores, job.errors[start:], maxima[start:], a, b
-            ),
-            blocks(stop - start, max(1, GRAIN // d_sae)),
-        )
-    bits = maxima.reshape(-1).view(np.int32).copy()
-    bound = max(0.0, _value_of_rank(bits, total))
+        scores = _fill_maxima(job, start, stop, maxima)
+    bound = max(-float(job.shifts[0]), _value_of_rank(_bits(maxima), total))
     most = max(2 * total, rows * _room(d_sae, k))
     found, sizes, used = [], np.zeros(rows, np.int64), 0
     for start, stop in chunks:
@@ -456,6 +504,21 @@ def _across_rows(job: _Job) -> Support | None:
     return Support(indices[kept], offsets, smallest.expand(rows), picked[kept])
 
 
+def _fill_maxima(job: _Job, start: int, stop: int, maxima: np.ndarray) -> np.ndarray:
+    """What the scores of the groups of some rows (less the shift) are at least, into maxima (rows, groups); the
+    rounded scores."""
+    scores = job.scores(start, stop)
+    spread(
+        lambda a, b: _lower_maxima_range(scores, job.errors[start:], maxima[start:], a, b),
+        blocks(stop - start, max(1, GRAIN // scores.shape[1])),
+    )
+    return scores
+
+
+def _bits(maxima: np.ndarray) -> np.ndarray:
+    return maxima.reshape(-1).view(np.int32).copy()
+
+
 def _array(bias: Tensor | None) -> np.ndarray:
     return np.zeros(0, np.float32) if bias is None else bias.detach().float().contiguous().numpy()
 
@@ -464,7 +527,7 @@ def _array(bias: Tensor | None) -> np.ndarray:
 
 
 @numba_jit
-def _round_range(rows, bits, out, first, second, norms, start, stop):
+def _round_range(rows, bits, out, first, second, third, norms, start, stop):
     """Round rows to bfloat16, to nearest and ties to even, and note their norms, what they lost, and what is left."""
     d = rows.shape[1]
     width = out.shape[1]
@@ -483,7 +546,8 @@ def _round_range(rows, bits, out, first, second, norms, start, stop):
             left += back * back
         o[d] = first
         o[d + 1] = second
-        for j in range(d + 2, width):
+        o[d + 2] = third
+        for j in range(d + 3, width):
             o[j] = 0
         norms[0, r] = np.sqrt(whole)
         norms[1, r] = np.sqrt(lost)
@@ -589,16 +653,16 @@ def _kth_key(keys, size, k):
 
 
 @numba_jit
-def _least(keys, size, work, error, kind, k, alpha, theta):
+def _least(keys, size, work, error, kind, k, alpha, floor):
     """A number that the rounded score of whatever can be selected reaches, from some of the row's scores.
+
+    Top-k selects nothing below a floor.
 
     Each score may be too large by its rounding and by ``error``; the threshold of scores that are all too small is too
     small, and so is that of a part of them.
     """
-    if kind == THRESHOLD:
-        return np.float64(theta) - error
     if kind == TOPK:
-        bound = -error
+        bound = floor - error
         if size >= k:
             v = np.float64(_value(_kth_key(keys, size, k)))
             bound = max(bound, v - ROUNDING * abs(v) - 2.0 * error)
@@ -608,142 +672,113 @@ def _least(keys, size, work, error, kind, k, alpha, theta):
         best = keys[j] if keys[j] > best else best
     v = np.float64(_value(best))
     shift = v - ROUNDING * abs(v)
-    factor = alpha - 1.0 if kind == ENTMAX else 1.0
     for j in range(size):
         v = np.float64(_value(keys[j]))
         # Lowered, the largest may no longer be the largest: none may exceed the shift.
-        work[j] = factor * min(v - ROUNDING * abs(v) - shift, 0.0)
-    if kind == ENTMAX:
-        power = 1.0 / factor
-        tau = entmax_newton(work, size, power) * power
-    else:
-        tau = newton(work, size, -1.0)
+        work[j] = min(v - ROUNDING * abs(v) - shift, 0.0)
+    tau = simplex_threshold(work, size, kind, alpha)
     return shift + tau - 2.0 * error - 1e-6 * (abs(shift) + 1.0) * 0.125
 
 
 @numba_jit
-def _settle(scores, places, found, work, kind, k, alpha, theta):
-    """Keep of some places (and their exact scores) those a rule selects; return how many, and the threshold."""
+def _candidates(row, error, floor, kind, k, alpha, maxima, opened, keys16, work, places, many):
+    """Write the places of the scores that a rule may select; return how many. ``many``: bounded better if no more."""
+    groups = maxima.size
+    _group_maxima(row, maxima)
+    least = floor - error - 1e-15 * abs(floor)
+    if kind != THRESHOLD:
+        # Fewer, larger groups bound the simplex well enough, for less arithmetic.
+        fold = 4 if kind != TOPK and groups >= 1024 else 1
+        size = groups // fold
+        for g in range(size):
+            keys16[g] = _ordered(maxima[g])
+        for part in range(1, fold):
+            for g in range(size):
+                key = _ordered(maxima[part * size + g])
+                keys16[g] = key if key > keys16[g] else keys16[g]
+        least = _least(keys16, size, work, error, kind, k, alpha, floor)
+    found = _reaching(row, _key_below(least - ROUNDING * abs(least)), maxima, opened, places)
+    if kind == THRESHOLD or not k < found <= many:
+        return found
+    # The candidates' own scores bound it better than the maxima of groups.
+    for j in range(found):
+        keys16[j] = _ordered(row[places[j]])
+    least = max(least, _least(keys16, found, work, error, kind, k, alpha, floor))
+    key = _key_below(least - ROUNDING * abs(least))
     kept = 0
-    if kind == THRESHOLD:
-        for j in range(found):
-            place, score = places[j], scores[j]
-            places[kept] = place
-            scores[kept] = score
-            kept += score > (theta[0] if theta.size == 1 else theta[place])
-        return kept, 0.0
-    if kind == TOPK:
-        for j in range(found):
-            place, score = places[j], scores[j]
-            places[kept] = place
-            scores[kept] = score
-            kept += score > 0.0
-        if kept < k:
-            return kept, 0.0
-        found = kept
-        keys = work.view(np.int32)
-        bits = scores.view(np.int32)
-        for j in range(found):
-            keys[j] = bits[j]
-        smallest = kth_largest(keys, found, k)
-        above = 0
-        for j in range(found):
-            above += keys[j] > smallest
-        ties = k - above
-        kept = 0
-        for j in range(found):
-            if keys[j] > smallest or (keys[j] == smallest and ties > 0):
-                ties -= keys[j] == smallest
-                places[kept] = places[j]
-                scores[kept] = scores[j]
-                kept += 1
-        return kept, np.float64(np.int32(smallest).view(np.float32))
-    shift = np.float64(scores[0])
     for j in range(found):
-        shift = max(shift, np.float64(scores[j]))
-    factor = alpha - 1.0 if kind == ENTMAX else 1.0
-    for j in range(found):
-        work[j] = factor * (np.float64(scores[j]) - shift)
-    if kind == ENTMAX:
-        power = 1.0 / factor
-        tau = entmax_newton(work, found, power) * power
-    else:
-        tau = newton(work, found, -1.0)
-    for j in range(found):
-        place, score = places[j], scores[j]
+        place = places[j]
         places[kept] = place
-        scores[kept] = score
-        kept += np.float64(score) - shift > tau
-    return kept, shift + tau
+        kept += _ordered(row[place]) >= key
+    return kept
 
 
 @numba_jit
 def _screen_range(
-    scores16, queries, keys, bias, errors, start, stop, kind, k, alpha, theta, own_theta, groups, room, indices, picked,
-    sizes, thresholds,
+    scores16, queries, keys, bias, errors, shifts, start, stop, kind, k, alpha, theta, own_theta, groups, room, tile,
+    indices, picked, sizes, thresholds,
 ):  # fmt: skip
     """Select rows start to stop into indices and picked, until those are full; the size of an undecided row is -1.
+
+    Rows come in batches, whose candidates are scored together, a tile of the keys at a time.
 
     Returns:
         The first row that was not done, and how many entries were written.
     """
     d_sae = scores16.shape[1]
     many = min(d_sae, 4 * room)
+    batch = max(1, min(BATCH, BATCH_ENTRIES // room, stop - start))
     maxima = np.empty(groups, np.int16)
     keys16 = np.empty(max(groups, many), np.int16)
     opened = np.empty(groups + 1, np.int32)
     work = np.empty(max(groups, many), np.float64)
-    exact = np.empty(room, np.float32)
     places = np.empty(d_sae + 1, np.int32)
-    fold = 4 if kind != TOPK and groups >= 1024 else 1
+    few = np.empty(batch * room, np.int32)
+    exact = np.empty(batch * room, np.float32)
+    offsets = np.zeros(batch + 1, np.int64)
     used = 0
-    for r in range(start, stop):
-        if used + room > indices.size:
-            return r, used
-        sizes[r] = -1
-        error = np.float64(errors[r])
-        if not error < np.inf:
-            continue
-        row = scores16[r]
-        _group_maxima(row, maxima)
-        least = np.float64(theta) - error
-        if kind != THRESHOLD:
-            # Fewer, larger groups bound the simplex well enough, for less arithmetic.
-            size = groups // fold
-            for g in range(size):
-                keys16[g] = _ordered(maxima[g])
-            for part in range(1, fold):
-                for g in range(size):
-                    key = _ordered(maxima[part * size + g])
-                    keys16[g] = key if key > keys16[g] else keys16[g]
-            least = _least(keys16, size, work, error, kind, k, alpha, theta)
-        found = _reaching(row, _key_below(least - ROUNDING * abs(least)), maxima, opened, places)
-        if kind != THRESHOLD and k < found <= many:
-            # The candidates' own scores bound it better than the maxima of groups.
+    for first in range(start, stop, batch):
+        last = min(first + batch, stop)
+        count = last - first
+        for r in range(first, last):
+            at = offsets[r - first]
+            found = room + 1
+            error = np.float64(errors[r])
+            if error < np.inf:
+                floor = np.float64(theta) - np.float64(shifts[r])
+                found = _candidates(
+                    scores16[r], error, floor, kind, k, alpha, maxima, opened, keys16, work, places, many
+                )
+            sizes[r] = 0 if found <= room else -1
+            found = found if found <= room else 0
             for j in range(found):
-                keys16[j] = _ordered(row[places[j]])
-            least = max(least, _least(keys16, found, work, error, kind, k, alpha, theta))
-            key = _key_below(least - ROUNDING * abs(least))
-            kept = 0
-            for j in range(found):
-                place = places[j]
-                places[kept] = place
-                kept += _ordered(row[place]) >= key
-            found = kept
-        if found > room:
-            continue
-        dots(queries[r], keys, places, found, exact)
-        if bias.size:
-            for j in range(found):
-                exact[j] += bias[places[j]]
-        size, threshold = _settle(exact, places, found, work, kind, k, alpha, own_theta)
-        for j in range(size):
-            indices[used + j] = places[j]
-            picked[used + j] = exact[j]
-        sizes[r] = size
-        if kind != THRESHOLD:
-            thresholds[r] = threshold
-        used += size
+                few[at + j] = places[j]
+            offsets[r - first + 1] = at + found
+        if used + offsets[count] > indices.size:
+            return first, used
+        rows = d_sae
+        if offsets[count] * tile >= MIN_REUSE * count * d_sae:
+            rows = tile
+        sddmm_rows(queries[first:last], keys, few, offsets, 0, count, rows, exact)
+        for r in range(first, last):
+            at, found = offsets[r - first], offsets[r - first + 1] - offsets[r - first]
+            if sizes[r] < 0:
+                continue
+            if found == 0 and kind != THRESHOLD and kind != TOPK:
+                sizes[r] = -1
+                continue
+            own, scores = few[at : at + found], exact[at : at + found]
+            if bias.size:
+                for j in range(found):
+                    scores[j] += bias[own[j]]
+            size, threshold = settle(scores, own, found, work, kind, k, alpha, own_theta)
+            for j in range(size):
+                indices[used + j] = own[j]
+                picked[used + j] = scores[j]
+            sizes[r] = size
+            if kind != THRESHOLD:
+                thresholds[r] = threshold
+            used += size
     return stop, used
 
 
@@ -777,7 +812,7 @@ def _reach_range(scores16, queries, keys, bias, errors, start, stop, bound, grou
     used = 0
     for r in range(start, stop):
         least = np.float64(bound) - np.float64(errors[r])
-        least -= 1e-6 * abs(least)
+        least -= 1e-6 * (abs(np.float64(bound)) + np.float64(errors[r]))
         _group_maxima(scores16[r], maxima)
         found = _reaching(scores16[r], _key_below(least - ROUNDING * abs(least)), maxima, opened, places)
         if used + found > indices.size:

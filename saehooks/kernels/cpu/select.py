@@ -17,6 +17,15 @@ from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import serves
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.cpu.thresholds import (
+    THRESHOLD,
+    TOPK,
+    described,
+    kth_largest,
+    ordered_key,
+    settle,
+    simplex_threshold,
+)
 from saehooks.kernels.rules import Entmax, RowRule, Sparsemax, Threshold, TopK
 from saehooks.kernels.step import DEFAULT, Step
 from saehooks.support import Support, offsets_of
@@ -52,19 +61,6 @@ def select_rows(scores: Tensor, rule: RowRule, step: Step = DEFAULT) -> Support:
     parts = chain.from_iterable(spread(work, blocks(rows, max(1, GRAIN // d_sae))))
     indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
     return Support(indices, offsets_of(sizes), thresholds, picked)
-
-
-def described(rule: RowRule, d_sae: int) -> tuple[int, int, float, np.ndarray]:
-    """Kind of rule, k, alpha and thetas, as the compiled loop takes them."""
-    none = np.zeros(1, np.float32)
-    if isinstance(rule, TopK):
-        return TOPK, rule.k, 2.0, none
-    if isinstance(rule, Threshold):
-        theta = torch.as_tensor(rule.theta, dtype=torch.float32, device="cpu").detach().reshape(-1)
-        return THRESHOLD, 0, 2.0, theta.contiguous().numpy()
-    if isinstance(rule, Entmax) and rule.alpha < 2:
-        return ENTMAX, 0, float(rule.alpha), none
-    return SPARSEMAX, 0, 2.0, none
 
 
 # ----------------------------------------------------------------------- loops
@@ -183,162 +179,7 @@ def places_above(row, theta, places):
 
 
 @numba_jit
-def newton(work, size, tau):
-    """Exact sparsemax threshold of work[:size], shifted so that its maximum is 0, from a lower bound of it.
-
-    Michelot's rule: drop what lies below the mean excess until nothing is dropped. Each pass halves the number of
-    entries or the excess, so passes are few whatever the data. ``work`` is overwritten.
-    """
-    total = 0.0
-    for j in range(size):
-        total += work[j]
-    tau = max(tau, (total - 1.0) / size)
-    while True:
-        kept = 0
-        total = 0.0
-        for j in range(size):
-            x = work[j]
-            work[kept] = x
-            kept += x > tau
-            total += x if x > tau else 0.0
-        if kept == size or kept == 0:
-            return tau
-        tau = max(tau, (total - 1.0) / kept)
-        size = kept
-
-
-@numba_jit
-def kth_largest(keys, size, k):
-    """The k-th largest of keys[:size] (int32), by halving the range of values: no order of the data makes it slow."""
-    low = np.int64(keys[0])
-    high = low
-    for j in range(size):
-        low = min(low, np.int64(keys[j]))
-        high = max(high, np.int64(keys[j]))
-    while low < high:
-        middle = (low + high + 1) >> 1
-        at_least = 0
-        pivot = np.int32(middle)
-        for j in range(size):
-            at_least += keys[j] >= pivot
-        if at_least >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return np.int32(low)
-
-
-@numba_jit
-def keep_above(row, places, found, shift, tau):
-    """Move the places whose score, less ``shift``, lies above tau to the front of places[:found]; return how many."""
-    kept = 0
-    for j in range(found):
-        place = places[j]
-        places[kept] = place
-        kept += np.float64(row[place]) - shift > tau
-    return kept
-
-
-@numba_jit
-def sparsemax_row(row, maxima, work, places):
-    """Places of the support of one finite row in ``places``; return its size and the threshold."""
-    shift = np.float64(largest(maxima))
-    for g in range(maxima.size):
-        work[g] = np.float64(maxima[g]) - shift
-    bound = newton(work, maxima.size, -1.0)
-    # A hair below, so that rounding the bound to float32 loses no candidate.
-    slack = 1.2e-7 * (abs(shift) + 1.0)
-    found = candidates(row, np.float32(shift + bound - slack), places)
-    for j in range(found):
-        work[j] = np.float64(row[places[j]]) - shift
-    tau = newton(work, found, -1.0)
-    return keep_above(row, places, found, shift, tau), shift + tau
-
-
-@numba_jit
-def entmax_newton(work, size, power):
-    """Exact entmax threshold of work[:size], (alpha - 1) times the scores shifted so that their maximum is 0.
-
-    Newton's rule on ``sum of max(work - tau, 0)^power = 1`` with power 1 / (alpha - 1), from -1, which is below the
-    root: the sum is convex and falls with tau, so no step overshoots and what lies below tau can be dropped.
-    Source: Peters et al. 2019, arXiv:1905.05702. ``work`` is overwritten.
-    """
-    tau = -1.0
-    for _ in range(100):
-        kept = 0
-        total = 0.0
-        slope = 0.0
-        for j in range(size):
-            above = work[j] - tau
-            if above > 0.0:
-                work[kept] = work[j]
-                kept += 1
-                rest = above if power == 2.0 else above ** (power - 1.0)
-                slope += rest
-                total += rest * above
-        size = kept
-        step = (total - 1.0) / (power * slope)
-        if not step > 1e-15:
-            return tau
-        tau += step
-    return tau
-
-
-@numba_jit
-def entmax_row(row, maxima, work, places, alpha):
-    """Places of the entmax support of one finite row in ``places``; return its size and the threshold."""
-    shift = np.float64(largest(maxima))
-    factor = alpha - 1.0
-    power = 1.0 / factor
-    for g in range(maxima.size):
-        work[g] = factor * (np.float64(maxima[g]) - shift)
-    bound = entmax_newton(work, maxima.size, power) * power
-    slack = 1.2e-7 * (abs(shift) + abs(bound) + 1.0)
-    found = candidates(row, np.float32(shift + bound - slack), places)
-    for j in range(found):
-        work[j] = factor * (np.float64(row[places[j]]) - shift)
-    tau = entmax_newton(work, found, power) * power
-    return keep_above(row, places, found, shift, tau), shift + tau
-
-
-@numba_jit
-def ordered_key(bits):
-    """An int32 that orders as the float32 of these bits does."""
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
-
-
-@numba_jit
-def topk_row(row, bits, maxima, work, places, k):
-    """Places of the k largest positive scores, of equals the first; return their number and the smallest, or 0."""
-    keys = work.view(np.int32)
-    maxima_bits = maxima.view(np.int32)
-    bound = np.float32(0.0)
-    if k <= maxima.size:
-        for g in range(maxima.size):
-            keys[g] = ordered_key(maxima_bits[g])
-        bound = max(bound, np.int32(ordered_key(kth_largest(keys, maxima.size, k))).view(np.float32))
-    found = candidates(row, bound, places) if bound > 0.0 else places_above(row, np.float32(0.0), places)
-    if found < k:
-        return found, 0.0
-    for j in range(found):
-        keys[j] = bits[places[j]]
-    smallest = kth_largest(keys, found, k)
-    larger = 0
-    for j in range(found):
-        larger += keys[j] > smallest
-    ties = k - larger
-    kept = 0
-    for j in range(found):
-        place = places[j]
-        if bits[place] > smallest or (bits[place] == smallest and ties > 0):
-            ties -= bits[place] == smallest
-            places[kept] = place
-            kept += 1
-    return kept, np.float64(np.int32(smallest).view(np.float32))
-
-
-@numba_jit
-def threshold_row(row, theta, places):
+def above(row, theta, places):
     """Places of the scores strictly above theta (d_sae,), or above its only element."""
     if theta.size == 1:
         return places_above(row, theta[0], places)
@@ -355,12 +196,27 @@ def threshold_row(row, theta, places):
     return found
 
 
-SPARSEMAX, TOPK, THRESHOLD, ENTMAX = 0, 1, 2, 3
-"""Which rule `_select_range` follows."""
+@numba_jit
+def _lower_bound(maxima, work, kind, k, alpha):
+    """A score that whatever a rule selects from a finite row reaches, by the maxima of its groups."""
+    if kind == TOPK:
+        bound = np.float32(0.0)
+        if k <= maxima.size:
+            keys, bits = work.view(np.int32), maxima.view(np.int32)
+            for g in range(maxima.size):
+                keys[g] = ordered_key(bits[g])
+            bound = max(bound, np.int32(ordered_key(kth_largest(keys, maxima.size, k))).view(np.float32))
+        return bound
+    shift = np.float64(largest(maxima))
+    for g in range(maxima.size):
+        work[g] = np.float64(maxima[g]) - shift
+    bound = simplex_threshold(work, maxima.size, kind, alpha)
+    # A hair below, so that rounding the bound to float32 loses no candidate.
+    return np.float32(shift + bound - 1.2e-7 * (abs(shift) + abs(bound) + 1.0))
 
 
 @numba_jit
-def _select_range(scores, start, stop, rule, k, alpha, theta, groups, indices, picked, sizes, thresholds):
+def _select_range(scores, start, stop, kind, k, alpha, theta, groups, indices, picked, sizes, thresholds):
     """Select rows start to stop of scores into indices and picked, until those are full.
 
     Returns:
@@ -371,6 +227,7 @@ def _select_range(scores, start, stop, rule, k, alpha, theta, groups, indices, p
     sums = np.empty(groups, np.float32)
     work = np.empty(d_sae, np.float64)
     places = np.empty(d_sae + 1, np.int32)
+    few = np.empty(d_sae, np.float32)
     used = 0
     for r in range(start, stop):
         row = scores[r]
@@ -382,15 +239,17 @@ def _select_range(scores, start, stop, rule, k, alpha, theta, groups, indices, p
             places[0] = best
             size = 1
             threshold = np.float64(row[best])
-        elif rule == SPARSEMAX:
-            size, threshold = sparsemax_row(row, maxima, work, places)
-        elif rule == ENTMAX:
-            size, threshold = entmax_row(row, maxima, work, places, alpha)
-        elif rule == TOPK:
-            size, threshold = topk_row(row, row.view(np.int32), maxima, work, places, k)
-        else:
-            size = threshold_row(row, theta, places)
+        elif kind == THRESHOLD:
+            size = above(row, theta, places)
             threshold = np.float64(thresholds[r])
+        else:
+            bound = _lower_bound(maxima, work, kind, k, alpha)
+            found = (
+                places_above(row, bound, places) if kind == TOPK and bound == 0.0 else candidates(row, bound, places)
+            )
+            for j in range(found):
+                few[j] = row[places[j]]
+            size, threshold = settle(few, places, found, work, kind, k, alpha, theta)
         if used + size > indices.size:
             return r, used
         for j in range(size):

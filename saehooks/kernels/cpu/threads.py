@@ -60,13 +60,13 @@ def _openmp() -> Any:
     return None
 
 
-def blocks(total: int, grain: int) -> list[tuple[int, int]]:
+def blocks(total: int, grain: int, per_thread: int = BLOCKS_PER_THREAD) -> list[tuple[int, int]]:
     """Consecutive (start, stop) ranges that cover ``range(total)``, about equally long, as many for each thread.
 
     None is much shorter than ``grain``: less than two grains are one range, which is done sooner than shared out.
     """
     threads = torch.get_num_threads()
-    pieces = max(1, min(BLOCKS_PER_THREAD * threads, total // max(1, grain)))
+    pieces = max(1, min(per_thread * threads, total // max(1, grain)))
     if pieces > threads:
         pieces -= pieces % threads
     step = max(1, -(-total // pieces))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saehooks.kernels import reference
 from saehooks.kernels.gpu.launch import on, product_plan
-from saehooks.kernels.step import DEFAULT, Step
+from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support, rows_of
 
 SEGMENT = 256
@@ -126,6 +126,14 @@ def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) 
         if out.numel():
             launch: dict[str, Any] = {"WIDTH": plan.width, "ENTRIES": plan.column_entries, "num_warps": plan.warps}
             spmm_columns_kernel[(d_sae, plan.blocks)](*arguments(found), out, left.shape[1], SEGMENT=SEGMENT, **launch)
+    return out
+
+
+def table_gradient(parts: list[Contribution], d_sae: int) -> Tensor:
+    """(d_sae, d) the sum of one or more `spmm_transposed`, in new memory."""
+    out = spmm_transposed(*parts[0], d_sae)
+    for part in parts[1:]:
+        out += spmm_transposed(*part, d_sae)
     return out
 
 

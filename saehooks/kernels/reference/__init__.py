@@ -1,7 +1,7 @@
 """The reference backend: every operation in plain torch, on any device and dtype."""
 
 from saehooks.kernels.reference.adam import adam_step
-from saehooks.kernels.reference.products import sddmm, spmm, spmm_transposed, sum_by_latent
+from saehooks.kernels.reference.products import sddmm, spmm, spmm_transposed, sum_by_latent, table_gradient
 from saehooks.kernels.reference.select import select_products, select_rows
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
 
@@ -21,4 +21,5 @@ __all__ = [
     "spmm",
     "spmm_transposed",
     "sum_by_latent",
+    "table_gradient",
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saehooks.kernels.step import DEFAULT, Step
+from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
 CHUNK_BYTES = 64 * 2**20
@@ -46,6 +46,14 @@ def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) 
     for start in range(0, indices.numel(), chunk):
         part = slice(start, start + chunk)
         out.index_add_(0, indices[part], left[rows[part]] * values[part, None].to(left.dtype))
+    return out
+
+
+def table_gradient(parts: list[Contribution], d_sae: int) -> Tensor:
+    """(d_sae, d) the sum of one or more `spmm_transposed`, in new memory."""
+    out = spmm_transposed(*parts[0], d_sae)
+    for part in parts[1:]:
+        out += spmm_transposed(*part, d_sae)
     return out
 
 
