@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError, LatentError, WidthError
+from saehooks.precision import widened
 from saehooks.support import Support, offsets_of, rows_of
 
 
@@ -262,7 +263,7 @@ class Codes:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        mean = float(self.sizes.double().mean()) if self.sizes.numel() else 0.0
+        mean = float(widened(self.sizes).mean()) if self.sizes.numel() else 0.0
         device = "" if self.values.device.type == "cpu" else f", device={self.values.device}"
         dtype = str(self.values.dtype)[6:]
         return f"Codes(shape={tuple(self.shape)}, d_sae={self.d_sae}, l0={mean:.1f}, dtype={dtype}{device})"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from saehooks.codes import Codes
 from saehooks.errors import WidthError
+from saehooks.precision import widened
 
 
 def nmse(x: Tensor, recons: Tensor) -> float:
@@ -21,7 +22,7 @@ def nmse(x: Tensor, recons: Tensor) -> float:
         WidthError: shapes differ.
     """
     _same_shape(x, recons)
-    x, recons = x.detach().double(), recons.detach().double()
+    x, recons = widened(x.detach()), widened(recons.detach())
     return float((recons - x).square().sum() / x.square().sum())
 
 
@@ -31,7 +32,7 @@ def token_nmse(x: Tensor, recons: Tensor) -> float:
     `nmse` is one ratio of sums: where a few tokens have a hundred times the norm of the others, it is about those.
     """
     _same_shape(x, recons)
-    x, recons = x.detach().double(), recons.detach().double()
+    x, recons = widened(x.detach()), widened(recons.detach())
     energy = x.square().sum(-1)
     return float(((recons - x).square().sum(-1) / energy)[energy != 0].mean())
 
@@ -39,7 +40,7 @@ def token_nmse(x: Tensor, recons: Tensor) -> float:
 def fvu(x: Tensor, recons: Tensor) -> float:
     """Fraction of variance unexplained by recons (*shape, d_in): squared error over the variance of x; 0 is best."""
     _same_shape(x, recons)
-    x, recons = x.detach().double().flatten(0, -2), recons.detach().double().flatten(0, -2)
+    x, recons = widened(x.detach()).flatten(0, -2), widened(recons.detach()).flatten(0, -2)
     return float((recons - x).square().sum() / (x - x.mean(0)).square().sum())
 
 
@@ -88,7 +89,7 @@ class SupportSizes(NamedTuple):
 
 def l0(codes: Codes | Tensor) -> SupportSizes:
     """Mean support size with its 5, 50 and 95% quantiles, of codes or of support sizes of any shape."""
-    sizes = (codes.sizes if isinstance(codes, Codes) else codes).flatten().double()
+    sizes = (codes.sizes if isinstance(codes, Codes) else codes).flatten().cpu().double()
     if not sizes.numel():
         return SupportSizes(*[float("nan")] * 4)
     ordered = sizes.sort().values
@@ -98,7 +99,7 @@ def l0(codes: Codes | Tensor) -> SupportSizes:
 
 def density(codes: Codes) -> Tensor:
     """(d_sae,) float64, the share of rows in which each latent was selected."""
-    return codes.counts().double() / max(1, codes.sizes.numel())
+    return widened(codes.counts()) / max(1, codes.sizes.numel())
 
 
 def dead_latents(codes: Codes) -> Tensor:
@@ -112,10 +113,10 @@ def _same_shape(x: Tensor, recons: Tensor) -> None:
 
 
 def _flat(x: Tensor, recons: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, d_in) float64, both."""
+    """(rows, d_in) both, in the widest type of their device."""
     _same_shape(x, recons)
     width = x.shape[-1]
-    return x.detach().double().reshape(-1, width), recons.detach().double().reshape(-1, width)
+    return widened(x.detach()).reshape(-1, width), widened(recons.detach()).reshape(-1, width)
 
 
 def _norm_ratios(x: Tensor, recons: Tensor) -> Tensor:

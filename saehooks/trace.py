@@ -14,6 +14,7 @@ from saehooks import metrics
 from saehooks.codes import Codes, Top
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts.sequences import Columns
+from saehooks.precision import widened
 from saehooks.sparse_coder import SparseCoder
 from saehooks.where import Where
 
@@ -118,7 +119,7 @@ class Forward:
     def l0(self) -> float:
         """Mean number of latents at the positions where the attachment acts; NaN where there are none."""
         sizes = self.support_size if self.mask is None else self.support_size[self.mask]
-        return float(sizes.double().mean())
+        return float(widened(sizes).mean())
 
     @overload
     def top(self, k: int) -> Top: ...
@@ -191,7 +192,7 @@ class Forward:
     def __repr__(self) -> str:
         codes = self.codes
         sizes = codes.support_size if self.mask is None else codes.support_size[self.mask]
-        mean = float(sizes.double().mean()) if sizes.numel() else 0.0
+        mean = float(widened(sizes).mean()) if sizes.numel() else 0.0
         batch, pos = codes.shape
         head = (
             f"{type(self).__name__}('{self.site}', batch={batch}, pos={pos}, d_sae={codes.d_sae}, l0={mean:.1f}, "

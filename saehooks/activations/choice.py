@@ -14,6 +14,7 @@ from saehooks.activations.topk import RATE, BatchTopKActivation, check_k
 from saehooks.activations.zipf import apportion, ranks
 from saehooks.errors import ConfigError
 from saehooks.kernels import FeatureChoice, Support, Threshold
+from saehooks.precision import widened
 
 BUDGETS = ("uniform", "zipf")
 
@@ -82,7 +83,7 @@ class FeatureChoiceActivation(Activation):
         known = self.thresholds.new_zeros(self.d_sae) if density is None else density
         if self.budgets == "uniform":
             return apportion(torch.ones_like(known), self.k * rows, rows, first=known.argsort(stable=True))
-        curve = (ranks(known).double() + self.zipf_shift) ** -self.zipf_exponent
+        curve = (widened(ranks(known)) + self.zipf_shift) ** -self.zipf_exponent
         return apportion(curve, self.k * rows, rows)
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class FeatureChoiceActivation(Activation):
         smallest = scores.new_full((self.d_sae,), torch.inf).scatter_reduce(0, support.indices, scores, "amin")
         took = smallest.isfinite()
         self.taken += took
-        rate = (1 / self.taken.clamp(min=1).double()).clamp(min=RATE).to(self.thresholds)
+        rate = (1 / widened(self.taken.clamp(min=1))).clamp(min=RATE).to(self.thresholds)
         moved = self.thresholds + rate * (smallest.to(self.thresholds) - self.thresholds)
         self.thresholds.copy_(torch.where(took, moved, self.thresholds))
 

@@ -11,6 +11,7 @@ from saehooks.activations.base import Activation
 from saehooks.activations.sparsemax import VALUES
 from saehooks.errors import ConfigError
 from saehooks.kernels import Entmax, Support, entmax_weights
+from saehooks.precision import widest
 
 LOWEST = 1.01
 """Below this a learned alpha does not go: at 1 entmax is softmax, which selects everything."""
@@ -63,7 +64,7 @@ class EntmaxActivation(Activation):
             return scores
         alpha = self.alpha
         if not isinstance(alpha, Tensor):
-            alpha = scores.new_full((), alpha, dtype=torch.float64)  # made on the device, not copied there
+            alpha = scores.new_full((), alpha, dtype=widest(scores.device))  # made on the device, not copied there
         return entmax_weights(scores, support.offsets, alpha)
 
     def extra_repr(self) -> str:

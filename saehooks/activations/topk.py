@@ -12,6 +12,7 @@ from torch import Tensor
 from saehooks.activations.base import Activation
 from saehooks.errors import ConfigError
 from saehooks.kernels import BatchTopK, Support, Threshold, TopK
+from saehooks.precision import widened
 
 RATE = 0.01
 """Weight of the newest batch in a running threshold, once there were enough for a plain mean to weigh less."""
@@ -90,7 +91,7 @@ class BatchTopKActivation(Activation):
         smallest = support.threshold.min() if support.threshold.numel() else self.threshold.new_tensor(torch.inf)
         some = smallest.isfinite()  # decided on the device: the host need not wait
         self.batches += some
-        rate = (1 / self.batches.double()).clamp(min=RATE)
+        rate = (1 / widened(self.batches)).clamp(min=RATE)
         moved = self.threshold.lerp(smallest.to(self.threshold), rate.to(self.threshold))
         self.threshold.copy_(torch.where(some, moved, self.threshold))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
+from saehooks.precision import in_float64, widened
 
 
 class Zipf(NamedTuple):
@@ -19,7 +20,7 @@ class Zipf(NamedTuple):
 
     def at(self, ranks: Tensor) -> Tensor:
         """Density expected at each rank; ``ranks`` and the result are (n,)."""
-        return self.scale / (ranks.double() + self.shift) ** self.exponent
+        return self.scale / (widened(ranks) + self.shift) ** self.exponent
 
 
 def ranks(density: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def fit_zipf(density: Tensor, head: float = 1.0, points: int = 256) -> Zipf:
     >>> round(curve.scale, 2), round(curve.exponent, 2)
     (0.5, 1.2)
     """
-    alive = density.double().sort(descending=True).values[: max(3, round(head * density.numel()))]
+    alive = in_float64(density).sort(descending=True).values[: max(3, round(head * density.numel()))]
     alive = alive[alive > 0]
     n = alive.numel()
     if n < 3:
@@ -80,7 +81,7 @@ def apportion(weights: Tensor, total: int, cap: int, first: Tensor | None = None
     n = weights.numel()
     if total > n * cap:
         raise ConfigError(f"a budget of {total} matches is larger than the batch: {n} latents x {cap} rows")
-    weights = weights.double().clamp(min=1e-300)
+    device, weights = weights.device, in_float64(weights).clamp(min=1e-300)
     full = torch.zeros(n, dtype=torch.bool, device=weights.device)
     while True:
         open_weight = weights.masked_fill(full, 0.0)
@@ -92,7 +93,7 @@ def apportion(weights: Tensor, total: int, cap: int, first: Tensor | None = None
     shares = share.floor().long().masked_fill(full, cap)
     left = total - int(shares.sum())
     if left:
-        order = torch.arange(n, device=weights.device) if first is None else first
+        order = torch.arange(n, device=weights.device) if first is None else first.to(weights.device)
         claims = (share - share.floor()).masked_fill(full, -1.0)[order]
         shares[order[claims.argsort(descending=True, stable=True)[:left]]] += 1
-    return shares
+    return shares.to(device)

@@ -106,14 +106,14 @@ class Ablator:
         """(batch,) clean values, and (ablations, batch) edited ones."""
         run = self._clean(part)
         batch = Batch(part.inputs, part.rows, data.total, run.output)
-        clean = self.metric(run.output, batch).double().cpu()
+        clean = self.metric(run.output, batch).cpu().double()
         changed = clean.expand(len(table), -1).clone()
         ablations, sequences = self._touched(run, table)
         size = self.batch_size or rows_at_once(tuple(part.inputs.shape[1:]))
         for start in range(0, len(ablations), size):
             which, rows = ablations[start : start + size], sequences[start : start + size]
             edited = Batch(part.inputs[rows], part.rows[rows], data.total, run.output, rows.to(run.output.device))
-            changed[which, rows] = self.metric(self._edited(run, table, which, rows), edited).double().cpu()
+            changed[which, rows] = self.metric(self._edited(run, table, which, rows), edited).cpu().double()
             self.rows_run += len(rows)
         return clean, changed
 

@@ -115,7 +115,7 @@ def add_products(effect: Tensor, codes: Codes, grad: Codes, weight: float) -> No
     """
     if not torch.equal(codes.offsets, grad.offsets) or not torch.equal(codes.indices, grad.indices):
         codes, grad = in_both(codes, grad)
-    effect.index_add_(0, grad.indices.cpu(), -(codes.values * grad.values).double().cpu() * weight)
+    effect.index_add_(0, grad.indices.cpu(), -(codes.values * grad.values).cpu().double() * weight)
 
 
 def in_both(one: Codes, other: Codes) -> tuple[Codes, Codes]:
@@ -152,7 +152,7 @@ def _count(sums: Attribution, held: Sequence[Codes], n: int) -> None:
     """Add how often and how strongly latents were selected in a batch of n sequences."""
     there = torch.zeros(n, sums.tokens.numel(), dtype=torch.bool)
     for codes in held:
-        indices, values = codes.indices.cpu(), codes.values.double().cpu()
+        indices, values = codes.indices.cpu(), codes.values.cpu().double()
         sums.tokens.index_add_(0, indices, torch.ones_like(indices))
         sums.value.index_add_(0, indices, values)
         there[torch.div(codes.rows, codes.shape[1], rounding_mode="floor").cpu(), indices] = True

@@ -92,7 +92,7 @@ class EmbeddingComparison(Comparison):
             self.labels = None  # stale labels must not be used for the next images
         else:
             sums += [sums[0].new_zeros(())] * 3
-        self._sums += torch.stack([value.double().cpu() for value in sums])
+        self._sums += torch.stack([value.cpu().double() for value in sums])
         self._rows += len(clean)
 
     def set_labels(self, labels: Any) -> None:

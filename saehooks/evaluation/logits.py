@@ -163,7 +163,7 @@ class LogitsComparison(Comparison):
         """() float64, summed over what is predicted."""
         total = torch.zeros((), dtype=torch.float64)
         for rows, ids in _chunks(targets, logits):
-            total += F.cross_entropy(rows.float(), ids, reduction="sum").double().cpu()
+            total += F.cross_entropy(rows.float(), ids, reduction="sum").cpu().double()
         return total
 
     def add(self, targets: Targets, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
@@ -172,7 +172,7 @@ class LogitsComparison(Comparison):
             log_clean, log_spliced = now.float().log_softmax(-1), then.to(now.device).float().log_softmax(-1)
             ce = [F.nll_loss(log, ids, reduction="sum") for log in (log_clean, log_spliced)]
             kl = F.kl_div(log_spliced, log_clean, reduction="sum", log_target=True)
-            sums += torch.stack([*ce, kl]).double().cpu()
+            sums += torch.stack([*ce, kl]).cpu().double()
         self._sums += torch.stack([sums[0], sums[1], zero, sums[2]])
         self._predictions += int(targets.keep.sum())
         self._skipped += int((~targets.keep.any(1)).sum())

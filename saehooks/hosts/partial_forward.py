@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saehooks.hosts.base import Host
 from saehooks.hosts.method_wrapper import replaced_method
 from saehooks.hosts.site import Site
+from saehooks.precision import widened
 
 ROUNDING = 512
 """Largest difference between a resumed forward and a whole one, in units of the dtype's rounding of the largest
@@ -227,4 +228,5 @@ def equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     tolerance = min(0.05, ROUNDING * torch.finfo(other.dtype).eps)
-    return bool((one.double() - other.double()).abs().max() <= tolerance * other.double().abs().max())
+    one, other = widened(one), widened(other)
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())

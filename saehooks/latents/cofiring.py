@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saehooks.precision import widened
 from saehooks.support import offsets_of
 
 EXACT_UP_TO = 8192
@@ -75,7 +76,7 @@ class CoFiring:
         """The n latents that fire most often with each, of those that ever did."""
         if not self.exact:
             return nearest(self.table, n)
-        fired = self.table.diagonal().double().sqrt()
+        fired = widened(self.table.diagonal()).sqrt()
         scale = torch.where(fired > 0, 1 / fired, 0.0).float()
 
         def similarity(part: Tensor) -> Tensor:

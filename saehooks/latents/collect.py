@@ -28,6 +28,7 @@ from saehooks.latents.index import LatentIndex
 from saehooks.latents.pictures import Pictures, grid_of, images_of
 from saehooks.latents.shelf import Shelf, best_of_each, lottery
 from saehooks.latents.tallies import Tallies
+from saehooks.precision import widened
 from saehooks.sae import SAE, Transcoder
 from saehooks.show.progress import Bar, bar
 from saehooks.streams import checked_batches
@@ -182,7 +183,7 @@ class Walk:
         sequence, column = rows // pos + self.sequences, rows % pos
         seen: set[int] = set()
         draws = lottery(latents, sequence, column)
-        for shelf, scores in ((best, values.double()), (drawn, draws)):
+        for shelf, scores in ((best, widened(values)), (drawn, draws)):
             wanted = shelf.wants(latents, scores).nonzero()[:, 0]
             if not len(wanted) or not shelf.size:
                 continue

@@ -18,6 +18,6 @@ def fingerprint(sae: SparseCoder) -> str:
     found = hashlib.sha256(f"{sae.cfg.dictionary} {sae.cfg.activation} {sorted(sae.cfg.settings.items())}".encode())
     for name, tensor in sorted(sae.state_dict().items()):
         flat = tensor.reshape(-1)
-        some = flat[:: max(1, flat.numel() // LOOKED_AT)].double().cpu().contiguous()
+        some = flat[:: max(1, flat.numel() // LOOKED_AT)].cpu().double().contiguous()
         found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saehooks.precision import widest
+
 Window = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From candidates (n,), by number, to what stood around them: tokens (n, width) int32 and values (n, width)."""
 
@@ -21,10 +23,10 @@ class Shelf:
 
     def __init__(self, d_sae: int, size: int, width: int, device: torch.device | str | None = None) -> None:
         self.size, self.width = size, width
-        self.scores = torch.full((d_sae, size), -float("inf"), dtype=torch.float64, device=device)
-        """(d_sae, K) descending; -inf where a place is empty."""
         self.values = torch.full((d_sae, size), float("nan"), device=device)
         """(d_sae, K) the latent's value at the place."""
+        self.scores = torch.full((d_sae, size), -float("inf"), dtype=widest(self.values.device), device=device)
+        """(d_sae, K) descending; -inf where a place is empty."""
         self.sequences = torch.full((d_sae, size), EMPTY, dtype=torch.int64, device=device)
         """(d_sae, K) number of the sequence or image."""
         self.columns = torch.full((d_sae, size), EMPTY, dtype=torch.int32, device=device)
@@ -108,4 +110,6 @@ def lottery(latents: Tensor, sequences: Tensor, columns: Tensor) -> Tensor:
     mixed = latents * -7046029254386353131 + sequences * -4658895280553007687 + columns * 7460724058829297151 + 1
     for multiplier, shift in ((-4658895280553007687, 30), (-7723592293110705685, 27), (7046029254386353133, 31)):
         mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
-    return ((mixed >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    dtype = widest(mixed.device)
+    bits = 53 if dtype == torch.float64 else 24
+    return ((mixed >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) / (1 << bits)

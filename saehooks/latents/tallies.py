@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saehooks.precision import widened, widest
+
 OCTAVES, PER_OCTAVE = 16, 32
 """A histogram spans a factor of 2**16 below a latent's largest value, in steps of 2**(1/32): 2.2%."""
 BINS = OCTAVES * PER_OCTAVE
@@ -28,7 +30,7 @@ class Tallies:
         self.d_sae = d_sae
         self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """(d_sae,) positions at which each latent was selected."""
-        self.sums = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(d_sae, dtype=widest(self.counts.device), device=device)
         self.smallest = torch.full((d_sae,), float("inf"), device=device)
         self.largest = torch.full((d_sae,), -float("inf"), device=device)
         self.octave = torch.full((d_sae,), -(2**15), dtype=torch.int64, device=device)
@@ -41,7 +43,7 @@ class Tallies:
         """Count entries: latents (n,) int64 and their values (n,), each a latent selected at one position."""
         values = values.float()
         self.counts.index_add_(0, latents, torch.ones_like(latents))
-        self.sums.index_add_(0, latents, values.double())
+        self.sums.index_add_(0, latents, widened(values))
         self.smallest.scatter_reduce_(0, latents, values, "amin")
         self.largest.scatter_reduce_(0, latents, values, "amax")
         self._raise_scale(latents, values)
@@ -52,7 +54,7 @@ class Tallies:
             if sign < 0 and not len(self.negative):
                 self.negative = torch.zeros_like(self.positive)
             which = latents[chosen]
-            below = (self.octave[which] - values[chosen].abs().double().log2()) * PER_OCTAVE
+            below = (self.octave[which] - widened(values[chosen].abs()).log2()) * PER_OCTAVE
             places = (BINS - 1 - below.floor().long()).clamp(0, BINS - 1)
             table = self.positive if sign > 0 else self.negative
             flat = which * BINS + places
@@ -61,7 +63,7 @@ class Tallies:
     def _raise_scale(self, latents: Tensor, values: Tensor) -> None:
         """Move the bins of latents that met a larger magnitude than they have room for."""
         magnitude = torch.zeros_like(self.largest).scatter_reduce_(0, latents, values.abs(), "amax")
-        needed = torch.where(magnitude > 0, magnitude.double().log2().floor().long() + 1, self.octave)
+        needed = torch.where(magnitude > 0, widened(magnitude).log2().floor().long() + 1, self.octave)
         moving = (needed > self.octave).nonzero()[:, 0]
         if not len(moving):
             return
@@ -92,8 +94,8 @@ class Tallies:
         negative = self.negative[which].long() if len(self.negative) else positive[:, :0]
         zeros = self.counts[which] - positive.sum(1) - negative.sum(1)
         cells = torch.cat([negative.flip(1), zeros[:, None], positive], 1)  # from the lowest value to the highest
-        steps = torch.arange(BINS + 1, device=which.device, dtype=torch.float64) / PER_OCTAVE - OCTAVES
-        edges = (self.octave[which, None].double() + steps).exp2()  # (n, BINS + 1), ascending magnitudes
+        steps = torch.arange(BINS + 1, device=which.device, dtype=widest(which.device)) / PER_OCTAVE - OCTAVES
+        edges = (widened(self.octave[which, None]) + steps).exp2()  # (n, BINS + 1), ascending magnitudes
         low = torch.cat(
             [-edges[:, 1:].flip(1) if len(self.negative) else edges[:, :0], edges[:, :1] * 0, edges[:, :-1]], 1
         )
@@ -109,11 +111,11 @@ class Tallies:
             found = low.gather(1, place) + share * (high - low).gather(1, place)
             return torch.maximum(torch.minimum(found, self.largest[which, None]), self.smallest[which, None])
 
-        grid = torch.linspace(0, 1, GRID, device=which.device, dtype=torch.float64)
+        grid = torch.linspace(0, 1, GRID, device=which.device, dtype=widest(which.device))
         rank = grid * (self.counts[which, None] - 1)
         lower = of_rank(rank.floor().long())
         found = lower + (rank - rank.floor()) * (of_rank(rank.ceil().long()) - lower)
-        found[:, 0], found[:, -1] = self.smallest[which].double(), self.largest[which].double()
+        found[:, 0], found[:, -1] = (widened(end[which]) for end in (self.smallest, self.largest))
         return found.float()
 
     def state(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError, NotFiniteError, WidthError
+from saehooks.precision import widest
 
 
 class ShuffleBuffer:
@@ -64,7 +65,7 @@ class ShuffleBuffer:
         if rows.dim() != 2 or rows.shape[1] != self.rows.shape[1]:
             width = self.rows.shape[1]
             raise WidthError(f"the buffer holds rows of width {width}, got a tensor of shape {tuple(rows.shape)}")
-        if rows.numel() and not torch.isfinite(rows.sum(dtype=torch.float64)):
+        if rows.numel() and not torch.isfinite(rows.sum(dtype=widest(rows.device))):
             bad = int((~rows.isfinite()).any(1).sum())
             raise NotFiniteError(f"{bad} of {len(rows)} activations hold NaN or infinity")
         if self._held > len(rows):

@@ -14,6 +14,7 @@ from torch import Tensor
 from saehooks.errors import ConfigError, NotFiniteError
 from saehooks.kernels import Forecast, Step, backend_for
 from saehooks.metrics import ReconstructionMeter, nmse
+from saehooks.precision import widened
 from saehooks.sae import SAE, autocast_off
 from saehooks.streams import Fingerprint, Mark, ShuffleBuffer
 from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
@@ -311,7 +312,7 @@ class Trainer:
             "rows": self.rows_seen,
             **self._losses(loss),
             "nmse": self._nmse(x, loss.recons),
-            "l0": self.ranks.sum_latents(float(codes.sizes.double().mean())),
+            "l0": self.ranks.sum_latents(float(widened(codes.sizes).mean())),
             "dead": self.dead,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -328,7 +329,7 @@ class Trainer:
         own = nmse(x, recons)
         if self.ranks.data == 1:
             return own
-        energy = float(x.double().square().sum())
+        energy = float(widened(x).square().sum())
         return self.ranks.mean_rows(own * energy) / self.ranks.mean_rows(energy)
 
     def _losses(self, loss: TrainingLoss) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saehooks.kernels.reference.products import spmm_transposed
 from saehooks.kernels.step import Contribution
+from saehooks.precision import widened, widest
 
 
 class AdamNumbers(NamedTuple):
@@ -30,7 +31,7 @@ class AdamNumbers(NamedTuple):
         """Those of a parameter group for the step that ``steps``, () float32, counts; nothing waits for the device."""
         device, (beta1, beta2) = steps.device, group["betas"]
         powers = torch.stack(
-            [torch.full_like(steps, beta, dtype=torch.float64) ** steps.double() for beta in (beta1, beta2)]
+            [torch.full_like(steps, beta, dtype=widest(device)) ** widened(steps) for beta in (beta1, beta2)]
         )
         lr = group["lr"]
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)

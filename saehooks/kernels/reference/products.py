@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saehooks.kernels.step import DEFAULT, Contribution, Step
+from saehooks.precision import widest
 from saehooks.support import Support
 
 CHUNK_BYTES = 64 * 2**20
@@ -61,6 +62,9 @@ def sum_by_latent(values: Tensor, support: Support, d_sae: int) -> Tensor:
     """(d_sae,) sums of the values (nnz,) of each latent, always in the same order."""
     if values.device.type == "cpu":
         return values.new_zeros(d_sae).index_add_(0, support.indices, values)
+    if widest(values.device) != torch.float64:  # differences of running sums need it
+        own = torch.zeros(d_sae, dtype=values.dtype, device="cpu")
+        return own.index_add_(0, support.indices.cpu(), values.cpu()).to(values.device)
     # index_add_ on a GPU adds in any order; sorted by latent there is one.
     by_latent, order = support.indices.sort(stable=True)
     ends = torch.searchsorted(by_latent, torch.arange(d_sae + 1, device=values.device))

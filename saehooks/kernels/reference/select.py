@@ -25,6 +25,7 @@ from saehooks.kernels.rules import (
     TopK,
 )
 from saehooks.kernels.step import DEFAULT, Step
+from saehooks.precision import widened
 from saehooks.support import Support, offsets_of, rows_of
 
 GROUP = 64
@@ -177,7 +178,7 @@ def _select_simplex(scores: Tensor, alpha: float) -> Support:
     del mask
     offsets = offsets_of(sizes)
     entry = rows_of(offsets, indices.numel())
-    shifted = scores[entry, indices].double() - shift[entry].double()
+    shifted = widened(scores[entry, indices]) - widened(shift[entry])
     tau = entmax_threshold(padded(shifted, entry, offsets), alpha)
     keep = (shifted > tau[entry]) | ~finite[entry]
     sizes = torch.zeros_like(sizes).index_add_(0, entry, keep.long())
@@ -203,8 +204,8 @@ def _group_maxima(scores: Tensor) -> Tensor:
 
 def simplex_threshold(scores: Tensor) -> Tensor:
     """(rows,) float64 tau of sparsemax by sorting, for (rows, n) scores shifted so that their maximum is 0."""
-    ordered = scores.double().sort(dim=1, descending=True).values
-    rank = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=torch.float64)
+    ordered = widened(scores).sort(dim=1, descending=True).values
+    rank = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=ordered.dtype)
     excess = ordered.cumsum(1) - 1.0
     # Padding is -inf: its cumulative sum is -inf and 1 + r * -inf > -inf is False, as wanted.
     size = (rank * ordered > excess).sum(1).clamp(min=1)
@@ -220,7 +221,7 @@ def entmax_threshold(scores: Tensor, alpha: float) -> Tensor:
     """
     if alpha == 2:
         return simplex_threshold(scores)
-    power, scores = 1 / (alpha - 1), scores.double() * (alpha - 1)
+    power, scores = 1 / (alpha - 1), widened(scores) * (alpha - 1)
     tau = scores.new_full((scores.shape[0],), -1.0)
     for _ in range(100):
         above = (scores - tau[:, None]).clamp(min=0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saehooks.precision import widened
 from saehooks.support import rows_of
 
 
 def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
     """(nnz,) values shifted by a constant in each row, so that the row sums to ``total``."""
     rows = rows_of(offsets, values.numel())
-    sizes, wide = offsets.diff().clamp(min=1).double(), values.double()
+    sizes, wide = widened(offsets.diff().clamp(min=1)), widened(values)
     shift = wide.new_zeros(sizes.numel()).index_add(0, rows, wide) / sizes
     centered = wide - shift[rows]
     tau = (wide.new_zeros(sizes.numel()).index_add(0, rows, centered) - total) / sizes
@@ -21,7 +22,7 @@ def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
 def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:
     """(nnz,) float64 entmax probabilities of compressed rows of scores (nnz,), alpha () on their device."""
     rows, n_rows, power = rows_of(offsets, scores.numel()), offsets.numel() - 1, 1 / (float(alpha) - 1)
-    wide = scores.double()
+    wide = widened(scores)
     best = wide.new_full((n_rows,), -torch.inf).scatter_reduce(0, rows, wide, "amax")
     scaled = (wide - best[rows]) / power
     tau = wide.new_full((n_rows,), -1.0)
@@ -41,7 +42,7 @@ def entmax_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(nnz,) gradient of the scores, in the dtype of ``grad``, and () float64 of alpha, 0 unless it is learned."""
     rows, n_rows = rows_of(offsets, weights.numel()), offsets.numel() - 1
-    exponent, wide = float(alpha), grad.double()
+    exponent, wide = float(alpha), widened(grad)
 
     def row_sum(entries: Tensor) -> Tensor:
         return entries.new_zeros(n_rows).index_add_(0, rows, entries)[rows]
