@@ -46,6 +46,13 @@ class View:
     tokenizer: Any = None
     """The model's own tokenizer, where it has one."""
 
+    @classmethod
+    def without_codes(cls, columns: Columns, acts: Tensor, tokenizer: Any = None) -> View:
+        """Of activations (batch, pos, width) that were not encoded: where they are is known, and no code."""
+        none = torch.zeros(0, dtype=torch.int64, device=acts.device)
+        offsets = none.new_zeros(acts.shape[0] * acts.shape[1] + 1)
+        return cls(columns, Codes(none, acts.new_zeros(0), offsets, tuple(acts.shape[:2]), 0), tokenizer)
+
     @property
     def tokens(self) -> Tensor | None:
         """(batch, pos) int64, None where they are not known."""

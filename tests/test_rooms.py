@@ -15,8 +15,8 @@ import saehooks
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
     errors known_bad precision storage hub support codes kernels activations dictionaries refinement sae_config
-    sparse_coder sae metrics formats hosts edits where show trace attachments streams training presets evaluation
-    causal latents demo doctor cli
+    sparse_coder sae metrics formats hosts edits where show trace attachments streams evaluation training
+    presets causal latents demo doctor cli
 """
 ROOMS = TABLE.split()
 HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from saehooks.errors import ConfigError
+from saehooks.hosts import Host
+from saehooks.hosts.calls import parameter_names, read_call
+from saehooks.hosts.sequences import Columns
 
 
 class Call(NamedTuple):
@@ -83,6 +86,23 @@ class Passage(NamedTuple):
     """(batch, pos) int64; None for pictures, embeddings and texts whose tokens are not known."""
     follows: Tensor | None
     """(batch, pos - 1) bool: whether each column is followed by the next token of the same text."""
+
+
+def passage_of(host: Host, call: Call, columns: Columns) -> Passage:
+    """The text of a call, as the site saw it; else as the call itself says.
+
+    Args:
+        columns: of the site, in one run of the call.
+    """
+    if columns.tokens is not None:
+        if not columns.is_known:
+            return Passage(columns.tokens, None)
+        place = columns.place.expand(columns.shape)
+        return Passage(columns.tokens, (place[:, 1:] == place[:, :-1] + 1) & (place[:, :-1] >= 0))
+    given = read_call(host.model, parameter_names(call.forward), call.args, call.kwargs)
+    if given.tokens is None or given.mask is None or given.mask.shape != given.tokens.shape:
+        return Passage(given.tokens, None)
+    return Passage(given.tokens, given.mask[:, 1:] & given.mask[:, :-1])
 
 
 class Comparison(ABC):

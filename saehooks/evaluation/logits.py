@@ -162,13 +162,18 @@ class LogitsComparison(Comparison):
     def _cross_entropy(self, logits: Tensor, targets: Targets) -> Tensor:
         """() float64, summed over what is predicted."""
         total = torch.zeros((), dtype=torch.float64)
+<<<<<<< HEAD
         for rows, ids in _chunks(targets, logits):
             total += F.cross_entropy(rows.float(), ids, reduction="sum").cpu().double()
+=======
+        for rows, ids in chunks(targets, logits):
+            total += F.cross_entropy(rows.float(), ids, reduction="sum").double().cpu()
+>>>>>>> 4c3c4ec (KL fine-tuning in the train block: spliced against clean logits, mixed with the SAE's own loss)
         return total
 
     def add(self, targets: Targets, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
         sums = torch.zeros(3, dtype=torch.float64)
-        for (now, ids), (then, _) in zip(_chunks(targets, clean), _chunks(targets, spliced), strict=True):
+        for (now, ids), (then, _) in zip(chunks(targets, clean), chunks(targets, spliced), strict=True):
             log_clean, log_spliced = now.float().log_softmax(-1), then.to(now.device).float().log_softmax(-1)
             ce = [F.nll_loss(log, ids, reduction="sum") for log in (log_clean, log_spliced)]
             kl = F.kl_div(log_spliced, log_clean, reduction="sum", log_target=True)
@@ -218,7 +223,7 @@ class LogitsComparison(Comparison):
         return "call model(tokens) inside the block"
 
 
-def _chunks(targets: Targets, logits: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+def chunks(targets: Targets, logits: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """(n, vocabulary) logits and (n,) targets of what counts, a few rows at a time."""
     if logits.dim() == 2:
         logits = logits[:, None]

@@ -15,15 +15,14 @@ from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.resolve import find
 from saehooks.attachments.transcoder import TranscoderAttachment, attachment_of
 from saehooks.errors import ConfigError
-from saehooks.evaluation.comparison import Call, Comparison, Passage
+from saehooks.evaluation.comparison import Call, Comparison, Passage, passage_of
 from saehooks.evaluation.embeddings import EmbeddingComparison
 from saehooks.evaluation.logits import LogitsComparison
 from saehooks.evaluation.measurement import Measurement
 from saehooks.hosts import Host
-from saehooks.hosts.calls import parameter_names, read_call
 from saehooks.hosts.partial_forward import CachedPrefix, equal_up_to_rounding
 from saehooks.hosts.reruns import rerunning
-from saehooks.hosts.sequences import Columns, SequenceWatch
+from saehooks.hosts.sequences import SequenceWatch
 from saehooks.hosts.train_mode import unsettled
 from saehooks.sae import SparseCoder
 from saehooks.trace import Forward, Trace
@@ -107,7 +106,7 @@ class ThreeRuns:
         if not seen:  # another path through the model: nothing to compare
             return call()
         comparison = result.comparison
-        passage = self._passage(call, seen[0].columns)
+        passage = passage_of(self.host, call, seen[0].columns)
         targets = comparison.targets(call, passage, output)
         spliced, output = _tensor(comparison, output), None
         self._try_once(call, comparison, prefix, passage, targets, spliced)
@@ -193,18 +192,6 @@ class ThreeRuns:
     def _attachment(self) -> Attachment:
         """What puts the reconstruction at the site, with a trace of its own."""
         return replace(self.attachment, trace=Trace(self.site.name, keep_all=True))
-
-    def _passage(self, call: Call, columns: Columns) -> Passage:
-        """The text of a call, as the site saw it; else as the call itself says."""
-        if columns.tokens is not None:
-            if not columns.is_known:
-                return Passage(columns.tokens, None)
-            place = columns.place.expand(columns.shape)
-            return Passage(columns.tokens, (place[:, 1:] == place[:, :-1] + 1) & (place[:, :-1] >= 0))
-        given = read_call(self.host.model, parameter_names(call.forward), call.args, call.kwargs)
-        if given.tokens is None or given.mask is None or given.mask.shape != given.tokens.shape:
-            return Passage(given.tokens, None)
-        return Passage(given.tokens, given.mask[:, 1:] & given.mask[:, :-1])
 
     # ------------------------------------------------------------------ the site
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.codes import Codes
 from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
 from saehooks.hosts.base import is_tokens
@@ -47,11 +46,7 @@ class Tap:
             return  # the same forward, run again to compute gradients
         self.fired += 1
         acts = columns.arrange(acts)
-        # A mask is made from where a forward is, not from codes: there are none yet.
-        none = acts.new_zeros(0, dtype=torch.int64)
-        offsets = none.new_zeros(acts.shape[0] * acts.shape[1] + 1)
-        place = Codes(none, acts.new_zeros(0), offsets, tuple(acts.shape[:2]), 0)
-        mask = full_mask(self.where, View(columns, place, self.host.tokenizer))
+        mask = full_mask(self.where, View.without_codes(columns, acts, self.host.tokenizer))
         self.receive(acts.reshape(-1, acts.shape[-1]) if mask is None else acts[mask])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ from saehooks.sae import SAE
 from saehooks.sparse_coder import SparseCoder
 from saehooks.streams import Tap, checked_batches, harvest_sites
 from saehooks.training.data import Data, ModelData, OwnData, is_activations
+from saehooks.training.divergence import DivergenceTraining
 from saehooks.training.job import Job, check_trained
 from saehooks.training.loop import run_jobs
 from saehooks.training.ranks import Ranks
 from saehooks.training.trainer import TrainConfig, Trainer
 from saehooks.where import where_of
+
+OBJECTIVES = ("reconstruction", "kl")
 
 
 @contextmanager
@@ -35,6 +38,8 @@ def train(
     *,
     head: int | None = None,
     where: Any = None,
+    objective: Literal["reconstruction", "kl"] = "reconstruction",
+    mix: float = 0.5,
     config: TrainConfig | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     **settings: Any,
@@ -43,6 +48,11 @@ def train(
 
     The model's outputs are untouched. On leaving the block normally, the rest of the buffer is trained on.
 
+    With ``objective="kl"`` each call of a language model is one step of fine-tuning: the call runs once more with the
+    reconstruction at the site, and the SAE learns to bring the next-token distribution back to the clean one. It
+    starts best from a trained SAE, with about a tenth of the learning rate: ``sh.train(model, sae, objective="kl",
+    lr=2e-4, steps=...)``. See `saehooks.training.divergence`.
+
     Args:
         model: any model that saehooks knows.
         sae: trained in place.
@@ -50,6 +60,8 @@ def train(
         head: one head of a per-head site.
         where: which positions; left out, all but the first of each text, or where the SAE was trained before. Never
             padding.
+        objective: ``"reconstruction"`` of the activations, or ``"kl"``, the divergence of spliced from clean logits.
+        mix: with ``"kl"``, the share of the SAE's own loss; 0 for the divergence alone.
         config: settings; single ones may be given by name instead, such as ``lr=4e-4``.
         on_record: called with each record of the history as it is made: see `Trainer`.
     Raises:
@@ -65,6 +77,18 @@ def train(
     site = find(source, sae, at, head)
     rule = where_of(sae, where, training=True)
     trainer = Trainer(sae, _config(config, settings), on_record)
+    known = {**source.describe(), "hook_name": site.name, "head": site.head}
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective={objective!r}: choose one of {', '.join(map(repr, OBJECTIVES))}")
+    if objective == "kl":
+        divergence = DivergenceTraining(source, site, trainer, rule, mix)
+        with divergence.listening():
+            yield trainer
+        if not trainer.steps:
+            raise NeverFiredError(f"no call of the model passed '{site.name}' inside the block, so nothing was trained")
+        divergence.came.check(site.name)
+        _remember(trainer, known, repr(rule), objective=objective, mix=mix)
+        return
 
     def receive(rows: Tensor) -> None:
         # Activation checkpointing around the site counts the tensors that are saved: those of the training are not its.
@@ -79,7 +103,7 @@ def train(
         raise NeverFiredError(f"no forward passed '{site.name}' inside the block, so nothing was trained")
     trainer.drain()
     check_trained(trainer)
-    _remember(trainer, {**source.describe(), "hook_name": site.name, "head": site.head}, repr(rule))
+    _remember(trainer, known, repr(rule))
 
 
 @overload
@@ -240,10 +264,10 @@ def _config(
     return replace(config or TrainConfig(), **settings)
 
 
-def _remember(trainer: Trainer, known: Mapping[str, Any], positions: str) -> None:
+def _remember(trainer: Trainer, known: Mapping[str, Any], positions: str, **more: Any) -> None:
     """Write into the SAE where it belongs and how it was trained; leave it ready for use."""
     trainer.sae.eval()
     settings = asdict(replace(trainer.config, loss=trainer.loss_config))
     trainer.sae.cfg.metadata.update(
-        known, training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions}
+        known, training={**settings, "steps": trainer.steps, "rows": trainer.rows_seen, "positions": positions, **more}
     )

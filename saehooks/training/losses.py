@@ -5,7 +5,9 @@ All terms are relative to the size of the activations, so a coefficient means th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -87,6 +89,8 @@ class TrainingLoss(NamedTuple):
     """(rows, d_in), detached."""
     stages: Encoded
     """The stages of encoding, with codes."""
+    figures: Mapping[str, Tensor] = MappingProxyType({})
+    """Further scalars, detached, for the history."""
 
 
 def training_loss(
@@ -112,6 +116,27 @@ def training_loss(
     """
     stages = sae.encode_stages(x, step=kernel_step)
     recons = sae.decode(stages.candidates, step=kernel_step)
+    return loss_of(sae, x, stages, recons, config, idle=idle, step=step, kernel_step=kernel_step)
+
+
+def loss_of(
+    sae: SAE,
+    x: Tensor,
+    stages: Encoded,
+    recons: Tensor,
+    config: LossConfig,
+    *,
+    idle: Tensor | None = None,
+    step: int | None = None,
+    kernel_step: Step = DEFAULT,
+) -> TrainingLoss:
+    """Score a batch that is already encoded and decoded.
+
+    Args:
+        stages: of ``x``.
+        recons: (rows, d_in) decoded from ``stages.candidates``.
+        sae, x, config, idle, step, kernel_step: as in `training_loss`, which raises the same.
+    """
     center = sae.dictionary.offset
     terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center)}
     risen = 1.0 if step is None or not config.penalty_warmup else min(1.0, (step + 1) / config.penalty_warmup)

@@ -208,9 +208,38 @@ class Trainer:
         with self._own_modes():
             self._repeat(self._forecast.overflowed_batches())
             x = x.clone() if x.is_inference() else x
-            loss = self._update(x, ahead=backend_for(x).ASYNCHRONOUS)
+            loss = self._update(self._loss_of(x), len(x), ahead=x if backend_for(x).ASYNCHRONOUS else None)
             self._count(loss, x)
         return loss
+
+    def step_down(self, loss_of: Callable[[Step], tuple[TrainingLoss, Tensor]], batch: Any = None) -> TrainingLoss:
+        """One optimiser step down a loss that is computed elsewhere, such as behind the rest of a model.
+
+        Args:
+            loss_of: given what the kernels are to know, the loss and the rows (n, d_in) that the SAE was given.
+            batch: what they came from, as for `push`.
+        Raises:
+            NotFiniteError: the loss is NaN or infinite; the parameters were not changed.
+        """
+        rows: list[Tensor] = []
+
+        def kept(kernel_step: Step) -> TrainingLoss:
+            loss, x = loss_of(kernel_step)
+            rows.append(x)
+            return loss
+
+        with self._own_modes():
+            loss = self._update(kept)
+            self.rows_done += len(rows[0])
+            self._count(loss, rows[0])
+        self.batches_seen += 1
+        self.data.add(batch)
+        return loss
+
+    def _loss_of(self, x: Tensor) -> Callable[[Step], TrainingLoss]:
+        return lambda kernel_step: training_loss(
+            self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step
+        )
 
     @property
     def repeated(self) -> int:
@@ -223,25 +252,31 @@ class Trainer:
 
     def _repeat(self, batches: list[Tensor]) -> None:
         for batch in batches:
-            loss = self._update(batch, ahead=False)
+            loss = self._update(self._loss_of(batch), len(batch))
             self.idle[loss.stages.codes.indices] = 0
 
-    def _update(self, x: Tensor, ahead: bool) -> TrainingLoss:
-        """Forward, backward and the optimiser's update; ``ahead``: without waiting for the size of the codes."""
+    def _update(
+        self, loss_of: Callable[[Step], TrainingLoss], rows: int = 0, ahead: Tensor | None = None
+    ) -> TrainingLoss:
+        """Forward, backward and the optimiser's update.
+
+        Args:
+            loss_of: the forward.
+            rows: of the batch, where that is known before.
+            ahead: the batch, so that it can be stepped on again: then this does not wait for the size of its codes.
+        """
         started = time.perf_counter()
         self.sae.train()
         self.optimizer.zero_grad(set_to_none=True)
         statistics = [(buffer, buffer.clone()) for buffer in self.sae.buffers()]
         written = self.sae.dictionary.adjusts_gradients or self.ranks.data > 1
-        room = self._forecast.capacity_for(len(x), self.sae.d_sae) if ahead else None
+        room = None if ahead is None else self._forecast.capacity_for(rows, self.sae.d_sae)
         kernel_step = Step(capacity=room) if written else self.optimizer.kernel_step(room)
         with torch.enable_grad():
-            loss = training_loss(
-                self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step
-            )
+            loss = loss_of(kernel_step)
             loss.total.backward()
         self.ranks.average_gradients(self.sae)
-        self._forecast.add(loss.stages.support.indices.numel(), room, x)
+        self._forecast.add(loss.stages.support.indices.numel(), room, loss.recons if ahead is None else ahead)
         # Adam's fused kernel leaves the parameters alone where found_inf is set, so a GPU need not be waited for.
         broken = self.ranks.any((~torch.isfinite(loss.total.detach())).to(self._bad))
         cut = torch.zeros_like(broken) if room is None or room.wanted is None else room.found_inf.to(broken)
@@ -251,7 +286,7 @@ class Trainer:
         for buffer, before in statistics:  # a step that changes no parameter has not been seen by a running mean either
             buffer.copy_(torch.where(failed > 0, before, buffer))
         self.ranks.merge_statistics(statistics)
-        if not ahead:
+        if ahead is None:
             self.check_finite()
         between = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -315,6 +350,7 @@ class Trainer:
             "l0": self.ranks.sum_latents(float(widened(codes.sizes).mean())),
             "dead": self.dead,
             "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: self.ranks.mean_rows(float(figure)) for name, figure in loss.figures.items()},
         }
         self.history.append(record)
         self._hand_on(record)
