@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from saehooks import kernels
+from saehooks.activations import Activation
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support
+
+
+class Refined(NamedTuple):
+    """What refinement gives."""
+
+    support: Support
+    """The latents that are left."""
+    values: Tensor
+    """(nnz,) their refined values, differentiable in everything."""
+    kept: Tensor | None
+    """(nnz before,) bool, which latents were left; None for all."""
 
 
 class Refinement(nn.Module):
@@ -18,28 +32,44 @@ class Refinement(nn.Module):
     that gap for one sparse decode and one sampled product, without another dense product. Decoding stays linear in the
     codes. With ``refine=0`` there is neither a parameter nor any arithmetic.
 
+    With ``reselect`` the activation chooses twice: widely by the scores of the first pass, then, after the first step,
+    among those latents by their refined scores, which know what the others already explain; steps that follow refine
+    the values of what is left. Sparsemax chooses by ``sparsemax(reselect * scores)``, so 1 or a little more, beside a
+    ``key_scale`` below 1 that widens the first choice; top-k keeps the ``reselect`` largest of its k.
+
     Args:
         refine: number of steps.
         refine_rate: step size at the start, in units where directions of norm 1 call for at most 1.
         learn_refine_rate: train the step sizes, one for each step; otherwise they stay.
+        reselect: choose again after the first step; None for the first choice alone.
     Raises:
-        ConfigError: not a whole number of steps, or a rate that is not positive.
+        ConfigError: not a whole number of steps, a rate that is not positive, or reselect without a step.
     Source: Gregor & LeCun 2010 (learned ISTA), with the support held fixed; the gap: arXiv:2411.13117.
     """
 
-    def __init__(self, *, refine: int = 0, refine_rate: float = 0.5, learn_refine_rate: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        refine: int = 0,
+        refine_rate: float = 0.5,
+        learn_refine_rate: bool = True,
+        reselect: float | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
             raise ConfigError(f"refine={refine!r}: write the number of refinement steps, 0 for none")
         if not refine_rate > 0:
             raise ConfigError(f"refine_rate must be positive, got {refine_rate!r}")
-        self.steps = refine
+        if reselect is not None and not refine:
+            raise ConfigError(f"reselect={reselect!r} chooses by refined scores: write refine=1 or more with it")
+        self.steps, self.reselect = refine, reselect
         if refine:
             self.rates = nn.Parameter(torch.full((refine,), float(refine_rate)), requires_grad=learn_refine_rate)
 
     def forward(
         self,
         dictionary: Dictionary,
+        activation: Activation,
         x: Tensor,
         prepared: Prepared,
         support: Support,
@@ -47,11 +77,12 @@ class Refinement(nn.Module):
         active: Tensor | None = None,
         *,
         step: Step = DEFAULT,
-    ) -> Tensor:
-        """Refined values (nnz,), differentiable in everything.
+    ) -> Refined:
+        """Refine, and choose again where `reselect` says so.
 
         Args:
             dictionary: decodes.
+            activation: chooses.
             x: (rows, d_in) activations.
             prepared: the same rows, as the dictionary prepared them.
             support: the selected latents.
@@ -59,16 +90,21 @@ class Refinement(nn.Module):
             active: (nnz,) bool, the latents whose values may move; None for all.
             step: what the kernels know beside these.
         """
+        kept = None
         if not self.steps:
-            return values
+            return Refined(support, values, kept)
         table = dictionary.table
         target = dictionary.target(x, prepared)
-        for rate in self.rates:
+        for i, rate in enumerate(self.rates):
             missed = target - dictionary.project(kernels.spmm(values, support, table, step=step))
             change = kernels.sddmm(dictionary.project_adjoint(missed), table, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
             values = values + rate * change
-        return values
+            if i == 0 and self.reselect is not None:
+                kept = activation.reselect(values.detach(), support, self.reselect)
+                support, values = support.keep(kept), values[kept]
+                active = None if active is None else active[kept]
+        return Refined(support, values, kept)
 
     def extra_repr(self) -> str:
-        return f"refine={self.steps}"
+        return f"refine={self.steps}" + ("" if self.reselect is None else f", reselect={self.reselect}")

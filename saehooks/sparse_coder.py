@@ -66,6 +66,8 @@ class Encoded(NamedTuple):
     """(*shape) codes of all that was selected: training decodes these, so that gradients reach inactive latents too."""
     codes: Codes
     """(*shape) codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
+    first_pass: Codes | None = None
+    """(*shape) codes before refinement, of all that was selected first; None without refinement."""
 
 
 def _glance(module: nn.Module) -> dict[str, Tensor]:
@@ -111,6 +113,8 @@ class SparseCoder(nn.Module):
             self.activation = kinds[1](cfg.d_sae, **for_activation)
             self.density = LatentDensity(cfg.d_sae, **for_density)
             self.refinement = Refinement(**for_refinement)
+            if self.refinement.reselect is not None:
+                self.activation.check_reselect(self.refinement.reselect)
             self.to(device=device, dtype=dtype)
         self._finished = False
         self._first = _glance(self)
@@ -155,7 +159,8 @@ class SparseCoder(nn.Module):
         with torch.no_grad():
             rule = self.activation.rule(flat.shape[0], self.density.mean)
             silenced = self.density.silenced
-            selecting, rank = step if self.activation.takes_padding else step.exact(), self.activation.rank
+            padded = self.activation.takes_padding and self.refinement.reselect is None
+            selecting, rank = step if padded else step.exact(), self.activation.rank
             if rank is None:
                 support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)
             else:
@@ -164,24 +169,28 @@ class SparseCoder(nn.Module):
         if silenced is not None:
             scores = scores.masked_fill(silenced[support.indices], 0.0)
         values, active = self.activation.values(scores, support), self.activation.active(scores, support)
-        values = self.refinement(self.dictionary, flat, prepared, support, values, active, step=step)
-        codes = candidates = Codes(
-            support.indices,
-            values,
-            support.offsets,
-            tuple(x.shape[:-1]),
-            self.cfg.d_sae,
-            prepared.scale,
-            support.pattern(),
-            prepared.shift,
-        )
+        shape, first_pass = tuple(x.shape[:-1]), None
+        if self.refinement.steps:
+            first_pass = self._codes(prepared, support, values, shape)
+            refined = self.refinement(
+                self.dictionary, self.activation, flat, prepared, support, values, active, step=step
+            )
+            support, values = refined.support, refined.values
+            if refined.kept is not None:
+                scores, active = scores[refined.kept], None if active is None else active[refined.kept]
+        codes = candidates = self._codes(prepared, support, values, shape)
         if active is not None:
             codes = candidates.keep(active)
         if self.training:
             self.activation.observe(scores.detach(), support)
             if self.density.tracked:
                 self.density.update(codes.counts(), flat.shape[0])
-        return Encoded(prepared, support, scores, candidates, codes)
+        return Encoded(prepared, support, scores, candidates, codes, first_pass)
+
+    def _codes(self, prepared: Prepared, support: Support, values: Tensor, shape: tuple[int, ...]) -> Codes:
+        """Codes of a batch of some shape, from the values (nnz,) of a support."""
+        scale, shift = prepared.scale, prepared.shift
+        return Codes(support.indices, values, support.offsets, shape, self.cfg.d_sae, scale, support.pattern(), shift)
 
     def decode(self, codes: Codes, *, step: Step | None = None) -> Tensor:
         """(*shape, d_out) reconstruction of codes.

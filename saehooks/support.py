@@ -59,6 +59,14 @@ class Support:
         """The same support without threshold and scores; both share the index by latent."""
         return Support(self.indices, self.offsets, _known=self._known)
 
+    def keep(self, kept: Tensor) -> Support:
+        """Only some of the entries: ``kept`` (nnz,) bool; the rows stay, and so do their thresholds."""
+        sizes = torch.zeros_like(self.offsets[1:]).index_add_(0, self.rows[kept], kept[kept].long())
+        scores = None if self.scores is None else self.scores[kept]
+        narrow = replace(self, indices=self.indices[kept], offsets=offsets_of(sizes), scores=scores, _known={})
+        known = self._recall("range")
+        return narrow if known is None else narrow.trusted(known)
+
     def with_scores(self, scores: Tensor | None) -> Support:
         """The same support with other scores (nnz,), or none."""
         return replace(self, scores=scores)

@@ -13,7 +13,7 @@ from saehooks.training.trainer import TrainConfig, Trainer
 
 def plain(sae, x):
     """The same SAE without refinement: same parameters, codes of one pass."""
-    settings = {name: value for name, value in sae.cfg.settings.items() if "refine" not in name}
+    settings = {name: value for name, value in sae.cfg.settings.items() if "refine" not in name and name != "reselect"}
     bare = sh.SAE(sae.d_in, sae.d_sae, sae.cfg.dictionary, sae.cfg.activation, dtype=sae.dtype, **settings)
     bare.load_state_dict({name: t for name, t in sae.state_dict().items() if "refinement" not in name})
     return bare.eval().encode(x)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from saehooks.errors import ConfigError
 from saehooks.kernels import BatchRule, RowRule, Support
 
 
@@ -64,6 +65,17 @@ class Activation(nn.Module):
         An activation whose gradient needs scores that are not active (jumprelu) selects more than it activates.
         """
         return None
+
+    def check_reselect(self, amount: float) -> None:
+        """Raise ConfigError if `reselect` cannot be asked for so much."""
+        raise ConfigError(
+            f"reselect= chooses again among refined scores: it is for sparsemax with values='score' and for topk with "
+            f"negative='drop', not for {self.name}"
+        )
+
+    def reselect(self, values: Tensor, support: Support, amount: float) -> Tensor:
+        """(nnz,) bool, which of the selected latents stay when the rule is applied to their refined scores (nnz,)."""
+        raise TypeError(f"{type(self).__name__} does not say how it selects again: override reselect()")
 
     def penalised(self, scores: Tensor, support: Support, values: Tensor) -> Tensor:
         """(nnz,) magnitudes that the l1 penalty charges, differentiable."""

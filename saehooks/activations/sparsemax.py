@@ -40,8 +40,39 @@ class SparsemaxActivation(Activation):
             return scores
         return simplex_weights(scores, support.offsets)
 
+    def check_reselect(self, amount: float) -> None:
+        if self.value_kind != "score":
+            super().check_reselect(amount)
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 < amount < float("inf"):
+            raise ConfigError(f"reselect={amount!r}: write by how much refined scores count more, such as 1.4")
+
+    def reselect(self, values: Tensor, support: Support, amount: float) -> Tensor:
+        """The support of ``sparsemax(amount * values)`` in each row."""
+        scaled = values.double() * amount
+        return ~(scaled <= threshold_of(scaled, support))
+
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, values={self.value_kind!r}"
+
+
+def threshold_of(scores: Tensor, support: Support) -> Tensor:
+    """(nnz,) for each entry the threshold tau of its row: the sum of ``max(score - tau, 0)`` over the row is 1.
+
+    Args:
+        scores: (nnz,) of the latents of each row. Infinite and NaN scores leave their row without a threshold: -inf.
+        support: which latents, and of which rows.
+    Source: Michelot 1986: all entries at first; those below the threshold of what is left leave, until none does.
+    """
+    rows, wide = support.rows, scores.double()
+    inside = torch.ones_like(wide, dtype=torch.bool)
+    while True:
+        count = wide.new_zeros(support.n_rows).index_add_(0, rows, inside.double())
+        total = wide.new_zeros(support.n_rows).index_add_(0, rows, torch.where(inside, wide, 0.0))
+        tau = ((total - 1) / count.clamp(min=1))[rows]
+        left = inside & ~(wide <= tau)
+        if bool((left == inside).all()):
+            return torch.where(tau.isfinite(), tau, -torch.inf).to(scores.dtype)
+        inside = left
 
 
 class SparsemaxResult(NamedTuple):

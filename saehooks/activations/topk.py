@@ -58,6 +58,21 @@ class TopKActivation(Activation):
     def values(self, scores: Tensor, support: Support) -> Tensor:
         return scores.relu() if self.negative == "drop" else scores
 
+    def check_reselect(self, amount: float) -> None:
+        if self.negative != "drop":
+            super().check_reselect(amount)
+        if isinstance(amount, bool) or not isinstance(amount, int) or not 1 <= amount <= self.k:
+            raise ConfigError(f"reselect={amount!r}: write how many of the k={self.k} latents stay, 1 to {self.k}")
+
+    def reselect(self, values: Tensor, support: Support, amount: float) -> Tensor:
+        """The ``amount`` largest positive values of each row."""
+        rows = support.rows
+        order = values.argsort(descending=True, stable=True)
+        order = order[rows[order].argsort(stable=True)]  # by row, the largest first
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - support.offsets[rows[order]]
+        return (place < amount) & ~(values <= 0)
+
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, k={self.k}, negative={self.negative!r}"
 

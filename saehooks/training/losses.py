@@ -6,7 +6,7 @@ All terms are relative to the size of the activations, so a coefficient means th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -49,6 +49,9 @@ class LossConfig:
     good at several sizes, with any activation. Source: Matryoshka SAEs, arXiv:2503.17547."""
     prefixes: tuple[int, ...] = ()
     """Ascending numbers of latents, each below d_sae."""
+    first_pass: float = 0.0
+    """Coefficient of the reconstruction loss of the codes before refinement; only with ``refine``. It keeps a gradient
+    for the scores, whose size refinement makes matter less."""
     k_aux: int | None = None
     """Latents of a row in aux_k and aux_zipf; None for half of d_in."""
     dead_after: int = 50_000
@@ -59,7 +62,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.reconstruction not in RECONSTRUCTION:
             raise ConfigError(f"reconstruction={self.reconstruction!r}: choose one of {', '.join(RECONSTRUCTION)}")
-        negative = [n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf", "prefix") if getattr(self, n) < 0]
+        negative = [
+            n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf", "prefix", "first_pass") if getattr(self, n) < 0
+        ]
         if negative:
             raise ConfigError(f"coefficients must not be negative: {', '.join(negative)}")
         if (self.k_aux is not None and self.k_aux < 1) or (self.l0_target is not None and self.l0_target <= 0):
@@ -75,7 +80,8 @@ class LossConfig:
 
 def default_loss(sae: SAE) -> LossConfig:
     """The loss that goes with an SAE's activation, where the user names none."""
-    return LossConfig(**sae.activation.default_loss)
+    config = LossConfig(**sae.activation.default_loss)
+    return replace(config, first_pass=0.3) if sae.refinement.steps else config
 
 
 class TrainingLoss(NamedTuple):
@@ -146,6 +152,13 @@ def loss_of(
         terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
     if config.gate:
         terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
+    if config.first_pass:
+        if stages.first_pass is None:
+            raise ConfigError(
+                "first_pass= is a loss of codes before refinement: write refine=1 or more, or leave it out"
+            )
+        unrefined = sae.decode(stages.first_pass, step=kernel_step)
+        terms["first_pass"] = config.first_pass * reconstruction(x, unrefined, config.reconstruction, center)
     if config.prefix:
         terms["prefix"] = config.prefix * prefixes(sae, x, stages, config, kernel_step)
     for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
