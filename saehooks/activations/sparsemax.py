@@ -10,6 +10,7 @@ from torch import Tensor
 from saehooks.activations.base import Activation
 from saehooks.errors import ConfigError
 from saehooks.kernels import Sparsemax, Support, select_rows, simplex_weights
+from saehooks.precision import widened
 from saehooks.support import rows_of
 
 VALUES = ("score", "weight")
@@ -48,7 +49,7 @@ class SparsemaxActivation(Activation):
 
     def reselect(self, values: Tensor, support: Support, amount: float) -> Tensor:
         """The support of ``sparsemax(amount * values)`` in each row."""
-        scaled = values.double() * amount
+        scaled = widened(values) * amount
         return ~(scaled <= threshold_of(scaled, support))
 
     def extra_repr(self) -> str:
@@ -63,10 +64,10 @@ def threshold_of(scores: Tensor, support: Support) -> Tensor:
         support: which latents, and of which rows.
     Source: Michelot 1986: all entries at first; those below the threshold of what is left leave, until none does.
     """
-    rows, wide = support.rows, scores.double()
+    rows, wide = support.rows, widened(scores)
     inside = torch.ones_like(wide, dtype=torch.bool)
     while True:
-        count = wide.new_zeros(support.n_rows).index_add_(0, rows, inside.double())
+        count = wide.new_zeros(support.n_rows).index_add_(0, rows, inside.to(wide.dtype))
         total = wide.new_zeros(support.n_rows).index_add_(0, rows, torch.where(inside, wide, 0.0))
         tau = ((total - 1) / count.clamp(min=1))[rows]
         left = inside & ~(wide <= tau)
