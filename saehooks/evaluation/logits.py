@@ -162,13 +162,8 @@ class LogitsComparison(Comparison):
     def _cross_entropy(self, logits: Tensor, targets: Targets) -> Tensor:
         """() float64, summed over what is predicted."""
         total = torch.zeros((), dtype=torch.float64)
-<<<<<<< HEAD
-        for rows, ids in _chunks(targets, logits):
-            total += F.cross_entropy(rows.float(), ids, reduction="sum").cpu().double()
-=======
         for rows, ids in chunks(targets, logits):
-            total += F.cross_entropy(rows.float(), ids, reduction="sum").double().cpu()
->>>>>>> 4c3c4ec (KL fine-tuning in the train block: spliced against clean logits, mixed with the SAE's own loss)
+            total += F.cross_entropy(rows.float(), ids, reduction="sum").cpu().double()
         return total
 
     def add(self, targets: Targets, clean: Tensor, spliced: Tensor, zero: Tensor) -> None:
