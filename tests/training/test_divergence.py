@@ -7,6 +7,7 @@ import torch
 
 import saehooks as sh
 from saehooks.errors import ConfigError, NeverFiredError, NotFiniteError
+from saehooks.training.losses import LossConfig
 
 SITE, LAYER = "model.layers.1", 1
 
@@ -65,7 +66,7 @@ def test_a_step_is_that_of_plain_torch(tiny_hf, settings, mix):
     ids, mask = texts(1)[0], torch.ones(4, 12, dtype=torch.int64)
     mask[1, :4] = 0
     loss, kl, right = plain_step(tiny_hf, sae, ids, mask, mix, 1e-3)
-    options = {"objective": "kl", "mix": mix, "lr": 1e-3, "warmup_steps": 0, "decay": 0.0}
+    options = {"objective": "kl", "mix": mix, "lr": 1e-3, "warmup_steps": 0, "decay": 0.0, "loss": LossConfig()}
     with sh.train(tiny_hf, sae, **options) as trainer, torch.no_grad():
         tiny_hf(ids, attention_mask=mask)
     record = trainer.history[-1]
