@@ -6,12 +6,13 @@ own checksum, and are replaced first. Tensors are written and read one after the
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,7 +21,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from saehooks.errors import FormatError
+from saehooks.errors import FormatError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -43,6 +49,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNFINISHED = ".saehooks-part"
+"""How the name of a file ends that is being written, beside the one whose place it will take."""
 MOST_HEADER = 100 * 2**20
 """Bytes of the longest header that is read."""
 MOST_JSON = 64 * 2**20
@@ -71,8 +79,24 @@ class StoredTensor:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` when it is whole, and not before."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A file to write that takes the place of ``path`` when it is whole, and not before.
+
+    Raises:
+        StorageError: the disk is full, or the folder takes no files; what was there stays.
+    """
+    try:
+        with _beside(path) as file:
+            yield file
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; what was there stays") from error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[BinaryIO]:
+    _remove_abandoned(path)
+    handle, name = _locked_file(path)
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
@@ -83,6 +107,28 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _locked_file(path: Path) -> tuple[int, str]:
+    """A new file beside a path, open and locked, so that no other process takes it for abandoned."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+        if fcntl is not None:
+            with suppress(OSError):  # a network drive without locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # removed before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they wrote this file have left: nobody holds its lock any more."""
+    if fcntl is None:
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -150,7 +196,10 @@ def write_folder(folder: str | Path, config: Mapping, tensors: Mapping[str, Tens
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"cannot save to {folder}: it is a file; give the name of a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror or error}; give another folder") from error
     if in_order:
         tensors = dict(_as_in_memory(name, tensor) for name, tensor in tensors.items())
     checksum = write_safetensors(folder / WEIGHTS, tensors, {"cfg": json.dumps(config)})

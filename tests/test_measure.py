@@ -222,6 +222,20 @@ def test_history_holds_one_row_for_each_call_and_stays_bounded(tiny_bridge, toke
     assert [row["calls"] for row in live.history] == sorted(row["calls"] for row in live.history)
 
 
+def test_each_call_can_be_followed_elsewhere(tiny_bridge, tokens):
+    """on_record gets the summary as it stands after each call, numbered, as what a training hands on is."""
+    sae, seen = rough_sae(32), []
+    with measure(tiny_bridge, sae, LM_SITE, on_record=seen.append) as live, torch.no_grad():
+        for n in (3, 2, 1):
+            tiny_bridge(tokens[:n])
+    assert [record["step"] for record in seen] == [1, 2, 3]
+    assert seen[-1] == {"step": 3, **live.summary()}
+    first = measure(tiny_bridge, sae, [tokens], LM_SITE)
+    assert {name: seen[0][name] for name in first} == pytest.approx(first, nan_ok=True)
+    with pytest.raises(TypeError, match="on_record"):
+        measure(tiny_bridge, sae, LM_SITE, on_record="log.csv")
+
+
 def test_summary_is_a_plain_dict_of_numbers(tiny_bridge, tokens):
     """It can be written as JSON."""
     with measure(tiny_bridge, rough_sae(32), LM_SITE) as live:

@@ -1,9 +1,6 @@
 """Training through hooks: what it learns, what it leaves alone, how it survives."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -202,19 +199,6 @@ def test_a_program_with_handlers_of_its_own_keeps_them(tiny_bridge, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [1]
-
-
-KILLED = Path(__file__).parent / "killed_training.py"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_ten_signals_at_random_moments_change_nothing(tmp_path, number):
-    """Killed or interrupted ten times, resumed each time, it ends with the weights of an uninterrupted training."""
-    command = [sys.executable, str(KILLED), str(tmp_path), str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 signals, same weights" in done.stdout
 
 
 def test_resume_refuses_other_settings(tiny_bridge, tmp_path):

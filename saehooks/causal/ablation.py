@@ -18,6 +18,7 @@ from saehooks.codes import Codes
 from saehooks.evaluation.batches import rows_at_once
 from saehooks.hosts.partial_forward import CachedPrefix
 from saehooks.show.progress import Bar
+from saehooks.training.signals import Interruptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +91,12 @@ class Ablator:
         values = torch.full((len(table), data.total), torch.nan, dtype=torch.float64)
         bar.start("exact ablation", len(data.batches))
         try:
-            for part in data.batches:
-                now, changed = self._batch(data, part, table)
-                clean[part.rows], values[:, part.rows] = now, changed
-                bar.step()
+            with Interruptions() as interruptions:
+                for part in data.batches:
+                    with interruptions.held():
+                        now, changed = self._batch(data, part, table, interruptions)
+                        clean[part.rows], values[:, part.rows] = now, changed
+                    bar.step()
         except KeyboardInterrupt:
             if bool(clean.isnan().all()):
                 raise
@@ -102,7 +105,7 @@ class Ablator:
         return Ablations(clean, values, ~clean.isnan(), self.rows_run, self.resume)
 
     @torch.no_grad()
-    def _batch(self, data: Data, part: Inputs, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch(self, data: Data, part: Inputs, table: Tensor, interruptions: Interruptions) -> tuple[Tensor, Tensor]:
         """(batch,) clean values, and (ablations, batch) edited ones."""
         run = self._clean(part)
         batch = Batch(part.inputs, part.rows, data.total, run.output)
@@ -111,6 +114,7 @@ class Ablator:
         ablations, sequences = self._touched(run, table)
         size = self.batch_size or rows_at_once(tuple(part.inputs.shape[1:]))
         for start in range(0, len(ablations), size):
+            interruptions.check()
             which, rows = ablations[start : start + size], sequences[start : start + size]
             edited = Batch(part.inputs[rows], part.rows[rows], data.total, run.output, rows.to(run.output.device))
             changed[which, rows] = self.metric(self._edited(run, table, which, rows), edited).cpu().double()

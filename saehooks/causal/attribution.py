@@ -15,6 +15,7 @@ from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts.frozen import frozen
 from saehooks.show.progress import Bar
 from saehooks.trace import Forward
+from saehooks.training.signals import Interruptions
 
 
 @dataclass(eq=False)
@@ -61,9 +62,11 @@ def attribute(
     sums = Attribution(zeros, counts, counts.clone(), zeros.clone())
     bar.start("attribution", len(data.batches))
     try:
-        for part in data.batches:
-            _add_batch(sums, place, data, part, metric, run, steps)
-            bar.step()
+        with Interruptions() as interruptions:
+            for part in data.batches:
+                with interruptions.held():
+                    _add_batch(sums, place, data, part, metric, run, steps, interruptions)
+                bar.step()
     except KeyboardInterrupt:
         if not sums.seen:
             raise
@@ -75,13 +78,21 @@ def attribute(
 
 
 def _add_batch(
-    sums: Attribution, place: Place, data: Data, part: Inputs, metric: Metric, run: Run, steps: int | None
+    sums: Attribution,
+    place: Place,
+    data: Data,
+    part: Inputs,
+    metric: Metric,
+    run: Run,
+    steps: int | None,
+    interruptions: Interruptions,
 ) -> None:
     effect = torch.zeros_like(sums.effect)
     clean: Tensor | None = None
     # At the clean point the run is the clean run; a path of several points needs one run more for it.
     points = [1.0] if steps is None else [1.0, *((k + 0.5) / steps for k in range(steps))]
     for point in points:
+        interruptions.check()
         edits = () if point == 1.0 else (_scaled(point),)
         with (
             frozen(place.host.model),

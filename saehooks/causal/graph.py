@@ -22,6 +22,7 @@ from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.sae import SAE
 from saehooks.show.progress import Bar, bar
 from saehooks.trace import Forward
+from saehooks.training.signals import Interruptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,10 +186,12 @@ class _Walk:
         seen = 0
         shown.start("edges", len(self.data.batches))
         try:
-            for part in self.data.batches:
-                edges += self._edges_of(part, targets)
-                seen += len(part.rows)
-                shown.step()
+            with Interruptions() as interruptions:
+                for part in self.data.batches:
+                    with interruptions.held():
+                        edges += self._edges_of(part, targets)
+                        seen += len(part.rows)
+                    shown.step()
         except KeyboardInterrupt:
             if not seen:
                 raise

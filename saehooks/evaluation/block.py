@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, overload
@@ -28,7 +28,7 @@ from saehooks.sae import SparseCoder
 from saehooks.show.progress import panel
 from saehooks.streams import checked_batches
 
-KEYWORDS = ("batches", "at", "head", "where", "prompts", "labels", "tokenizer", "live")
+KEYWORDS = ("batches", "at", "head", "where", "prompts", "labels", "tokenizer", "live", "on_record")
 
 
 @overload
@@ -51,6 +51,7 @@ def measure(
     labels: Any = None,
     tokenizer: Any = None,
     live: bool | None = None,
+    on_record: Callable[[dict[str, float]], None] | None = None,
     **unknown: Any,
 ) -> Any:
     """Measure what an SAE costs a model: ``sh.measure(model, sae, batches)``, or a block around calls of your own.
@@ -78,6 +79,8 @@ def measure(
         labels: with prompts, the labels of all images in the order of the calls; or set ``live.labels`` before a call.
         tokenizer: for prompts given as text; open_clip's own by default.
         live: show a panel that follows the calls; by default only in an interactive terminal.
+        on_record: called after each call with the summary so far and the number of calls as ``"step"``, thus also what
+            `saehooks.training.watching` gives: ``on_record=watching.tensorboard("logs")``.
     Returns:
         The summary of `Measurement.summary`, or a context manager that gives the `Measurement`.
     Raises:
@@ -93,7 +96,10 @@ def measure(
         if at is not None:
             checked_batches(batches)  # a text is no batches
         batches, at = None, batches
-    block = _block(model, sae, at, head, where, prompts, labels, tokenizer, live, own_calls=batches is not None)
+    if on_record is not None and not callable(on_record):
+        raise TypeError(f"on_record is called with each record, got {type(on_record).__name__}")
+    own = batches is not None
+    block = _block(model, sae, at, head, where, prompts, labels, tokenizer, live, on_record, own_calls=own)
     if batches is None:
         return block
     with torch.no_grad(), block as found:
@@ -113,6 +119,7 @@ def _block(
     labels: Any,
     tokenizer: Any,
     live: bool | None,
+    on_record: Callable[[dict[str, float]], None] | None,
     own_calls: bool,
 ) -> Iterator[Measurement]:
     host = host_of(model)
@@ -120,7 +127,7 @@ def _block(
     check([runs.attachment])
     comparison = _comparison(host, runs.site, prompts, labels, tokenizer)
     warn_in_train_mode(host.model, "measuring", stacklevel=5)
-    result = Measurement(comparison, ReconstructionMeter(sae.d_out, sae.d_sae), runs.site.name, runs.note)
+    result = Measurement(comparison, ReconstructionMeter(sae.d_out, sae.d_sae), runs.site.name, runs.note, on_record)
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.enter_context(runs.watching())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Group
@@ -24,7 +25,14 @@ class Measurement:
     Sums are kept, never activations or logits, so memory does not grow with the number of calls.
     """
 
-    def __init__(self, comparison: Comparison, meter: ReconstructionMeter, site: str, note: str = "") -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        meter: ReconstructionMeter,
+        site: str,
+        note: str = "",
+        on_record: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
         self.site = site
         """The site that is measured."""
         self.calls = 0
@@ -35,7 +43,7 @@ class Measurement:
         """One line on what is spliced."""
         self.comparison = comparison
         """What is compared between the three runs."""
-        self._meter, self._stride = meter, 1
+        self._meter, self._stride, self._on_record = meter, 1, on_record
 
     @property
     def labels(self) -> Tensor | None:
@@ -84,6 +92,8 @@ class Measurement:
     def after_call(self) -> None:
         """Record that one more call was measured."""
         self.calls += 1
+        if self._on_record is not None:
+            self._on_record({"step": self.calls, **self.summary()})
         if self.calls % self._stride == 0:
             self.history.append({"calls": self.calls, **self.summary()})
         if len(self.history) > HISTORY:

@@ -33,9 +33,14 @@ class Interruptions:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interruptions:
-        for number, untouched in UNTOUCHED.items():
-            if self.wanted and signal.getsignal(number) == untouched:
-                self._before[number] = signal.signal(number, self._take)
+        try:
+            for number, untouched in UNTOUCHED.items():
+                if self.wanted and signal.getsignal(number) == untouched:
+                    self._before[number] = untouched
+                    signal.signal(number, self._take)
+        except BaseException:  # one that came right now
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

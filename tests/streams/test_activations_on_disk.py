@@ -1,12 +1,6 @@
 """Activations on disk: what is written, what is read back, what survives, and what is refused."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -265,32 +259,3 @@ def test_two_writers_do_not_share_a_folder(tiny_bridge, tmp_path):
 
     assert sh.harvest(tiny_bridge, batches(), SITE, to=tmp_path, shard_bytes=SMALL).rows == 20 * 4 * 12
     assert refused
-
-
-CHILD = """
-import sys, torch, saehooks as sh
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Embedding(50, 16), torch.nn.Linear(16, 16)).eval()
-batches = [torch.randint(0, 50, (16, 33)) for _ in range(200)]
-sh.harvest(model, batches, "0", to=sys.argv[1], shard_bytes=100_000)
-print("whole", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(tmp_path):
-    """Killed ten times and called again each time, a harvest leaves the very files of one that was not killed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CHILD]
-    started = time.perf_counter()
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True)
-    length, draw, kills = time.perf_counter() - started, random.Random(0), 0
-    while kills < 10:
-        child = subprocess.Popen([*command, str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE)
-        time.sleep(draw.uniform(0.5, 1.0) * length)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        kills += 1
-    subprocess.run([*command, str(tmp_path / "cut")], env=environment, check=True)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
