@@ -41,6 +41,10 @@ class StorageError(SaehooksError, OSError):
     """A folder that cannot be written to: read-only, full, or a file."""
 
 
+class RankError(SaehooksError, RuntimeError):
+    """Another process of those that work together failed, or is gone."""
+
+
 class NotFiniteError(SaehooksError, ArithmeticError):
     """NaN or infinity where a finite number is needed."""
 

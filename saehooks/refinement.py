@@ -96,10 +96,10 @@ class Refinement(nn.Module):
         table = dictionary.table
         target = dictionary.target(x, prepared)
         for i, rate in enumerate(self.rates):
-            missed = target - dictionary.project(kernels.spmm(values, support, table, step=step))
-            change = kernels.sddmm(dictionary.project_adjoint(missed), table, support, step=step)
+            missed = target - dictionary.project(dictionary.weighted_sums(values, support, step=step))
+            change = kernels.sddmm(dictionary.shared(dictionary.project_adjoint(missed)), table, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
-            values = values + rate * change
+            values = values + dictionary.shared(rate) * change
             if i == 0 and self.reselect is not None:
                 kept = activation.reselect(values.detach(), support, self.reselect)
                 support, values = support.keep(kept), values[kept]

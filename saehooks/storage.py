@@ -65,8 +65,8 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor] = field(repr=False)
-    """Reads it; the tensor owns its memory."""
+    read: Callable[..., Tensor] = field(repr=False)
+    """Reads it, or with ``read(first, stop)`` some of its rows alone; the tensor owns its memory."""
 
     @property
     def bytes(self) -> int:
@@ -147,34 +147,36 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Returns:
         The checksum of the tensors.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUM: "0" * 64}}
-    start = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise FormatError(f"{name} is {tensor.dtype}, which safetensors files do not hold")
-        stop = start + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
+    header = header_of({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     with _replacing(path) as file:
-        file.write(_header_bytes(header))
+        file.write(header_bytes(header))
         sums = {}
-        for name in order:
-            data = _bytes_of(tensors[name].detach().cpu().contiguous())
-            sums[name] = _block_sums(data)
+        for name in list(header)[1:]:
+            data = bytes_of(tensors[name].detach().cpu().contiguous())
+            sums[name] = block_sums(data)
             file.write(data.numpy().data)
-        header["__metadata__"][CHECKSUM] = _checksum(sums)  # as long as the zeros that it replaces
+        header["__metadata__"][CHECKSUM] = checksum_of(sums)  # as long as the zeros that it replaces
         file.seek(0)
-        file.write(_header_bytes(header))
+        file.write(header_bytes(header))
     return header["__metadata__"][CHECKSUM]
 
 
-def _header_bytes(header: dict) -> bytes:
+def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> dict:
+    """The header of a safetensors file: where each tensor lies, of which dtype and shape, and room for a checksum."""
+    header: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUM: "0" * 64}}
+    start = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        if dtype not in NAMES:
+            raise FormatError(f"{name} is {dtype}, which safetensors files do not hold")
+        stop = start + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    return header
+
+
+def header_bytes(header: dict) -> bytes:
+    """The header as it stands at the beginning of the file."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -201,13 +203,14 @@ def write_folder(folder: str | Path, config: Mapping, tensors: Mapping[str, Tens
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror or error}; give another folder") from error
     if in_order:
-        tensors = dict(_as_in_memory(name, tensor) for name, tensor in tensors.items())
+        tensors = dict(as_in_memory(name, tensor) for name, tensor in tensors.items())
     checksum = write_safetensors(folder / WEIGHTS, tensors, {"cfg": json.dumps(config)})
     signed = {**config, CHECKSUM: checksum}
     write_file(folder / CONFIG, (json.dumps(signed, indent=2) + "\n").encode())
 
 
-def _as_in_memory(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+def as_in_memory(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor in the order in which it lies in memory, and the name it is stored under."""
     turned = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
     return (name + TRANSPOSED, tensor.T) if turned else (name, tensor)
 
@@ -240,8 +243,8 @@ class SafetensorsFile:
         for name, stored in self.tensors.items():
             tensors[name] = stored.read()
             if expected is not None:
-                sums[name] = _block_sums(_bytes_of(tensors[name]))
-        if expected is not None and _checksum(sums) != expected:
+                sums[name] = block_sums(bytes_of(tensors[name]))
+        if expected is not None and checksum_of(sums) != expected:
             raise FormatError(f"{self.path} was altered after it was saved: its checksum is not the one in its header")
         return {
             name.removesuffix(TRANSPOSED): tensor.T if name.endswith(TRANSPOSED) else tensor
@@ -307,12 +310,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
     return DTYPES[dtype], tuple(shape), offsets  # type: ignore[arg-type,return-value]
 
 
-def _reader(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        rest = _bytes_of(tensor).numpy().data
+def _reader(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
+    def read(first: int = 0, stop: int | None = None) -> Tensor:
+        wanted = shape if stop is None else (stop - first, *shape[1:])
+        tensor = torch.empty(wanted, dtype=dtype)
+        rest = bytes_of(tensor).numpy().data
         with path.open("rb", buffering=0) as file:
-            file.seek(start)
+            file.seek(start + first * prod(shape[1:]) * dtype.itemsize)
             while len(rest):
                 got = file.readinto(rest)  # type: ignore[attr-defined]
                 if not got:
@@ -323,12 +327,12 @@ def _reader(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) 
     return read
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor, (bytes,) uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _block_sums(data: Tensor) -> bytes:
+def block_sums(data: Tensor) -> bytes:
     """Sums of 64-bit words, modulo 2^64, of each block of bytes, and the bytes after the last whole block."""
     whole = len(data) // BLOCK * BLOCK
     if whole and data.data_ptr() % 8:
@@ -337,7 +341,7 @@ def _block_sums(data: Tensor) -> bytes:
     return sums.numpy().tobytes() + data[whole:].numpy().tobytes()
 
 
-def _checksum(sums: Mapping[str, bytes]) -> str:
+def checksum_of(sums: Mapping[str, bytes]) -> str:
     total = hashlib.sha256()
     for name in sorted(sums):
         total.update(f"{name}\0{len(sums[name])}\0".encode())

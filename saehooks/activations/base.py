@@ -24,6 +24,8 @@ class Activation(nn.Module):
     takes_padding: ClassVar[bool] = False
     """Whether its values may be asked of codes with padding past the last row: see `saehooks.kernels.Capacity`."""
 
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    """Names of the tensors that hold something for each latent, with the axis along which latents lie."""
     running: ClassVar[tuple[str, ...]] = ()
     """Buffers that hold running means: in bfloat16 a small step would be rounded away, so they stay float32 there."""
 

@@ -50,6 +50,7 @@ class FeatureChoiceActivation(Activation):
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"aux_zipf": 1 / 32})
     tracks_density: ClassVar[bool] = True
     running: ClassVar[tuple[str, ...]] = ("thresholds",)
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"thresholds": 0, "taken": 0})
     thresholds: Tensor
     taken: Tensor
 
@@ -88,12 +89,16 @@ class FeatureChoiceActivation(Activation):
 
     @torch.no_grad()
     def observe(self, scores: Tensor, support: Support) -> None:
-        smallest = scores.new_full((self.d_sae,), torch.inf).scatter_reduce(0, support.indices, scores, "amin")
+        smallest = self.smallest_taken(scores, support)
         took = smallest.isfinite()
         self.taken += took
         rate = (1 / widened(self.taken.clamp(min=1))).clamp(min=RATE).to(self.thresholds)
         moved = self.thresholds + rate * (smallest.to(self.thresholds) - self.thresholds)
         self.thresholds.copy_(torch.where(took, moved, self.thresholds))
+
+    def smallest_taken(self, scores: Tensor, support: Support) -> Tensor:
+        """(d_sae,) the smallest score that each latent took of a batch, infinite if none."""
+        return scores.new_full((self.d_sae,), torch.inf).scatter_reduce(0, support.indices, scores, "amin")
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, k={self.k}, budgets={self.budgets!r}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +26,8 @@ class LatentDensity(nn.Module):
             is off by default, and in eval mode it stays as training left it.
     """
 
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"fired": 0})
+    """Names of the tensors that hold something for each latent, with the axis along which latents lie."""
     fired: Tensor
     rows: Tensor
 

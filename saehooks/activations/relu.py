@@ -15,6 +15,9 @@ from saehooks.activations.base import Activation
 from saehooks.errors import ConfigError
 from saehooks.kernels import Support, Threshold
 
+START_ROWS = 1024
+"""Rows by which ``start_l0`` sets thresholds."""
+
 
 class ReLUActivation(Activation):
     """Select every positive score. Source: Bricken et al. 2023, Towards Monosemanticity."""
@@ -36,6 +39,7 @@ class GatedActivation(Activation):
 
     name: ClassVar[str] = "gated"
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"l1": 0.02, "gate": 1.0})
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"b_gate": 0, "b_mag": 0, "r_mag": 0})
 
     def __init__(self, d_sae: int) -> None:
         super().__init__(d_sae)
@@ -73,6 +77,7 @@ class JumpReLUActivation(Activation):
 
     name: ClassVar[str] = "jumprelu"
     default_loss: ClassVar[Mapping[str, Any]] = MappingProxyType({"l0": 0.001})
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"log_theta": 0, "given_theta": 0})
     unit: Tensor
     given_theta: Tensor
 
@@ -126,16 +131,38 @@ class JumpReLUActivation(Activation):
     def initialise(self, queries: Tensor, scores: Callable[[], Iterable[Tensor]]) -> None:
         if not queries.shape[0]:
             return
-        self.unit.copy_(queries.square().sum(1).mean().sqrt())
+        self.unit.copy_(self.mean_square(queries).sqrt())
         start = self.threshold * self.unit
         if self.start_l0 is not None:
-            rate = 1 - self.start_l0 / self.d_sae
-            chunk = next(iter(scores()))[:1024].flatten()
-            kth = max(1, min(chunk.numel(), round(rate * chunk.numel())))
-            start = chunk.kthvalue(kth).values.clamp(min=float(start))
+            rows = min(len(queries), START_ROWS)
+            count = max(1, min(rows * self.d_sae, round(rows * self.start_l0) + 1))
+            start = self.largest(scores(), rows, count)[-1].clamp(min=float(start))
         self.log_theta.fill_(float(start.log()))
         if self.given:
             self.given_theta.fill_(1.0)
+
+    def mean_square(self, queries: Tensor) -> Tensor:
+        """Mean of the squared norms of the queries (rows, d)."""
+        return queries.square().sum(1).mean()
+
+    def largest(self, scores: Iterable[Tensor], rows: int, count: int) -> Tensor:
+        """(count,) the largest scores of the first rows, descending.
+
+        Args:
+            scores: dense, in chunks (chunk, d_sae) of which each overwrites the last.
+            rows: how many of them are looked at.
+            count: at most rows * d_sae.
+        """
+        best: Tensor | None = None
+        for chunk in scores:
+            found = chunk[:rows].flatten()
+            found = found.clone() if best is None else torch.cat([best, found])
+            best, rows = found.topk(min(count, len(found))).values, rows - len(chunk)
+            if rows <= 0:
+                break
+        if best is None:
+            raise ConfigError("start_l0 needs activations to start the thresholds from; there were none")
+        return best
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, threshold={self.threshold}, bandwidth={self.bandwidth}"

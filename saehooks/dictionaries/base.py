@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ class Dictionary(nn.Module):
     d_sae: int
     scales_offset: bool = False
     """Whether `offset` is in the units of the queries, so that a row's scale multiplies it too."""
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    """Names of the tensors that hold something for each latent, with the axis along which latents lie."""
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
@@ -161,7 +164,8 @@ class Dictionary(nn.Module):
 
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         """(nnz,) scores of the selected latents, differentiable."""
-        return kernels.sddmm(prepared.queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
+        queries = self.shared(prepared.queries)
+        return kernels.sddmm(queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
 
     def decode(self, codes: Codes, with_offset: bool = True, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d_out) reconstruction of codes, flattened; without the offset it is linear in the values."""
@@ -180,10 +184,17 @@ class Dictionary(nn.Module):
         """A sum over latents; where processes share a dictionary, each gives the sum over its own latents."""
         return latents
 
+    def shared(self, tensor: Tensor) -> Tensor:
+        """A tensor that all latents read: processes that share a dictionary add up what their latents say of it."""
+        return tensor
+
     def sums(self, codes: Codes, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d) sums of the table's rows, weighed by codes."""
-        support = codes.support or Support(codes.indices, codes.offsets)
-        return kernels.spmm(codes.values, support, self.table, step=step)
+        return self.weighted_sums(codes.values, codes.support or Support(codes.indices, codes.offsets), step=step)
+
+    def weighted_sums(self, values: Tensor, support: Support, *, step: Step = DEFAULT) -> Tensor:
+        """(rows, d) sums of the table's rows, weighed by values (nnz,)."""
+        return kernels.spmm(values, support, self.table, step=step)
 
     def forward(self, codes: Codes) -> Tensor:
         """Decode to (rows, d_out), as a module call, so that `torch.func.functional_call` can swap the parameters."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -27,6 +29,7 @@ class ConceptDictionary(Dictionary):
     """
 
     name: ClassVar[str] = "concepts"
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"C": 0})
 
     def __init__(
         self,
@@ -64,6 +67,9 @@ class ConceptDictionary(Dictionary):
 
     def project_adjoint(self, errors: Tensor) -> Tensor:
         return errors @ self.W_v.T
+
+    def direction_norms(self) -> Tensor:
+        return (self.C @ self.shared(self.W_v)).norm(dim=1)
 
     @property
     def offset(self) -> Tensor | None:

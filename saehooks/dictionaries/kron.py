@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -37,6 +38,7 @@ class KronDictionary(RowDecoder):
     """
 
     name: ClassVar[str] = "kron"
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"P": 0, "Q": 0, "W_dec": 0})
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class KronDictionary(RowDecoder):
 
     def prepare(self, x: Tensor) -> Prepared:
         """The factors, (rows, heads * m + heads * n), already rectified; float32 where products would leave float16."""
-        x = x - self.b_dec if self.subtract_b_dec else x
+        x = self.shared(x - self.b_dec if self.subtract_b_dec else x)
         keys = torch.cat([self.P, self.Q])
         if keys.dtype.itemsize == 2:
             x, keys = x.float(), keys.float()

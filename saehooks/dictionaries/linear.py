@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -35,6 +37,7 @@ class LinearDictionary(RowDecoder):
     """
 
     name: ClassVar[str] = "linear"
+    by_latent: ClassVar[Mapping[str, int]] = MappingProxyType({"W_enc": 1, "b_enc": 0, "W_dec": 0})
     unit: Tensor
 
     def __init__(

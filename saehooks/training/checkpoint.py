@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from saehooks.errors import ConfigError, FormatError, NotFiniteError, StorageError
-from saehooks.storage import read_safetensors, write_file
+from saehooks.ranks import axes_of, read_part, write_together
+from saehooks.storage import open_safetensors
 from saehooks.streams import Fingerprint, Mark
 from saehooks.training.trainer import Trainer
 
@@ -33,14 +34,12 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
     ranks = trainer.ranks
     broken = [name for name, p in trainer.sae.named_parameters() if not torch.isfinite(p).all()]
     if ranks.any(torch.tensor(float(len(broken)), dtype=torch.float32, device=trainer.sae.device)):
-        raise NotFiniteError(f"not saved: {', '.join(broken)} hold NaN or infinity")
-    tensors: dict[str, Tensor] = {f"sae.{name}": ranks.whole(name, t) for name, t in trainer.sae.state_dict().items()}
-    names = [name for name, _ in trainer.sae.named_parameters()]
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"adam.{index}.{name}"] = ranks.whole(names[index], value) if value.dim() else value
+        raise NotFiniteError(f"not saved: {', '.join(broken) or 'parameters of another rank'} hold NaN or infinity")
+    tensors: dict[str, Tensor] = {f"sae.{name}": t for name, t in trainer.sae.state_dict().items()}
+    for index, kept in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in kept.items()}
     tensors |= {f"buffer.{name}": value for name, value in trainer.buffer.state().items()}
-    tensors["idle"] = ranks.whole("idle", trainer.idle)
+    tensors["idle"] = trainer.idle
     facts = {
         "sae": _whole_config(trainer),
         "config": _settings(trainer),
@@ -49,12 +48,24 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> Path:
         "history": trainer.history,
         "seconds": trainer.seconds,
     }
-    if not ranks.leads:
-        return folder / CHECKPOINT
-    folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(folder / CHECKPOINT, to_bytes(ready, metadata={"cfg": json.dumps(facts)}))
+    axes = _axes(trainer)
+    own = {name: axis for name in tensors if (axis := axes(name)) is not None and tensors[name].dim()}
+    write_together(folder / CHECKPOINT, tensors, own, {"cfg": json.dumps(facts)}, ranks, signed=False)
     return folder / CHECKPOINT
+
+
+def _axes(trainer: Trainer) -> Callable[[str], int | None]:
+    """Along which axis latents lie in a tensor of a checkpoint, by its name."""
+    of, names = axes_of(trainer.sae), [name for name, _ in trainer.sae.named_parameters()]
+
+    def axis(name: str) -> int | None:
+        kind, _, rest = name.partition(".")
+        if kind == "adam":
+            index, _, key = rest.partition(".")
+            return None if key == "step" else of.get(names[int(index)])
+        return of.get(rest if kind == "sae" else name)
+
+    return axis
 
 
 def check_writable(folder: Path) -> None:
@@ -79,7 +90,7 @@ def refuse_unfinished(folder: str | Path) -> None:
     """
     path = Path(folder) / CHECKPOINT
     try:
-        facts = read_safetensors(path)[1] if path.exists() else None
+        facts = open_safetensors(path).config if path.exists() else None
     except FormatError:  # nothing could go on from it
         return
     counters = (facts or {}).get("counters")
@@ -99,25 +110,25 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     path = Path(folder) / CHECKPOINT
     if not path.exists():
         return False
-    tensors, facts = read_safetensors(path)
+    opened = open_safetensors(path)
+    facts = opened.config
     if facts is None or not {"counters", "data"} <= set(facts):
         raise FormatError(f"{path} is not a checkpoint of a training")
     _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(_whole_config(trainer))), ("metadata",))
     _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
-    ranks = trainer.ranks
-    trainer.sae.load_state_dict({name: ranks.part(name, t) for name, t in _part(tensors, "sae.").items()})
+    tensors = read_part(opened, _axes(trainer), trainer.ranks)
+    trainer.sae.load_state_dict(_part(tensors, "sae."))
     state: dict[int, dict[str, Tensor]] = {}
-    names, parameters = zip(*trainer.sae.named_parameters(), strict=True)
+    parameters = list(trainer.sae.parameters())
     for name, value in _part(tensors, "adam.").items():
         index, key = name.split(".", 1)
         like = parameters[int(index)]
-        value = ranks.part(names[int(index)], value) if value.dim() else value
         if value.shape == like.shape:  # the fused update reads memory in order: the layout must be the parameter's
             value = torch.empty_like(like).copy_(value)
         state.setdefault(int(index), {})[key] = value
     trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
     trainer.buffer.restore(_part(tensors, "buffer."))
-    trainer.idle.copy_(ranks.part("idle", tensors["idle"]))
+    trainer.idle.copy_(tensors["idle"])
     for name, value in facts["counters"].items():
         setattr(trainer, name, value)
     trainer.expected_steps = trainer.config.steps or trainer.expected_steps

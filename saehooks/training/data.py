@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from saehooks.errors import ConfigError, WidthError
 from saehooks.hosts import Host, Site
-from saehooks.streams import Mark, harvest_sites, identity_of, position_of, unseen
-from saehooks.training.ranks import Alone, iterate_together
+from saehooks.ranks import Alone
+from saehooks.streams import Fingerprint, Mark, harvest_sites, identity_of, position_of, unseen
 
 ROWS = 8192
 """Rows of a tensor of activations that are taken in at once."""
@@ -81,12 +82,22 @@ class ModelData:
 
     def _parts_of_all(self, marks: Iterable[Mark]) -> Iterator[Part]:
         """Each rank runs one batch of a group and sends its rows to the others."""
-        ((key, wanted),) = self._sites.items()
-        for group in iterate_together(self._ranks, unseen(self._batches, marks)):
-            rows = None
-            if self._ranks.rank < len(group):
-                (rows,) = next(harvest_sites(self._source, [group[self._ranks.rank][1]], [wanted]))
-            for (number, batch), found in zip(group, self._ranks.exchange(rows), strict=False):
+        ((key, wanted),), ranks = self._sites.items(), self._ranks
+        groups = _groups(ranks.size, unseen(self._batches, marks))
+
+        def read() -> tuple[list[tuple[int, Any]], Tensor | None]:
+            group = next(groups, [])
+            if ranks.rank >= len(group):
+                return group, None
+            (rows,) = next(harvest_sites(self._source, [group[ranks.rank][1]], [wanted]))
+            return group, rows
+
+        while True:
+            group, rows = ranks.agree(read)
+            _check_same_data(ranks, [batch for _, batch in group])
+            if not group:
+                return
+            for (number, batch), found in zip(group, ranks.exchange(rows), strict=False):
                 if found is not None:
                     yield Part(number, batch, {key: found}, position_of(self._batches, number))
 
@@ -109,8 +120,8 @@ class ModelData:
 class OwnData:
     """Activations of one's own: a tensor (n, d_in), or an iterable of such tensors that can be iterated again."""
 
-    def __init__(self, activations: Tensor | Iterable[Tensor], d_in: int) -> None:
-        self._activations, self._d_in = activations, d_in
+    def __init__(self, activations: Tensor | Iterable[Tensor], d_in: int, ranks: Alone | None = None) -> None:
+        self._activations, self._d_in, self._ranks = activations, d_in, ranks or Alone()
         if isinstance(activations, Tensor):
             self._check(activations)
             self._activations = activations.split(ROWS)
@@ -126,6 +137,18 @@ class OwnData:
         return identity_of(self._activations)
 
     def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
+        parts, ranks = self._parts(marks), self._ranks
+        if ranks.size == 1:
+            yield from parts
+            return
+        while True:
+            part = ranks.agree(lambda: next(parts, None))
+            _check_same_data(ranks, [] if part is None else [part.batch])
+            if part is None:
+                return
+            yield part
+
+    def _parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
         for count, rows in unseen(self._activations, marks):
             self._check(rows)
             yield Part(count, rows, {None: rows})
@@ -143,6 +166,24 @@ def is_activations(given: Any) -> bool:
     if isinstance(given, (list, tuple)):
         return bool(given) and all(isinstance(one, Tensor) for one in given)
     return isinstance(given, Tensor) or getattr(given, "holds_activations", False)
+
+
+def _check_same_data(ranks: Alone, batches: list[Any]) -> None:
+    """Every rank reads the same batches.
+
+    Raises:
+        ConfigError: on every rank: some have others, or more of them.
+    """
+    content = Fingerprint()
+    for batch in batches:
+        content.add(batch)
+    ranks.check_agreement({"batches": len(batches), "content of the batches": content.value})
+
+
+def _groups(size: int, batches: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Batches by so many; the last group may be smaller."""
+    while group := list(islice(batches, size)):
+        yield group
 
 
 def _length(batches: Any) -> int:

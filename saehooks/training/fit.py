@@ -16,6 +16,7 @@ from saehooks.attachments.request import refuse_unknown
 from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts import Site, host
+from saehooks.ranks import Alone, Ranks, shard
 from saehooks.sae import SAE
 from saehooks.sparse_coder import SparseCoder
 from saehooks.streams import Tap, checked_batches, harvest_sites
@@ -23,7 +24,6 @@ from saehooks.training.data import Data, ModelData, OwnData, is_activations
 from saehooks.training.divergence import DivergenceTraining
 from saehooks.training.job import Job, check_trained
 from saehooks.training.loop import run_jobs
-from saehooks.training.ranks import Ranks
 from saehooks.training.trainer import TrainConfig, Trainer
 from saehooks.where import where_of
 
@@ -172,28 +172,42 @@ def fit(
     ranks = Ranks.joined(latent_ranks)
     if ranks.size > 1 and len(saes) > 1:
         raise ConfigError("several SAEs at once are trained by one process: leave out torchrun, or give one SAE")
-    targets = {name: _target(model, one, at, head, where) for name, one in saes.items()}
+    targets = ranks.agree(lambda: {name: _target(model, one, at, head, where) for name, one in saes.items()})
     jobs = {}
     for name, one in saes.items():
         own = _config(config, settings, name)
-        ranks.check_agreement(one, {"config": asdict(own), "out": str(out), "resume": resume})
-        trainer = Trainer(ranks.shard(one), own, _named(on_record, name), ranks)
+        _begin_together(ranks, one, {"config": asdict(own), "out": str(out), "resume": resume})
+        trainer = Trainer(shard(one, ranks), own, _named(on_record, name), ranks)
         jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume, one)
-    if is_activations(model):
-        if batches is not None:
-            raise ConfigError("fit(activations, sae) trains on them alone: leave out batches=")
-        data: Data = OwnData(model, min(one.d_in for one in saes.values()))
-    else:
-        if batches is None:
-            raise ConfigError("fit(model, sae, batches) needs batches, the inputs of the model")
-        data = ModelData(host(model), checked_batches(batches), _sites(targets.values()), ranks)
+    data = ranks.agree(lambda: _data(model, batches, min(one.d_in for one in saes.values()), targets.values(), ranks))
     if eval_batches is not None:
-        held_out = _held_out(model, eval_batches, targets.values())
+        held_out = ranks.agree(lambda: _held_out(model, eval_batches, targets.values()))
         for job in jobs.values():
             job.held_out = held_out[job.key]
     run_jobs(jobs, data, progress, {name: targets[name].remember for name in jobs})
     trainers = {name: job.trainer for name, job in jobs.items()}
     return trainers[""] if isinstance(sae, SparseCoder) else trainers
+
+
+def _data(model: Any, batches: Any, d_in: int, targets: Iterable[Target], ranks: Alone) -> Data:
+    """What is read: activations as they are, or batches of a model's inputs."""
+    if is_activations(model):
+        if batches is not None:
+            raise ConfigError("fit(activations, sae) trains on them alone: leave out batches=")
+        return OwnData(model, d_in, ranks)
+    if batches is None:
+        raise ConfigError("fit(model, sae, batches) needs batches, the inputs of the model")
+    return ModelData(host(model), checked_batches(batches), _sites(targets), ranks)
+
+
+def _begin_together(ranks: Alone, sae: SAE, facts: dict[str, Any]) -> None:
+    """Every rank is asked for the same training, and begins with the weights of the first."""
+    ranks.check_agreement({"sae": sae.cfg.to_dict(), "finished": sae.finished, **facts})
+    if ranks.size > 1:
+        was_finished = sae.finished
+        ranks.broadcast(sae.state_dict())
+        if not was_finished:
+            sae.begin_with_these_weights()
 
 
 def _named(on_record: Callable[[dict[str, Any]], None] | None, name: str) -> Callable[[dict[str, Any]], None] | None:

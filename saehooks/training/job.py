@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from saehooks.errors import ConfigError, NotFiniteError, StorageError
+from saehooks.ranks import axes_of, whole
 from saehooks.sae import SAE
 from saehooks.training.checkpoint import check_writable, load_checkpoint, refuse_unfinished, save_checkpoint
 from saehooks.training.data import Part
@@ -44,13 +45,16 @@ class Job:
         self.sae = trainer.sae if sae is None else sae
         self.held_out: Tensor | None = None
         if folder is not None:
-            check_writable(folder)
-            if resume:
-                load_checkpoint(trainer, folder)
-            else:
-                refuse_unfinished(folder)
+            trainer.ranks.agree(lambda: self._open(folder, resume))
         self._began = self._saved = trainer.steps
         self._evaluated = max((record["step"] for record in trainer.history if "eval_nmse" in record), default=0)
+
+    def _open(self, folder: Path, resume: bool) -> None:
+        check_writable(folder)
+        if resume:
+            load_checkpoint(self.trainer, folder)
+        else:
+            refuse_unfinished(folder)
 
     @property
     def advanced(self) -> bool:
@@ -109,12 +113,14 @@ class Job:
         if self.held_out is not None:
             part.cfg.metadata["metrics"] = {"held_out": self.trainer.evaluate(self.held_out)}
         if self.sae is not part:
-            self.sae.load_state_dict({name: ranks.whole(name, t) for name, t in part.state_dict().items()})
+            axes = axes_of(part)
+            found = {name: whole(t, axes.get(name), ranks) for name, t in part.state_dict().items()}
+            self.sae.load_state_dict(found)
             self.sae.cfg.metadata = part.cfg.metadata
         if self.folder is not None:
-            if ranks.leads:
-                with self._writing():
-                    self.sae.save(self.folder)
+            folder = self.folder
+            with self._writing():
+                ranks.agree(lambda: self.sae.save(folder) if ranks.leads else None)
             self.save()
 
     @contextmanager

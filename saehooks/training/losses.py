@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from saehooks.activations.zipf import fit_zipf, ranks
+from saehooks.activations.zipf import fit_zipf
+from saehooks.activations.zipf import ranks as density_ranks
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, TopK
+from saehooks.ranks import Alone, mean_of_all
 from saehooks.sae import SAE, Encoded
 
 RECONSTRUCTION = ("relative", "mse", "per_norm")
 TINY = 1e-12
+ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def training_loss(
     idle: Tensor | None = None,
     step: int | None = None,
     kernel_step: Step = DEFAULT,
+    ranks: Alone = ALONE,
 ) -> TrainingLoss:
     """Encode, decode and score one batch.
 
@@ -117,12 +121,14 @@ def training_loss(
         idle: (d_sae,) int64, rows seen since each latent last fired, for terms about dead latents.
         step: steps made before, for coefficients that rise; None for full coefficients.
         kernel_step: what the kernels know beside the tensors.
+        ranks: the processes of which this one has some rows or latents. The mean over ranks of the gradients is then
+            that of the loss of all rows.
     Raises:
         ConfigError: a term that this SAE cannot have.
     """
     stages = sae.encode_stages(x, step=kernel_step)
     recons = sae.decode(stages.candidates, step=kernel_step)
-    return loss_of(sae, x, stages, recons, config, idle=idle, step=step, kernel_step=kernel_step)
+    return loss_of(sae, x, stages, recons, config, idle=idle, step=step, kernel_step=kernel_step, ranks=ranks)
 
 
 def loss_of(
@@ -135,44 +141,49 @@ def loss_of(
     idle: Tensor | None = None,
     step: int | None = None,
     kernel_step: Step = DEFAULT,
+    ranks: Alone = ALONE,
 ) -> TrainingLoss:
     """Score a batch that is already encoded and decoded.
 
     Args:
         stages: of ``x``.
         recons: (rows, d_in) decoded from ``stages.candidates``.
-        sae, x, config, idle, step, kernel_step: as in `training_loss`, which raises the same.
+        sae, x, config, idle, step, kernel_step, ranks: as in `training_loss`, which raises the same.
     """
     center = sae.dictionary.offset
-    terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center)}
+    terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center, ranks)}
     risen = 1.0 if step is None or not config.penalty_warmup else min(1.0, (step + 1) / config.penalty_warmup)
     if config.l1:
         terms["l1"] = config.l1 * risen * l1(sae, x, stages)
     if config.l0:
-        terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target)
+        terms["l0"] = config.l0 * risen * l0(sae, stages, config.l0_target, ranks)
     if config.gate:
-        terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction)
+        terms["gate"] = config.gate * gate(sae, x, stages, config.reconstruction, ranks)
     if config.first_pass:
         if stages.first_pass is None:
             raise ConfigError(
                 "first_pass= is a loss of codes before refinement: write refine=1 or more, or leave it out"
             )
         unrefined = sae.decode(stages.first_pass, step=kernel_step)
-        terms["first_pass"] = config.first_pass * reconstruction(x, unrefined, config.reconstruction, center)
+        missed = reconstruction(x, unrefined, config.reconstruction, center, ranks)
+        terms["first_pass"] = config.first_pass * missed
     if config.prefix:
-        terms["prefix"] = config.prefix * prefixes(sae, x, stages, config, kernel_step)
+        terms["prefix"] = config.prefix * prefixes(sae, x, stages, config, kernel_step, ranks)
     for name, coefficient in (("aux_k", config.aux_k), ("aux_zipf", config.aux_zipf)):
         if not coefficient:
             continue
-        helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config)
+        helpers = dead(idle, config) if name == "aux_k" else under_used(sae, config, ranks)
         if helpers is not None and sae.dictionary.total(helpers.numel()):
             error, weights = (x - recons).detach(), row_weights(x, config.reconstruction, center)
-            terms[name] = coefficient * auxiliary(sae, stages, error, helpers, config.k_aux, weights, kernel_step)
+            found = auxiliary(sae, stages, error, helpers, config.k_aux, weights, kernel_step, ranks)
+            terms[name] = coefficient * found
     total = torch.stack(list(terms.values())).sum()
     return TrainingLoss(total, {name: term.detach() for name, term in terms.items()}, recons.detach(), stages)
 
 
-def reconstruction(x: Tensor, recons: Tensor, kind: str = "relative", center: Tensor | None = None) -> Tensor:
+def reconstruction(
+    x: Tensor, recons: Tensor, kind: str = "relative", center: Tensor | None = None, ranks: Alone = ALONE
+) -> Tensor:
     """Scalar reconstruction loss of rows (rows, d_in).
 
     Args:
@@ -181,6 +192,7 @@ def reconstruction(x: Tensor, recons: Tensor, kind: str = "relative", center: Te
             ``"mse"``: summed squared error over summed squared norm of the batch;
             ``"per_norm"``: ``10 * mean((recons - x)^2 / |x|)``, as in the authors' code of the Sparsemax SAE.
         center: (d_in,) subtracted from x before the norms of ``"relative"`` and ``"mse"`` are taken.
+        ranks: of which the mean is the loss.
     """
     error = (recons - x).square()
     if kind == "per_norm":
@@ -189,7 +201,7 @@ def reconstruction(x: Tensor, recons: Tensor, kind: str = "relative", center: Te
     if kind == "relative":
         return (error.sum(1) / energy.clamp(min=TINY)).mean()
     if kind == "mse":
-        return error.sum() / energy.sum().clamp(min=TINY)
+        return error.sum() / ranks.mean_over_rows(energy.sum()).clamp(min=TINY)
     raise ConfigError(f"loss {kind!r}: choose one of {', '.join(RECONSTRUCTION)}")
 
 
@@ -214,12 +226,12 @@ def l1(sae: SAE, x: Tensor, stages: Encoded) -> Tensor:
     sizes = sizes * sae.dictionary.direction_norms()[codes.indices]
     rows = codes.rows.clamp(max=x.shape[0] - 1)  # padding past the last row has size 0
     if codes.scale is not None:
-        sizes = sizes * codes.scale[rows]
+        sizes = sizes * sae.dictionary.shared(codes.scale)[rows]
     relative = sizes / _norms(x, sae.dictionary.offset).clamp(min=TINY)[rows]
     return relative.sum() / max(1, x.shape[0])
 
 
-def l0(sae: SAE, stages: Encoded, target: float | None = None) -> Tensor:
+def l0(sae: SAE, stages: Encoded, target: float | None = None, ranks: Alone = ALONE) -> Tensor:
     """Scalar: mean number of active latents, or ``(L0 / target - 1)^2``, with a gradient for the thresholds.
 
     Raises:
@@ -229,27 +241,34 @@ def l0(sae: SAE, stages: Encoded, target: float | None = None) -> Tensor:
     if count is None:
         raise ConfigError(f"the l0 penalty needs thresholds that learn (jumprelu), not {sae.activation.name!r}")
     mean = count.sum() / max(1, stages.support.offsets.numel() - 1)
-    return mean if target is None else (mean / target - 1).square()
+    return mean if target is None else (mean_of_all(mean, ranks) / target - 1).square()
 
 
-def prefixes(sae: SAE, x: Tensor, stages: Encoded, config: LossConfig, kernel_step: Step = DEFAULT) -> Tensor:
+def prefixes(
+    sae: SAE,
+    x: Tensor,
+    stages: Encoded,
+    config: LossConfig,
+    kernel_step: Step = DEFAULT,
+    ranks: Alone = ALONE,
+) -> Tensor:
     """Scalar: the mean of the reconstruction losses by the first ``m`` latents alone, over the sizes m.
 
     Raises:
         ConfigError: a size that is not below d_sae.
     """
-    if config.prefixes[-1] >= sae.d_sae:
-        raise ConfigError(f"prefixes={config.prefixes}: each must be below d_sae={sae.d_sae}")
-    codes = stages.candidates
+    if config.prefixes[-1] >= sae.d_sae * ranks.latents:
+        raise ConfigError(f"prefixes={config.prefixes}: each must be below d_sae={sae.d_sae * ranks.latents}")
+    codes, before = stages.candidates, sae.d_sae * ranks.latent_rank
     losses = []
     for size in config.prefixes:
-        first = codes.with_values(codes.values.masked_fill(codes.indices >= size, 0.0))
+        first = codes.with_values(codes.values.masked_fill(codes.indices + before >= size, 0.0))
         recons = sae.decode(first, step=kernel_step)
-        losses.append(reconstruction(x, recons, config.reconstruction, sae.dictionary.offset))
+        losses.append(reconstruction(x, recons, config.reconstruction, sae.dictionary.offset, ranks))
     return torch.stack(losses).mean()
 
 
-def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str) -> Tensor:
+def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str, ranks: Alone = ALONE) -> Tensor:
     """Scalar: reconstruction loss of what opens the gates, relu(pi), through the detached decoder.
 
     Source: Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 8.
@@ -257,7 +276,7 @@ def gate(sae: SAE, x: Tensor, stages: Encoded, kind: str) -> Tensor:
     opening = sae.activation.penalised(stages.scores, stages.support, stages.candidates.values)
     frozen = {name: parameter.detach() for name, parameter in sae.dictionary.named_parameters()}
     recons = functional_call(sae.dictionary, frozen, (stages.candidates.with_values(opening),))
-    return reconstruction(x, recons, kind, sae.dictionary.offset)
+    return reconstruction(x, recons, kind, sae.dictionary.offset, ranks)
 
 
 def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
@@ -265,7 +284,7 @@ def dead(idle: Tensor | None, config: LossConfig) -> Tensor | None:
     return None if idle is None else (idle >= config.dead_after).nonzero()[:, 0]
 
 
-def under_used(sae: SAE, config: LossConfig) -> Tensor:
+def under_used(sae: SAE, config: LossConfig, ranks: Alone = ALONE) -> Tensor:
     """(n,) int64 latents far below the density that the Zipf curve expects at their rank.
 
     The curve is fitted to the densities of the first half of the ranks. A latent counts once the curve expects it
@@ -278,9 +297,10 @@ def under_used(sae: SAE, config: LossConfig) -> Tensor:
     density = sae.density.mean
     if density is None:
         raise ConfigError("aux_zipf needs running densities: make the SAE with track_density=True")
-    rank = ranks(density)
-    expected = fit_zipf(density, head=0.5).at(rank)
-    return ((density < config.zipf_share * expected) & (expected * sae.density.rows >= 5)).nonzero()[:, 0]
+    density = ranks.all_latents(density)
+    expected = fit_zipf(density, head=0.5).at(density_ranks(density))
+    few = (density < config.zipf_share * expected) & (expected * sae.density.rows >= 5)
+    return ranks.own_latents(few).nonzero()[:, 0]
 
 
 def auxiliary(
@@ -291,6 +311,7 @@ def auxiliary(
     k: int | None = None,
     weights: Tensor | None = None,
     kernel_step: Step = DEFAULT,
+    ranks: Alone = ALONE,
 ) -> Tensor:
     """Scalar: how badly each row's k best of some latents reconstruct the error, 1 if not at all.
 
@@ -305,6 +326,7 @@ def auxiliary(
         k: latents of a row; None for half of d_in.
         weights: (rows,) of the rows' squared errors; None for equal ones.
         kernel_step: what the kernels know beside the tensors.
+        ranks: of which the mean is the loss.
     """
     k = min(k or max(1, sae.d_in // 2), sae.dictionary.total(latents.numel()))
     prepared = stages.prepared
@@ -319,4 +341,4 @@ def auxiliary(
     missing = error.square().sum(1)
     if weights is not None:
         missed, missing = missed * weights, missing * weights
-    return missed.sum() / missing.sum().clamp(min=TINY)
+    return missed.sum() / ranks.mean_over_rows(missing.sum()).clamp(min=TINY)

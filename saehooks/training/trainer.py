@@ -15,11 +15,11 @@ from saehooks.errors import ConfigError, NotFiniteError
 from saehooks.kernels import Forecast, Step, backend_for
 from saehooks.metrics import ReconstructionMeter, nmse
 from saehooks.precision import widened
+from saehooks.ranks import Alone, all_codes
 from saehooks.sae import SAE, autocast_off
 from saehooks.streams import Fingerprint, Mark, ShuffleBuffer
 from saehooks.training.losses import LossConfig, TrainingLoss, default_loss, training_loss
 from saehooks.training.optimiser import TableAdam
-from saehooks.training.ranks import Alone
 
 SUMS = ("l1", "l0")
 """Terms of the loss that add up over latents."""
@@ -238,7 +238,7 @@ class Trainer:
 
     def _loss_of(self, x: Tensor) -> Callable[[Step], TrainingLoss]:
         return lambda kernel_step: training_loss(
-            self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step
+            self.sae, x, self.loss_config, idle=self.idle, step=self.steps, kernel_step=kernel_step, ranks=self.ranks
         )
 
     @property
@@ -285,7 +285,6 @@ class Trainer:
         self.optimizer.found_inf = failed  # type: ignore[attr-defined]
         for buffer, before in statistics:  # a step that changes no parameter has not been seen by a running mean either
             buffer.copy_(torch.where(failed > 0, before, buffer))
-        self.ranks.merge_statistics(statistics)
         if ahead is None:
             self.check_finite()
         between = time.perf_counter()
@@ -370,8 +369,9 @@ class Trainer:
 
     def _losses(self, loss: TrainingLoss) -> dict[str, float]:
         """The loss and its terms: penalties are sums over latents, the others the same on ranks that share rows."""
+        sums = SUMS if self.loss_config.l0_target is None else ("l1",)
         terms = {
-            f"loss_{name}": (self.ranks.sum_latents if name in SUMS else self.ranks.mean_rows)(float(term))
+            f"loss_{name}": (self.ranks.sum_latents if name in sums else self.ranks.mean_rows)(float(term))
             for name, term in loss.terms.items()
         }
         return {"loss": sum(terms.values()) if self.ranks.size > 1 else float(loss.total), **terms}
@@ -384,7 +384,7 @@ class Trainer:
         for part in rows.split(chunk):
             part = part.to(sae.device, sae.dtype)
             recons, codes = sae(part)
-            meter.update(part, recons, self.ranks.all_codes(codes))
+            meter.update(part, recons, all_codes(codes, self.ranks))
         found = meter.summary()
         record = {f"eval_{name}": value for name, value in found.items()}
         if self.history and self.history[-1]["step"] == self.steps:

@@ -1,5 +1,6 @@
 """Run by test_ranks.py, alone or under torchrun: trains small SAEs and keeps what became of them."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,17 +12,48 @@ import saehooks as sh
 from saehooks.training.losses import LossConfig
 
 torch.set_num_threads(1)
-AUX = LossConfig(aux_k=1 / 32, dead_after=150)
+AUX = LossConfig(aux_k=1 / 32, dead_after=60)
+NONE = LossConfig()
 CELLS = {
     "sparsemax": ("concepts", "sparsemax", {}, {}),
     "linear sparsemax": ("linear", "sparsemax", {"normalize": True}, {}),
+    "kron sparsemax": ("kron", "sparsemax", {}, {}),
+    "sparsemax weights": ("concepts", "sparsemax", {"values": "weight"}, {}),
+    "refined sparsemax": ("concepts", "sparsemax", {"refine": 1}, {}),
     "entmax": ("concepts", "entmax", {"alpha": 1.5}, {}),
+    "entmax, learned": ("concepts", "entmax", {"alpha": 1.6, "learn_alpha": True, "values": "weight"}, {}),
     "relu": ("linear", "relu", {}, {}),
+    "concepts relu": ("concepts", "relu", {}, {}),
     "gated": ("linear", "gated", {}, {}),
+    "concepts gated": ("concepts", "gated", {}, {}),
     "jumprelu": ("linear", "jumprelu", {}, {}),
-    "topk": ("linear", "topk", {"k": 4}, {"loss": LossConfig()}),
-    "batchtopk": ("concepts", "batchtopk", {"k": 4}, {"loss": LossConfig()}),
+    "jumprelu, started": (
+        "linear",
+        "jumprelu",
+        {"start_l0": 6, "bandwidth": 0.05},
+        {"loss": LossConfig(l0=0.01, l0_target=4.0)},
+    ),
+    "kron jumprelu": ("kron", "jumprelu", {"start_l0": 6, "bandwidth": 0.05}, {}),
+    "topk": ("linear", "topk", {"k": 4}, {"loss": NONE}),
+    "kron topk": ("kron", "topk", {"k": 4}, {"loss": NONE}),
+    "topk of magnitudes": ("linear", "topk", {"k": 4, "negative": "magnitude"}, {"loss": NONE}),
     "topk, dead latents": ("linear", "topk", {"k": 2}, {"loss": AUX}),
+    "topk, mse": ("linear", "topk", {"k": 4}, {"loss": LossConfig(reconstruction="mse")}),
+    "topk, refined": ("linear", "topk", {"k": 4, "refine": 2}, {"loss": NONE}),
+    "topk, chosen again": (
+        "linear",
+        "topk",
+        {"k": 6, "refine": 1, "reselect": 3},
+        {"loss": LossConfig(first_pass=0.5)},
+    ),
+    "sparsemax, chosen again": ("concepts", "sparsemax", {"refine": 1, "reselect": 1.4, "key_scale": 0.5}, {}),
+    "topk, prefixes": ("linear", "topk", {"k": 4}, {"loss": LossConfig(prefix=1.0, prefixes=(8, 40))}),
+    "topk, silenced": ("linear", "topk", {"k": 4, "max_density": 0.2}, {"loss": NONE}),
+    "batchtopk": ("concepts", "batchtopk", {"k": 4}, {"loss": AUX}),
+    "kron batchtopk": ("kron", "batchtopk", {"k": 4}, {"loss": NONE}),
+    "mutual choice": ("linear", "mutual_choice", {"k": 4}, {}),
+    "feature choice": ("linear", "feature_choice", {"k": 4}, {}),
+    "feature choice by zipf": ("concepts", "feature_choice", {"k": 4, "budgets": "zipf"}, {"loss": NONE}),
 }
 
 
@@ -84,27 +116,70 @@ def count_bytes(rank, options):
     return (sent[1] - sent[0]) / 5
 
 
-def disagree(rank, options):
-    """What a rank is told that was asked for another learning rate."""
-    try:
-        sh.fit(rows(), fresh("topk"), lr=1e-3 * (1 + rank), **training("topk", 5), **options)
-    except sh.errors.ConfigError as error:
-        return str(error)
-    return "nothing"
+def what_goes_wrong(rank, options):
+    """What each rank is told, for trainings that cannot be made: by what is wrong with them."""
+    plain = {**training("topk", 5), **options}
+    latents = options.get("latent_ranks", 1)
+    other = rows() if rank == 0 else rows() + 1
+    unreadable = Breaks() if rank == 1 else Whole()
+    wrong = {
+        "another rate": lambda: sh.fit(rows(), fresh("topk"), **{**plain, "lr": 1e-3 * (1 + rank)}),
+        "another SAE": lambda: sh.fit(rows(), sh.SAE(16, 64, "linear", "topk", k=3 + rank), **plain),
+        "other activations": lambda: sh.fit(other, fresh("topk"), **plain),
+        "fewer activations": lambda: sh.fit(rows()[: 4000 - 2000 * rank], fresh("topk"), **{**plain, "steps": 500}),
+        "unreadable": lambda: sh.fit(unreadable, fresh("topk"), **plain),
+        "too few": lambda: sh.fit(rows()[:20], fresh("topk"), **plain),
+        "another split": lambda: sh.fit(rows(), fresh("topk"), **{**plain, "latent_ranks": latents if rank else 1}),
+    }
+    told = {}
+    for name, make in wrong.items():
+        try:
+            make()
+            told[name] = "nothing"
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
 
 
-def main(out: Path, latents: int, steps: int, names: list[str]) -> None:
-    options = {} if latents == 1 else {"latent_ranks": latents}
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    made = train_cells(names, steps, rank, options)
-    made["model"] = train_on_a_model(out.parent / "sae", rank, options)
+class Whole:
+    """Activations of one's own, in two parts."""
+
+    holds_activations = True
+
+    def __iter__(self):
+        yield rows()[:200]
+        yield rows()[200:400]
+
+
+class Breaks(Whole):
+    def __iter__(self):
+        yield rows()[:200]
+        raise sh.errors.FormatError("shard-000001.safetensors was cut short")
+
+
+def run(task, folder, rank, size, options):
+    """What one process keeps of what it was asked for."""
+    made = train_cells(task["cells"], task["steps"], rank, options)
+    if "save" in task:
+        made["model"] = train_on_a_model(folder / task["save"], rank, options)
     if size > 1:
-        made |= {"bytes": count_bytes(rank, options), "disagree": disagree(rank, options)}
-    if latents > 1:
-        made["from one"] = go_on(out.parent.parent / "checkpoint of one", rank, 24, options)
-        go_on(out.parent / "checkpoint of several", rank, 12, options)
-    torch.save(made, f"{out}.{rank}")
+        made["bytes"] = count_bytes(rank, options)
+    if task.get("wrong"):
+        made["wrong"] = what_goes_wrong(rank, options)
+    for name in task.get("from", ()):
+        made[f"from {name}"] = go_on(folder / name / task["name"], rank, 24, options)
+    if "checkpoint" in task:
+        go_on(folder / task["checkpoint"], rank, 12, options)
+    return made
+
+
+def main(told: str) -> None:
+    task = json.loads(told)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    options = {} if task["latents"] == 1 else {"latent_ranks": task["latents"]}
+    made = run(task, Path(task["folder"]), rank, size, options)
+    torch.save(made, Path(task["folder"], f"{task['name']}.{rank}"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(";"))
+    main(sys.argv[1])
