@@ -234,10 +234,18 @@ class SparseCoder(nn.Module):
         Raises:
             LatentError: a latent outside ``0 .. d_sae - 1``.
         """
+        return self.dictionary.directions(self.checked(latents))
+
+    def checked(self, latents: int | list[int] | Tensor) -> Tensor:
+        """(n,) int64 on this SAE's device.
+
+        Raises:
+            LatentError: a latent outside ``0 .. d_sae - 1``.
+        """
         wanted = torch.as_tensor(latents, device=self.device).reshape(-1)
         if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
             raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
-        return self.dictionary.directions(wanted)
+        return wanted
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as any module does; the SAE then counts as `finished`."""

@@ -6,20 +6,25 @@ does with all rows and all latents, up to the order of float sums: thresholds of
 ratios of sums are those of the whole batch.
 """
 
+from saehooks.ranks.exchange import all_codes
 from saehooks.ranks.files import read_part, write_together
 from saehooks.ranks.grid import Alone, Ranks
+from saehooks.ranks.joined import JoinedSAE, load, split
 from saehooks.ranks.products import mean_of_all
-from saehooks.ranks.shard import all_codes, axes_of, part, shard, whole
+from saehooks.ranks.shard import axes_of, part, shard, whole
 
 __all__ = [
     "Alone",
+    "JoinedSAE",
     "Ranks",
     "all_codes",
     "axes_of",
+    "load",
     "mean_of_all",
     "part",
     "read_part",
     "shard",
+    "split",
     "whole",
     "write_together",
 ]

@@ -105,22 +105,27 @@ class Ranks(Alone):
         self.latents, self.data = latents, self.size // latents
         self.data_rank, self.latent_rank = divmod(self.rank, latents)
         # Every rank makes every group, in one order.
-        rows = [dist.new_group([first + i for i in range(latents)]) for first in range(0, self.size, latents)]
-        columns = [dist.new_group(list(range(first, self.size, latents))) for first in range(latents)]
+        with self._answered():
+            rows = [dist.new_group([first + i for i in range(latents)]) for first in range(0, self.size, latents)]
+            columns = [dist.new_group(list(range(first, self.size, latents))) for first in range(latents)]
         self._latent_group, self._data_group = rows[self.data_rank], columns[self.latent_rank]
         self.newton_steps = 0
         """Rounds of sums that thresholds took, by which the bytes sent can be checked."""
 
     @classmethod
-    def joined(cls, latents: int = 1) -> Alone:
-        """The grid of this process's group, begun here where ``torchrun`` started it; alone without one."""
+    def joined(cls, latents: int | None = 1) -> Alone:
+        """The grid of this process's group, begun here where ``torchrun`` started it; alone without one.
+
+        Args:
+            latents: over how many ranks the dictionary is split; None for all.
+        """
         started = dist.is_available() and dist.is_initialized()
         if not started and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             started = True
         if started and dist.get_world_size() > 1:
-            return cls(latents)
-        if latents != 1:
+            return cls(dist.get_world_size() if latents is None else latents)
+        if latents not in (1, None):
             raise ConfigError(f"latent_ranks={latents} needs several processes: torchrun --nproc-per-node N ...")
         return Alone()
 

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.ranks.activations import SHARDED, ShardedDensity
 from saehooks.ranks.dictionary import ShardedDictionary
 from saehooks.ranks.grid import Alone, Ranks
 from saehooks.sae import SAE, SAEConfig
-from saehooks.support import offsets_of
 
 
 def axes_of(sae: SAE) -> dict[str, int]:
@@ -45,10 +43,13 @@ def shard(sae: SAE, ranks: Alone) -> SAE:
     Where latents are not split it shares the tensors of the SAE; where they are, it has copies of its own part.
 
     Raises:
-        ConfigError: a number of latents that cannot be split evenly.
+        ConfigError: a number of latents that cannot be split evenly, or no SAE.
     """
     if not isinstance(ranks, Ranks):
         return sae
+    if not isinstance(sae, SAE):
+        kind = type(sae).__name__
+        raise ConfigError(f"processes share the whole SAE, as sh.SAE(...) or sh.load(...) gives it, not a {kind}")
     check_splits(sae.cfg, ranks)
     local = _twin(sae)
     local.cfg = SAEConfig.from_dict({**sae.cfg.to_dict(), "d_sae": sae.d_sae // ranks.latents})
@@ -123,24 +124,3 @@ def whole(tensor: Tensor, axis: int | None, ranks: Alone) -> Tensor:
     if axis == 1:
         return ranks.all_latents(tensor.detach().T.contiguous()).T
     return ranks.all_latents(tensor.detach().contiguous())
-
-
-def all_codes(codes: Codes, ranks: Alone) -> Codes:
-    """Codes over all latents, from the codes of each rank's own; without gradient."""
-    if not isinstance(ranks, Ranks) or ranks.latents == 1:
-        return codes
-    codes = codes.trimmed()
-    rows, own = codes.rows, codes.indices + ranks.latent_rank * codes.d_sae
-    d_sae = codes.d_sae * ranks.latents
-    counts = ranks.gathered_latents(torch.tensor([len(own)], device=own.device))
-    most = max(int(count) for count in counts)
-    places, values = own.new_zeros(most), codes.values.new_zeros(most)
-    places[: len(own)], values[: len(own)] = rows * d_sae + own, codes.values.detach()
-    sizes = [int(count) for count in counts]
-    place = torch.cat([p[:n] for p, n in zip(ranks.gathered_latents(places), sizes, strict=True)])
-    value = torch.cat([v[:n] for v, n in zip(ranks.gathered_latents(values), sizes, strict=True)])
-    order = place.argsort()
-    place, value = place[order], value[order]
-    row = place // d_sae
-    offsets = offsets_of(torch.bincount(row, minlength=codes.offsets.numel() - 1))
-    return Codes(place - row * d_sae, value, offsets, codes.shape, d_sae, codes.scale, shift=codes.shift)

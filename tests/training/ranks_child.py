@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import saehooks as sh
+from saehooks import ranks
 from saehooks.training.losses import LossConfig
 
 torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def training(name, steps):
 
 def model_and_batches():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16)).eval()
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50)).eval()
     return model, [torch.randint(0, 50, (4, 3 + i % 5)) for i in range(21)]
 
 
@@ -157,6 +158,29 @@ class Breaks(Whole):
         raise sh.errors.FormatError("shard-000001.safetensors was cut short")
 
 
+def use(sae):
+    """What the verbs, `measure` and gradients make of an SAE."""
+    model, batches = model_and_batches()
+    tokens, made = batches[4], {}
+    for name, block in {
+        "splice": lambda: sh.splice(model, sae),
+        "ablate": lambda: sh.ablate(model, sae, [5, 40, 41]),
+        "clamp": lambda: sh.clamp(model, sae, {3: 2.0, 60: -1.0}),
+        "function": lambda: sh.attach(model, sae, edits=[sh.edits.keep_top(2)]),
+    }.items():
+        with torch.no_grad(), block() as trace:
+            made[name] = model(tokens)
+        made[f"{name}, codes"] = trace.codes.dense()
+    made["measure"] = sh.measure(model, sae, batches)
+    x = rows()[:40].clone().requires_grad_()
+    recons, codes = sae(x)
+    codes.values.retain_grad()
+    (recons * torch.linspace(-1, 1, 16)).sum().backward()
+    made["gradient"], made["gradient of codes"] = x.grad, codes.with_values(codes.values.grad).dense()
+    made["directions"] = sae.directions([1, 33, 62])
+    return made
+
+
 def run(task, folder, rank, size, options):
     """What one process keeps of what it was asked for."""
     made = train_cells(task["cells"], task["steps"], rank, options)
@@ -166,6 +190,9 @@ def run(task, folder, rank, size, options):
         made["bytes"] = count_bytes(rank, options)
     if task.get("wrong"):
         made["wrong"] = what_goes_wrong(rank, options)
+    if "use" in task:
+        made["use"] = use(ranks.load(folder / task["use"], task["latents"]))
+        made["use split"] = use(ranks.split(sh.load(folder / task["use"])))
     for name in task.get("from", ()):
         made[f"from {name}"] = go_on(folder / name / task["name"], rank, 24, options)
     if "checkpoint" in task:

@@ -22,7 +22,15 @@ TOLERANCE = 1e-5
 FEW = ["sparsemax", "jumprelu", "batchtopk", "feature choice"]
 GRIDS = {
     "four": {"ranks": 4, "latents": 4, "cells": FEW[:1], "from": ["c1"], "checkpoint": "c4"},
-    "latents": {"ranks": 2, "latents": 2, "cells": FEW, "from": ["c1", "c4"], "checkpoint": "c2", "wrong": True},
+    "latents": {
+        "ranks": 2,
+        "latents": 2,
+        "cells": FEW,
+        "from": ["c1", "c4"],
+        "checkpoint": "c2",
+        "wrong": True,
+        "use": "sae four",
+    },
     "both": {"ranks": 4, "latents": 2, "cells": list(child.CELLS), "from": ["c2"]},
     "rows": {"ranks": 2, "latents": 1, "cells": FEW, "from": ["c4"], "wrong": True},
 }
@@ -138,6 +146,20 @@ def test_bytes_sent_in_a_step_are_the_arithmetic(together):
     statistics = 8 * d_sae + 8 * d_sae  # how often latents fired, and since when they did not
     assert {made["bytes"] for made in together["latents"]} == {split}
     assert {made["bytes"] for made in together["rows"]} == {gradients + statistics + flag}
+
+
+@pytest.mark.parametrize("made_by", ["use", "use split"])
+def test_an_sae_split_over_ranks_is_used_as_any(together, root, made_by):
+    """Blocks, edits of latents of any rank, `measure`, gradients and directions are those of one process."""
+    alone = child.use(sh.load(root / "sae four"))
+    for made in together["latents"]:
+        for name, value in alone.items():
+            got = made[made_by][name]
+            if isinstance(value, dict):
+                assert got == pytest.approx(value, rel=1e-4, abs=1e-6)
+            else:
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)
+    assert alone["gradient of codes"].any(dim=0).sum() > 20
 
 
 @pytest.mark.parametrize("grid", ["rows", "latents"])
