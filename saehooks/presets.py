@@ -143,7 +143,7 @@ def refined_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     Loss: reconstruction, and .3 of the reconstruction before refinement. It learns best at twice the learning rate of
     the others (4e-3). See `saehooks.refinement`.
     """
-    given = {"refine": 2, "refine_rate": 0.4, "reselect": 1.2}
+    given = {"key_scale": 0.8, "value_scale": 1.25, "refine": 2, "refine_rate": 0.4, "reselect": 1.4}
     return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
 
 

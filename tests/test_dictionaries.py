@@ -307,3 +307,45 @@ def test_kron_encoder_is_small():
     """h (m + n) d_in parameters instead of d_sae d_in."""
     d = sh.SAE(32, 1024, "kron", "topk", m=4, n=4).dictionary
     assert d.P.numel() + d.Q.numel() == 64 * 8 * 32
+
+
+def with_massive_rows(n=2000, d=16):
+    """Ordinary rows, among them ten of a hundred times their norm along two directions, and those directions."""
+    draw = torch.Generator().manual_seed(0)
+    x, two = torch.randn(n, d, generator=draw), torch.linalg.qr(torch.randn(d, 2, generator=draw))[0].T
+    x[5:45:5] = 400 * two[0] + x[5:45:5]
+    x[100:102] = 300 * two[1] + x[100:102]
+    return x, two
+
+
+@pytest.mark.parametrize("dictionary", ["concepts", "linear"])
+def test_massive_activations_get_latents_of_their_own(dictionary):
+    """The first latents start along the directions of huge rows, one for each; ordinary data set none."""
+    x, two = with_massive_rows()
+    torch.manual_seed(0)
+    sae = sh.SAE(16, 64, dictionary, "topk", k=4)
+    before = sae.dictionary.table.detach().clone()
+    sae.initialise(x)
+    found = sae.dictionary.table.detach()[:2] @ two.T
+    assert bool((found.diagonal().abs() > 0.98).all())
+    assert torch.equal(sae.dictionary.table[2:], before[2:])
+    if dictionary == "linear":
+        assert torch.equal(sae.dictionary.W_enc.T[:2], sae.dictionary.W_dec[:2])
+    ordinary = sh.SAE(16, 64, dictionary, "topk", k=4)
+    before = ordinary.dictionary.table.detach().clone()
+    ordinary.initialise(torch.randn(500, 16))
+    assert torch.equal(ordinary.dictionary.table, before)
+
+
+def test_massive_directions_of_degenerate_data():
+    """Nothing, zeros and rows that are not finite give no direction; a part of a table takes the rows that are its."""
+    from saehooks.dictionaries.base import massive_directions
+
+    assert len(massive_directions(torch.zeros(0, 4))) == 0
+    assert len(massive_directions(torch.zeros(8, 4))) == 0
+    x, _ = with_massive_rows()
+    x[7] = float("inf")
+    assert len(massive_directions(x)) == 2
+    part = sh.SAE(16, 64).dictionary
+    part.first_latent = 1
+    assert [row for row, _ in part.rows_from_data(x)] == [0]

@@ -16,6 +16,13 @@ from saehooks.kernels import DEFAULT, BatchRule, RowRule, Step, Support
 from saehooks.kernels.step import ScreenTables
 from saehooks.support import offsets_of
 
+HUGE = 8.0
+"""Norm of a massive activation, in medians of all."""
+MASSIVE = 8
+"""Directions of massive activations that are looked for."""
+SAME_DIRECTION = 0.9
+"""Cosine from which two of them are one."""
+
 
 class Prepared(NamedTuple):
     """An activation ready to be scored."""
@@ -92,6 +99,19 @@ class Dictionary(nn.Module):
 
     def initialise(self, x: Tensor) -> None:
         """Set what is best set from data, before training, from a sample (rows, d_in)."""
+
+    first_latent = 0
+    """The number of the first latent of this table, where it is part of a larger one."""
+
+    def rows_from_data(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows of the table that are best set from data: (row, direction (d_in,) of norm 1), of those it holds.
+
+        Args:
+            x: (rows, d_in) about the offset.
+        """
+        for i, direction in enumerate(massive_directions(x)):
+            if 0 <= i - self.first_latent < self.d_sae:
+                yield i - self.first_latent, direction
 
     @property
     def adjusts_gradients(self) -> bool:
@@ -228,6 +248,28 @@ class RowDecoder(Dictionary):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         self.b_dec.copy_(x.mean(0))
+
+
+def massive_directions(x: Tensor) -> Tensor:
+    """(n, d_in) directions of the rows of huge norm, n at most `MASSIVE`; none in most data.
+
+    A few tokens of a language model share one direction and have norms 20 to 100 times those of the others. By token
+    they weigh next to nothing, so that a loss by token learns them last; in a ratio of sums they are a third of it.
+    Source: massive activations, arXiv:2402.17762.
+
+    Args:
+        x: (rows, d_in) about the offset.
+    """
+    norms = x.norm(dim=1)
+    huge = norms > HUGE * norms.median() if len(x) else norms > 0
+    left = x[huge & norms.isfinite()]
+    left = left[left.norm(dim=1).argsort(descending=True)]
+    left = left / left.norm(dim=1, keepdim=True)
+    found: list[Tensor] = []
+    while len(left) and len(found) < MASSIVE:
+        found.append(left[0])
+        left = left[left @ left[0] < SAME_DIRECTION]
+    return torch.stack(found) if found else x[:0]
 
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:

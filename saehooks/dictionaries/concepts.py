@@ -79,6 +79,8 @@ class ConceptDictionary(Dictionary):
     def initialise(self, x: Tensor) -> None:
         if self.b_dec is not None:
             self.b_dec.copy_(x.mean(0))
+        for row, direction in self.rows_from_data(x if self.b_dec is None else x - self.b_dec):
+            self.C[row] = direction
 
 
 class _Directions(torch.autograd.Function):

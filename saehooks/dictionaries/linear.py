@@ -104,7 +104,12 @@ class LinearDictionary(RowDecoder):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        super().initialise(self._normed(x)[0] if self.row_norm else x)
+        rows = self._normed(x)[0] if self.row_norm else x
+        super().initialise(rows)
+        if self.W_dec.shape[1] == self.d_in:
+            for row, direction in self.rows_from_data(rows - self.b_dec if self.apply_b_dec_to_input else rows):
+                self.W_dec[row] = direction
+                self.W_enc[:, row] = direction
         if self.normalize and len(x):
             norm = (x - self.b_dec if self.apply_b_dec_to_input else x).norm(dim=1).median()
             self.unit.copy_(norm.clamp(min=torch.finfo(x.dtype).tiny))
