@@ -20,6 +20,7 @@ CELLS = {
     "feature_choice": ("linear", "feature_choice"),
     "sparsemax": ("concepts", "sparsemax"),
     "published_sparsemax": ("concepts", "sparsemax"),
+    "refined_sparsemax": ("concepts", "sparsemax"),
     "mlp_sparsemax": ("linear", "sparsemax"),
     "transformer_relu": ("concepts", "relu"),
     "entmax": ("concepts", "entmax"),
