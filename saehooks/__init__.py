@@ -5,7 +5,7 @@
 """
 
 from saehooks import causal, edits, presets
-from saehooks.activations import sparsemax
+from saehooks.activations.sparsemax import sparsemax
 from saehooks.attachments import ablate, attach, clamp, read, scale, splice, steer
 from saehooks.causal import rank_latents
 from saehooks.codes import Codes

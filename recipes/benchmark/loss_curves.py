@@ -5,7 +5,7 @@
 
 Sparsemax over concepts and TopK over a linear dictionary, d_sae 4,608, from one seed, on the same activations of the
 packaged text at half depth of SmolLM2, position 0 left out. Once rounding has put one latent on the other side of the
-edge of a support, trainings drift apart. So the yardstick is plain torch again, on activations of which two in three
+edge of a support, trainings drift apart. So the comparison is plain torch again, on activations of which two in three
 were changed by a unit in the last place.
 """
 

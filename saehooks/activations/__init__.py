@@ -5,7 +5,7 @@ from saehooks.activations.choice import FeatureChoiceActivation, MutualChoiceAct
 from saehooks.activations.density import LatentDensity
 from saehooks.activations.entmax import EntmaxActivation
 from saehooks.activations.relu import GatedActivation, JumpReLUActivation, ReLUActivation
-from saehooks.activations.sparsemax import SparsemaxActivation, SparsemaxResult, sparsemax
+from saehooks.activations.sparsemax import SparsemaxActivation, SparsemaxResult
 from saehooks.activations.topk import BatchTopKActivation, TopKActivation
 from saehooks.activations.zipf import Zipf, fit_zipf
 
@@ -39,5 +39,4 @@ __all__ = [
     "TopKActivation",
     "Zipf",
     "fit_zipf",
-    "sparsemax",
 ]

@@ -2,10 +2,10 @@
 
 from saehooks.streams.activations import Activations, harvest
 from saehooks.streams.fingerprint import Fingerprint
-from saehooks.streams.harvest import Tap, checked_batches, harvest_sites
 from saehooks.streams.images import ImageBatches
 from saehooks.streams.seen import Mark, identity_of, position_of, unseen
 from saehooks.streams.shuffle_buffer import ShuffleBuffer
+from saehooks.streams.tap import Tap, checked_batches, harvest_sites
 from saehooks.streams.tokens import TokenBatches, prompt_tokens, read_text
 
 __all__ = [

@@ -19,9 +19,9 @@ from saehooks.errors import ConfigError, NotFiniteError, SiteError
 from saehooks.hosts import Host, Site, host
 from saehooks.streams.ahead import ahead
 from saehooks.streams.fingerprint import Fingerprint
-from saehooks.streams.harvest import batch_by_batch, checked_batches, harvest_sites
 from saehooks.streams.seen import Mark, identity_of, position_of, unseen
 from saehooks.streams.shards import BLOCK, DTYPES, ShardFolder
+from saehooks.streams.tap import batch_by_batch, checked_batches, harvest_sites
 from saehooks.where import Where, as_where, past_first
 
 PART = 8

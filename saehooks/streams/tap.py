@@ -1,4 +1,4 @@
-"""Activations out of a hooked model, each forward stopped at the site."""
+"""A tap: takes the activations of a site out of a hooked model, each forward stopped at the site."""
 
 from __future__ import annotations
 
