@@ -30,7 +30,19 @@ ATTENTION = re.compile(r"(^|[._])(attn|attention)(\d*|_pool)\.", re.IGNORECASE)
 """Names of what is inside of an attention layer."""
 
 
-class ModuleHost(Host):
+class PathHost(Host):
+    """A host that finds modules by their path, and knows how wide their outputs are."""
+
+    @cached_property
+    def _modules(self) -> ModuleNames:
+        return ModuleNames(self.model)
+
+    @cached_property
+    def _widths(self) -> OutputWidths:
+        return OutputWidths(self._modules)
+
+
+class ModuleHost(PathHost):
     """A model whose sites are the outputs of its submodules.
 
     >>> host = ModuleHost(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
@@ -65,14 +77,6 @@ class ModuleHost(Host):
                 shape = "batch place width" if channels_axis(self._modules[name]) == "first" else "batch pos width"
                 infos.append(SiteInfo(name, self._aliases(name), width, shape))
         return infos
-
-    @cached_property
-    def _modules(self) -> ModuleNames:
-        return ModuleNames(self.model)
-
-    @cached_property
-    def _widths(self) -> OutputWidths:
-        return OutputWidths(self._modules)
 
     def _aliases(self, name: str) -> tuple[str, ...]:
         """The path of a module that wrappers stand around."""

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from saehooks.errors import SiteError
-from saehooks.hosts.base import Host, is_tokens
+from saehooks.hosts.base import is_tokens
 from saehooks.hosts.calls import parameter_names, read_call
 from saehooks.hosts.hooks import Slot
 from saehooks.hosts.method_wrapper import replaced_method
-from saehooks.hosts.module import map_view, refuse_uncalled, why_uncalled
+from saehooks.hosts.module import PathHost, map_view, refuse_uncalled, why_uncalled
 from saehooks.hosts.names import check_name, unknown_site
 from saehooks.hosts.pooling import up_to
 from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.site import Site, SiteInfo, check_head
-from saehooks.hosts.widths import OutputWidths, module_widths
-from saehooks.hosts.wrappers import ModuleNames
+from saehooks.hosts.widths import module_widths
 
 STACKS = {
     "visual": ("visual.transformer.resblocks", "visual.trunk.blocks"),
@@ -40,7 +39,7 @@ class _Place(NamedTuple):
     slot: Slot
 
 
-class OpenClipHost(Host):
+class OpenClipHost(PathHost):
     """A CLIP, whose sites are ``visual.blocks.N.hook_*``, ``text.blocks.N.hook_*`` and every module path.
 
     One tower by itself (``clip.visual``) works too: its sites are ``blocks.N.hook_*`` and its module paths.
@@ -171,14 +170,6 @@ class OpenClipHost(Host):
 
     def tower(self, site: Site) -> str | None:
         return self._tower_of(self._modules.name_of(site.module))
-
-    @cached_property
-    def _modules(self) -> ModuleNames:
-        return ModuleNames(self.model)
-
-    @cached_property
-    def _widths(self) -> OutputWidths:
-        return OutputWidths(self._modules)
 
     @cached_property
     def _alone(self) -> str | None:
