@@ -87,6 +87,24 @@ def test_fit_reads_the_users_own_pictures(tmp_path):
         assert sh.load(tmp_path / "sae").cfg.metadata["data"]["images"] == name
 
 
+def test_fit_on_a_clip_sees_the_same_rows_by_python_and_by_command(tinyclip, tmp_path):
+    """Every position of a picture, the class token too: as a plain hook on the tower counts them."""
+    pictures = np.random.default_rng(1).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=pictures)
+    common = f"fit --model tinyclip --at {SITE} --d-sae 64 --batch-size 16 --activation topk --k 4"
+    assert main(f"{common} --images {tmp_path / 'own.npz'} --out {tmp_path / 'sae'}".split()) == 0
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    seen = []
+    handle = tinyclip.visual.transformer.resblocks[0].register_forward_hook(lambda *_: seen.append(_[2].shape))
+    with torch.no_grad():
+        tinyclip.encode_image(images)
+    handle.remove()
+    sae = sh.SAE(tinyclip.visual.transformer.width, 64, "linear", "topk", k=4)
+    trainer = sh.fit(tinyclip, sae, [images], SITE, batch_size=16, progress=False)
+    by_command = sh.load(tmp_path / "sae").cfg.metadata["training"]["rows"]
+    assert trainer.rows_seen == by_command == seen[0][0] * seen[0][1]
+
+
 def test_fit_and_measure_run_a_bfloat16_model_where_they_are_told(trained, tmp_path, capsys):
     """A half-precision model trains and carries a float32 SAE; products are made as precisely as asked."""
     before = torch.get_float32_matmul_precision()

@@ -485,9 +485,8 @@ class SequenceWatch:
             return replace(around, mask=given.mask) if further else around
         if not inherited:
             hidden = given.kind == "hidden"
-            around = Text(
-                pictured=around.pictured and hidden, derived=hidden and _is_placed(around), padding=around.padding
-            )
+            pictured = around.pictured and given.tokens is None  # encoders of pictures take them as inputs_embeds too
+            around = Text(pictured=pictured, derived=hidden and _is_placed(around), padding=around.padding)
         return self._told(module, given, around, inherited, generation)
 
     def _told(

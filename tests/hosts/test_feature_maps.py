@@ -10,6 +10,7 @@ from saehooks.attachments import read, splice, steer
 from saehooks.errors import WidthError
 from saehooks.hosts import sites
 from saehooks.sae import SAE
+from saehooks.streams import harvest
 
 
 def resnet():
@@ -160,3 +161,27 @@ def test_the_head_of_a_siglip():
             edited = model(images)
         step = 5.0 * sae.directions(3)
         torch.testing.assert_close(edited, clean + step)
+
+
+@pytest.mark.parametrize(("family", "columns"), [("Siglip", 16), ("CLIP", 17)])
+def test_a_picture_tower_of_hugging_face_leaves_no_position_out(family, columns):
+    """All patches of a picture are harvested and read, the first too, and the class token where there is one."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}VisionConfig")(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    model = getattr(transformers, f"{family}VisionModel")(config).eval()
+    images, seen = torch.randn(3, 3, 16, 16), []
+    layer = next(module for name, module in model.named_modules() if name.endswith("encoder.layers.0"))
+    handle = layer.register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        model(pixel_values=images)
+    handle.remove()
+    expected = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+    assert expected.shape == (3, columns, 32)
+    at = next(site.name for site in sites(model) if site.name.endswith("encoder.layers.0"))
+    found = torch.cat(list(harvest(model, [{"pixel_values": images}], at)))
+    assert torch.equal(found, expected.flatten(0, 1))
+    with torch.no_grad(), read(model, SAE(32, 64, "linear", "topk", k=4), at=at) as trace:
+        model(pixel_values=images)
+    assert trace.mask is None or bool(trace.mask.all())
