@@ -185,18 +185,18 @@ class Bfloat16Tables:
 
 
 class ScreenTables:
-    """The CPU screen's rounded copy of one table, kept while the table is the same.
+    """The CPU screens' rounded copies of one table, kept while the table is the same.
 
     A table is the same if it lies where it lay, unchanged as far as torch counts changes; it is held, so that no other
     can take its place. Copies of an SAE, and its pickle, start without one.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, int, Tensor | None, Any] | None = None
+        self._kept: dict[Any, tuple[Tensor, int, Tensor | None, Any]] = {}
 
     def of(self, keys: Tensor, bias: Tensor | None, make: Callable[[Tensor, Tensor | None], Any]) -> Any:
         """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed."""
-        kept = self._kept
+        kept = self._kept.get(make)
         if kept is not None:
             held, version, held_bias, rounded = kept
             unchanged = _place(held) == _place(keys) and not keys.is_inference() and keys._version == version
@@ -208,14 +208,13 @@ class ScreenTables:
                 return rounded
         rounded = make(keys, bias)
         if not keys.is_inference():
-            self._kept = keys, keys._version, None if bias is None else bias.clone(), rounded
+            self._kept[make] = keys, keys._version, None if bias is None else bias.clone(), rounded
         return rounded
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held beyond the table itself."""
-        kept = self._kept
-        return 0 if kept is None else kept[3].nbytes
+        """Memory that is held beyond the table itself."""
+        return sum(rounded.nbytes for *_, rounded in self._kept.values())
 
     def __deepcopy__(self, memo: dict) -> ScreenTables:
         return ScreenTables()

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from forced import forced
@@ -220,13 +221,14 @@ def test_many_rows_come_in_chunks_and_threads(both, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("rows", "rounding"), [(40, "rounded_keys"), (2, "int8_keys")])
 @pytest.mark.parametrize("dictionary", ["concepts", "linear"])
-def test_a_copy_of_a_table_is_never_stale(dictionary, monkeypatch):
+def test_a_copy_of_a_table_is_never_stale(dictionary, rows, rounding, monkeypatch):
     """An SAE in use keeps its copy; what was changed in place, loaded or moved is copied again."""
     torch.manual_seed(0)
-    sae, x = SAE(24, 1100, dictionary, "topk", k=8).eval(), torch.randn(40, 24)
-    calls, plain = [], screen.rounded_keys
-    monkeypatch.setattr(screen, "rounded_keys", lambda *given: calls.append(1) or plain(*given))
+    sae, x = SAE(24, 1100, dictionary, "topk", k=8).eval(), torch.randn(rows, 24)
+    calls, plain = [], getattr(screen, rounding)
+    monkeypatch.setattr(screen, rounding, lambda *given: calls.append(1) or plain(*given))
 
     def encode(mode):
         monkeypatch.setattr(screen, "MODE", mode)
@@ -250,7 +252,7 @@ def test_a_copy_of_a_table_is_never_stale(dictionary, monkeypatch):
     check(1)
     check(0)
     assert sae.frozen().dictionary._screen_tables is sae.dictionary._screen_tables
-    assert sae.dictionary._screen_tables.nbytes >= 2 * table.numel()
+    assert sae.dictionary._screen_tables.nbytes >= (2 if rows == 40 else 1) * table.numel()
     for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
         assert other.dictionary._screen_tables.nbytes == 0
 
@@ -352,3 +354,108 @@ def test_a_large_table_is_not_laid_out_twice(monkeypatch):
         found.append(kernels.select(queries, keys, TopK(5), step=Step(screen_tables=tables)))
         assert tables.nbytes < 2.5 * 1100 * 64 * 2
     assert torch.equal(found[0].indices, found[1].indices)
+
+
+class TestFewRows:
+    """Up to `MOST_ROWS` rows of an SAE in use go through int8."""
+
+    @pytest.fixture
+    def few(self, monkeypatch):
+        """Selects through the screen, which must have decided, and without it."""
+
+        def run(queries, keys, rule, bias=None, decided=True):
+            monkeypatch.setattr(screen, "MODE", "on")
+            calls, plain = [], screen.select_few
+            monkeypatch.setattr(screen, "select_few", lambda *given: calls.append(plain(*given)) or calls[-1])
+            found = kernels.select(queries, keys, rule, bias, step=Step(screen_tables=ScreenTables()))
+            monkeypatch.setattr(screen, "select_few", plain)
+            assert len(calls) == 1
+            assert decided is None or (calls[0] is not None) == decided
+            monkeypatch.setattr(screen, "MODE", "off")
+            return found, kernels.select(queries, keys, rule, bias)
+
+        return run
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("rule", [r for r in RULES.values() if not isinstance(r, BatchTopK)], ids=str)
+    def test_they_select_what_float32_products_select(self, few, rule, kind):
+        """All row rules, with and without a bias, from all latents alike to one latent a row."""
+        for seed, (rows, d_sae, d) in enumerate([(1, 2100, 40), (4, 700, 1), (3, 1000, 130), (2, 300, 577)]):
+            keys = vectors(kind, d_sae, d, seed)
+            keys = keys / keys.norm(dim=1, keepdim=True).clamp(min=1e-9)
+            bias = torch.randn(d_sae, generator=torch.Generator().manual_seed(seed))
+            for scale in (1e-3, 1.0, 6.0, 1e3):
+                queries = scale * vectors(kind, rows, d, seed + 9) / d**0.5
+                for given in (None, bias):
+                    agree(*few(queries, keys, rule, given, decided=None), queries, keys, given)
+
+    def test_thresholds_of_each_latent(self, few):
+        """Each latent is compared with its own threshold; infinite ones let nothing through."""
+        queries, keys = vectors("normal", 3, 40, 0), vectors("normal", 1500, 40, 1)
+        theta = torch.rand(1500, generator=torch.Generator().manual_seed(2)) * 12 + 8
+        theta[::9] = inf
+        found, exact = few(queries, keys, Threshold(theta))
+        assert torch.equal(found.indices, exact.indices)
+        assert not (found.indices % 9 == 0).any()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("d", "scale"), [(1, 1.0), (64, 1e6), (577, 1e-5), (16384, 1.0)])
+    def test_scores_lie_where_they_are_said_to(self, kind, d, scale, monkeypatch):
+        """The ends of each score's interval hold its float64 value and what float32 makes of it."""
+        from saehooks.kernels.cpu import few_rows
+
+        queries, keys = scale * (vectors(kind, 3, d, 0) + 1e-3), vectors(kind, 200, d, 1)  # none is zero
+        bias = scale * torch.randn(200, generator=torch.Generator().manual_seed(2))
+        seen, plain = [], few_rows._settle_rows
+        monkeypatch.setattr(
+            few_rows, "_settle_rows", lambda low, high, *more: seen.append((low, high)) or plain(low, high, *more)
+        )
+        for given in (None, bias):
+            few_rows.select_few(queries, keys, TopK(3), given, few_rows.int8_keys(keys))
+            low, high = (torch.from_numpy(end).double() for end in seen.pop())
+            for dtype in (torch.float64, torch.float32):
+                scores = (queries.to(dtype) @ keys.to(dtype).T + (0 if given is None else given.to(dtype))).double()
+                assert ((low <= scores) & (scores <= high)).all()
+            norms = queries.double().norm(dim=1)[:, None] * keys.double().norm(dim=1)
+            assert ((high - low) < norms + 1e-5 * (scores.abs() + scale) + 1e-15).all(), "the interval is no mere fiction"
+
+    def test_rows_and_tables_that_cannot_be_screened_are_selected_exactly(self, few):
+        """NaN, infinities, zeros, and values so large or small that products leave the numbers' range."""
+        clean, keys = vectors("normal", 2, 32, 0), vectors("normal", 1500, 32, 1)
+        for value in (nan, inf, 1e30, 0.0, 1e-30):
+            queries = clean.clone()
+            queries[1] = value
+            for rule in (Sparsemax(), TopK(7), Threshold(0.5)):
+                found, exact = few(queries, keys, rule, decided=False)
+                assert torch.equal(found.indices, exact.indices)
+                assert torch.equal(found.offsets, exact.offsets)
+        for value in (nan, inf, 1e30, 1e-30):
+            broken = keys.clone()
+            broken[77] = value
+            found, exact = few(clean, broken, TopK(7), decided=None if value == 1e-30 else False)
+            assert torch.equal(found.indices, exact.indices)
+        bias = torch.zeros(1500)
+        bias[5] = -inf
+        found, exact = few(clean, keys, Sparsemax(), bias, decided=None)
+        assert torch.equal(found.indices, exact.indices)
+
+    def test_many_candidates_are_selected_exactly(self, few):
+        """Ties of a whole row leave too much open; ties of a few latents do not."""
+        queries, keys = vectors("normal", 2, 32, 0), vectors("normal", 1500, 32, 1)
+        keys[100:130] = keys[100]
+        agree(*few(queries, keys, TopK(20)), queries, keys)
+        agree(*few(1e-4 * queries, keys, Sparsemax(), decided=False), 1e-4 * queries, keys)
+
+    def test_the_plain_loop_sums_what_the_instruction_sums(self, monkeypatch):
+        """Where the processor lacks the instruction, the same whole numbers come of a loop; the largest sums fit."""
+        from llvmlite import binding
+
+        from saehooks.kernels.cpu import few_rows
+
+        monkeypatch.setattr(binding, "get_host_cpu_features", dict)
+        plain = few_rows._whole_dot()
+        for d, steps in ((64, 32767), (16384, 1031)):
+            query = np.full(d, steps, np.int16)
+            for row in (np.full(d, 127, np.int8), np.full(d, -127, np.int8), np.arange(d).astype(np.int8)):
+                exact = int(query.astype(np.int64) @ row.astype(np.int64))
+                assert int(plain(query, row)) == int(few_rows.whole_dot(query, row)) == exact

@@ -8,7 +8,7 @@ scores up to their last bit, are those that float32 products give.
 The bound, by Cauchy-Schwarz, for queries q and keys k that are rounded to q' and k':
 ``|q.k - q'.k'| <= |q - q'| max|k| + |q'| max|k - k'|``, plus what sums of d terms lose in float32, plus the rounding of
 the score to bfloat16. Rows that are not finite, or have too many candidates (ties, the first steps of a training), are
-scored in float32 as a whole: no list can overflow.
+scored in float32 as a whole: no list can overflow. Few rows go through int8, see `few_rows`.
 
 Whether this is faster is measured once for each shape on the machine at hand. The environment variable
 ``SAEHOOKS_SCREEN`` says otherwise: ``on`` or ``off`` forces it (do so where two processes must agree to the last bit),
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError, InexactError
+from saehooks.kernels.cpu.few_rows import LARGEST, MOST_ROWS, SMALLEST, SUMMING, int8_keys, select_few
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import MIN_REUSE, dots, sddmm_rows, serves, tile_rows
 from saehooks.kernels.cpu.select import RULES, select_rows
@@ -45,7 +47,7 @@ from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.reference.across_rows import largest
 from saehooks.kernels.reference.select import CPU_SCORE_BYTES, join
 from saehooks.kernels.reference.select import select_products as select_in_chunks
-from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Threshold
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Sparsemax, Threshold
 from saehooks.kernels.step import DEFAULT, Step
 from saehooks.support import Support, offsets_of
 
@@ -55,12 +57,6 @@ MODE = os.environ.get("SAEHOOKS_SCREEN") or None
 
 ROUNDING = 1.02 * 2.0**-8
 """Relative error of rounding to bfloat16, and a little more."""
-SUMMING = 2.0**-23
-"""Relative error a term of a float32 sum, twice over."""
-SMALLEST = 1e-12
-"""Norms below this are not screened: the squares of what they lose may underflow."""
-LARGEST = 1e18
-"""Norms above this are not screened: products may overflow."""
 BATCH, BATCH_ENTRIES = 256, 2**18
 """Rows whose candidates are scored together, and most candidates that there is room for."""
 TILE = 32
@@ -72,6 +68,8 @@ SHIFT = 0.95
 and scores slightly above 0 are told from those below by their sign."""
 SAMPLE = 64
 """Fewest rows whose thresholds say what to expect."""
+FEWEST_SCORES = 2**12
+"""Fewer scores cost less than the calls that would spare them."""
 FEW_ROWS = 64
 """Products of so many rows are faster from a table that was laid out for them."""
 LARGE_TABLE = 128 * 2**20
@@ -90,9 +88,14 @@ def select_products(
     if MODE == "off" or not _can_screen(queries, keys, rule):
         return exactly()
     kept = step.screen_tables is not None and not keys.is_inference()  # those do not say whether they changed
-    if MODE is None and not is_faster(queries.shape[0], keys.shape[0], keys.shape[1], kept=kept):
+    by_row = not isinstance(rule, BatchTopK)
+    if MODE is None and not is_faster(queries.shape[0], keys.shape[0], keys.shape[1], kept=kept, by_row=by_row):
         return exactly()
-    found = _screened(queries.detach(), keys.detach(), rule, bias, step)
+    if step.screen_tables is not None and by_row and queries.shape[0] <= MOST_ROWS:
+        table = step.screen_tables.of(keys.detach(), None, int8_keys)
+        found = select_few(queries.detach(), keys.detach(), rule, bias, table) or exactly()  # type: ignore[arg-type]
+    else:
+        found = _screened(queries.detach(), keys.detach(), rule, bias, step)
     if MODE == "check":
         _compare(found, exactly(), queries, keys, bias)
     return found
@@ -138,13 +141,16 @@ def has_bfloat16_products() -> bool:
     return 1.5 * half < exact
 
 
-def is_faster(rows: int, d_sae: int, d_in: int, kept: bool = False) -> bool:
+def is_faster(rows: int, d_sae: int, d_in: int, kept: bool = False, by_row: bool = True) -> bool:
     """Whether the screen is faster for a shape; measured once for each power of two of it.
 
     Args:
         rows, d_sae, d_in: of the product.
         kept: whether the copy of the table is at hand; it costs as much as some 50 rows.
+        by_row: whether the rule looks at one row at a time, so that few rows can be screened in int8.
     """
+    if kept and by_row and rows <= MOST_ROWS:
+        return rows * d_sae >= FEWEST_SCORES and _int8_is_faster(rows, min(d_sae, 8192).bit_length(), d_in)
     if d_sae < 1024 or rows * d_sae < 2**14 or (rows < 128 and not kept) or not has_bfloat16_products():
         return False
     few = kept and rows <= FEW_ROWS
@@ -158,6 +164,17 @@ def _is_faster(rows_bits: int, d_sae_bits: int, d_in: int, few: bool) -> bool:
     return (1.25 if few else 1.5) * half < exact
 
 
+@cache
+def _int8_is_faster(rows: int, d_sae_bits: int, d_in: int) -> bool:
+    """Compares the product with the whole of a selection in int8, on rows of which little is selected."""
+    made = torch.Generator("cpu").manual_seed(0)
+    keys = torch.randn(2 ** (d_sae_bits - 1), d_in, generator=made)
+    queries, table = torch.randn(rows, d_in, generator=made), int8_keys(keys)
+    jobs = (lambda: torch.mm(queries, keys.T), lambda: select_few(queries, keys, Sparsemax(), None, table))
+    exact, few = _fastest(jobs)
+    return 1.1 * few < exact
+
+
 def _product_times(rows: int, d_sae: int, d_in: int, packed: bool = False) -> tuple[float, float]:
     """Seconds of a float32 and of a bfloat16 product: the fastest of nine, so that other programs do not count."""
     made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -165,13 +182,19 @@ def _product_times(rows: int, d_sae: int, d_in: int, packed: bool = False) -> tu
     out, rounded = torch.empty(rows, d_sae, **made), Rounded(keys.bfloat16(), np.empty((3, 0)), reused=packed)
     half, half_out = queries.bfloat16(), out.bfloat16()
     jobs = (lambda: torch.mm(queries, keys.T, out=out), lambda: rounded.products(half, half_out))
-    found: list[list[float]] = [[], []]
+    exact, half_time = _fastest(jobs)
+    return exact, half_time
+
+
+def _fastest(jobs: Sequence[Callable[[], Any]]) -> list[float]:
+    """Seconds of each job, the fastest of nine in turns, so that other programs do not count."""
+    found: list[list[float]] = [[] for _ in jobs]
     for _ in range(9):
         for times, job in zip(found, jobs, strict=True):
             started = time.perf_counter()
             job()
             times.append(time.perf_counter() - started)
-    return min(found[0]), min(found[1])
+    return [min(times) for times in found]
 
 
 def describe() -> str:
@@ -389,7 +412,7 @@ def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray, np.n
     width = rounded.table.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):
         errors = (lost * key + left * key_lost) * (1 + 1e-3) + width * SUMMING * (left * key_left + whole * key)
-        errors += rounded.bias_lost + width * SUMMING * rounded.bias_size + 1e-17 * (whole + left + key) + 1e-34
+        errors += rounded.bias_lost + width * SUMMING * rounded.bias_size + 1e-16 * (whole + left + key) + 1e-34
         errors = np.where((whole > SMALLEST) & (whole < LARGEST), errors * (1 + 1e-6), np.inf)
     return half, whole, errors.astype(np.float32)
 

@@ -197,7 +197,7 @@ def above(row, theta, places):
 
 
 @numba_jit
-def _lower_bound(maxima, work, kind, k, alpha):
+def lower_bound(maxima, work, kind, k, alpha):
     """A score that whatever a rule selects from a finite row reaches, by the maxima of its groups."""
     if kind == TOPK:
         bound = np.float32(0.0)
@@ -243,7 +243,7 @@ def _select_range(scores, start, stop, kind, k, alpha, theta, groups, indices, p
             size = above(row, theta, places)
             threshold = np.float64(thresholds[r])
         else:
-            bound = _lower_bound(maxima, work, kind, k, alpha)
+            bound = lower_bound(maxima, work, kind, k, alpha)
             found = (
                 places_above(row, bound, places) if kind == TOPK and bound == 0.0 else candidates(row, bound, places)
             )
