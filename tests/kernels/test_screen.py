@@ -417,7 +417,8 @@ class TestFewRows:
                 scores = (queries.to(dtype) @ keys.to(dtype).T + (0 if given is None else given.to(dtype))).double()
                 assert ((low <= scores) & (scores <= high)).all()
             norms = queries.double().norm(dim=1)[:, None] * keys.double().norm(dim=1)
-            assert ((high - low) < norms + 1e-5 * (scores.abs() + scale) + 1e-15).all(), "the interval is no mere fiction"
+            wide = norms + 1e-5 * (scores.abs() + scale) + 1e-15
+            assert ((high - low) < wide).all(), "the interval is no mere fiction"
 
     def test_rows_and_tables_that_cannot_be_screened_are_selected_exactly(self, few):
         """NaN, infinities, zeros, and values so large or small that products leave the numbers' range."""
