@@ -14,8 +14,14 @@ sheet at a plausible share (they are assumptions, not measurements: give what yo
 - sent by each rank: rows * d floats forward, the same backward, and per row two float64 sums for each Newton step of
   sparsemax, or k candidates for top-k. It does not depend on M.
 
-Data-parallel ranks instead send the gradients of all tables, and a top-k on scores that are split over ranks by DTensor
-gathers the scores first: both grow with M.
+Data-parallel ranks instead send the gradients of all tables. For a top-k on scores that are a DTensor split over ranks
+(as llamascopium's) it is assumed that the scores of all latents are gathered on every rank before they are sorted, in
+float32, and that reconstruction and gradient are summed as ours are. Both grow with M.
+
+Not in the tables: `fit` begins from an SAE that every process has whole, and gives each the whole one back, so that
+the host of each process holds M * d floats a table (16M latents of width 4,096: 275 GB); between these moments a rank
+holds its part alone. Checkpoints are written and read by every rank for its own part, three times the tables in all.
+On a CPU, and where ranks also split rows, the gradients of own tables are written too, a fourth time the tables.
 """
 
 from __future__ import annotations
@@ -55,6 +61,8 @@ class Plan:
     ranks: int
     tables: int = 1
     """1 for shared concepts, 2 for an encoder and a decoder."""
+    buffer_rows: int = 32_768
+    """Rows that every rank mixes, the default of `TrainConfig`."""
 
     @property
     def share(self) -> float:
@@ -62,8 +70,9 @@ class Plan:
         return self.tables * self.latents / self.ranks * self.d_in
 
     def memory(self) -> float:
-        """Bytes of a rank: parameters, two means of Adam, rows and their gradients, codes; no scores, no gradients."""
-        rows = 6 * self.rows * self.d_in * 4
+        """Bytes of a rank: parameters, two means of Adam, the shuffle buffer, rows and their gradients, codes; neither
+        scores nor gradients of tables, which the fused update does not write."""
+        rows = (6 * self.rows + self.buffer_rows) * self.d_in * 4
         codes = 4 * self.rows * self.k * (8 + 4) / self.ranks
         return 3 * 4 * self.share + rows + codes
 
@@ -178,15 +187,18 @@ def main() -> None:
     machine = Machine(chosen.tflops, chosen.gbytes, chosen.link, chosen.memory)
     if chosen.measure:
         machine = measured(chosen.d_in, chosen.memory, chosen.link)
-    kind = "measured here" if chosen.measure else "as given"
+    kind = "measured here, but for the link" if chosen.measure else "assumed"
     print(
+        "Arithmetic, not measured on a GPU. "
         f"One rank ({kind}): {machine.tflops:.1f} TFLOP/s, {machine.gbytes:.0f} GB/s, link {machine.link:.0f} GB/s.\n"
     )
     for latents in chosen.latents:
         print("\n".join(bytes_table(Plan(latents, chosen.d_in, chosen.rows, chosen.k, 8, chosen.tables))), "\n")
         print("\n".join(scaling_table(latents, machine, chosen)), "\n")
         ranks = best_ranks(latents, machine, chosen)
-        print(f"Beyond {ranks} ranks more than half of a step is sending: let further ones split the rows.\n")
+        print(f"Beyond {ranks} ranks more than half of a step is sending: let further ones split the rows.")
+        host = chosen.tables * latents * chosen.d_in * 4 / GB
+        print(f"At the start and at the end the host of each process holds the whole SAE: {host:.0f} GB.\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def warn_if_foreign(sae: SparseCoder, host: Host, site: Site) -> None:
     """Warn when the SAE remembers another model, processing of its weights or site than it is being attached to."""
     here, metadata = host.describe(), sae.cfg.metadata
     then, now = metadata.get("model_name"), here.get("model_name")
-    if then and now and _bare(then) != _bare(now):
+    if not same_model(then, now):
         warn(f"this SAE was trained on {then!r}, and is being attached to {now!r}")
     then, now = metadata.get("processing") or {}, here.get("processing") or {}
     known = [k for k in then if then[k] is not None and now.get(k) is not None]
@@ -38,6 +38,15 @@ def warn_if_foreign(sae: SparseCoder, host: Host, site: Site) -> None:
         )
     if sae.hook_name is not None and not _same_place(sae.hook_name, metadata.get("head"), host, site):
         warn(f"this SAE was trained at '{sae.hook_name}', and is being attached at '{site.requested_name}'")
+
+
+def same_model(one: Any, other: Any) -> bool:
+    """Whether two names may be of one model: unknown names may.
+
+    >>> same_model("openai-community/gpt2", "gpt2-small"), same_model("gpt2", "pythia-70m"), same_model(None, "gpt2")
+    (True, False, True)
+    """
+    return not one or not other or _bare(one) == _bare(other)
 
 
 def warn(message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from saehooks.attachments.foreign import same_model
 from saehooks.attachments.request import refuse_unknown
 from saehooks.attachments.resolve import find, name_of
 from saehooks.errors import ConfigError, NeverFiredError
@@ -235,6 +236,11 @@ def _target(model: Any, sae: SAE, at: str | None, head: int | None, where: Any) 
         wanted, there = name_of(sae, at, head) if at or sae.hook_name else (None, None), described.get("hook_name")
         if wanted[0] and there and wanted != (there, described.get("head")):
             raise ConfigError(f"the SAE is of site {wanted[0]!r}, the activations are of {there!r}; at= says another")
+        ours, theirs = sae.cfg.metadata.get("model_name"), described.get("model_name")
+        if not same_model(ours, theirs):
+            raise ConfigError(
+                f"the SAE is of the model {ours!r}, the activations are of {theirs!r}: harvest those of {ours!r}"
+            )
         known = {**described, **({"hook_name": wanted[0], "head": wanted[1]} if wanted[0] else {})}
         positions = getattr(model, "positions", "as given")
         return Target(None, None, None, lambda trainer: _remember(trainer, known, positions))

@@ -199,6 +199,11 @@ def test_activations_that_do_not_fit_the_sae_are_refused(tiny_bridge, tmp_path):
     for sae, more in ((fresh(hook_name="blocks.0.hook_resid_post"), {}), (fresh(), {"at": "blocks.0.hook_resid_post"})):
         with pytest.raises((ConfigError, SiteError), match="the activations are of"):
             sh.fit(acts, sae, **FAST, **more)
+    other = fresh()
+    other.cfg.metadata["model_name"] = "pythia-70m"
+    with pytest.raises(ConfigError, match="the SAE is of the model 'pythia-70m', the activations are of"):
+        sh.fit(acts, other, **FAST)
+    assert not other.finished
     with pytest.raises(ConfigError, match="48 activations do not fill a batch of 100"):
         sh.fit(acts, fresh(), **{**FAST, "batch_size": 100})
     with pytest.raises(ConfigError, match="leave out where="):
