@@ -12,7 +12,13 @@ from torch import Tensor
 from saehooks.errors import ConfigError, NotFiniteError, StorageError
 from saehooks.ranks import axes_of, whole
 from saehooks.sae import SAE
-from saehooks.training.checkpoint import check_writable, load_checkpoint, refuse_unfinished, save_checkpoint
+from saehooks.training.checkpoint import (
+    check_writable,
+    load_checkpoint,
+    refuse_unfinished,
+    remove_half_written,
+    save_checkpoint,
+)
 from saehooks.training.data import Part
 from saehooks.training.trainer import Trainer
 
@@ -51,6 +57,8 @@ class Job:
 
     def _open(self, folder: Path, resume: bool) -> None:
         check_writable(folder)
+        if self.trainer.ranks.leads:
+            remove_half_written(folder)
         if resume:
             load_checkpoint(self.trainer, folder)
         else:

@@ -17,7 +17,7 @@ from saehooks.ranks.shard import check_splits
 
 pytestmark = pytest.mark.slow
 STEPS = 12
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
 """Of losses, relative: sums of float32 in another order, over all steps. Measured: 2e-7."""
 FEW = ["sparsemax", "jumprelu", "batchtopk", "feature choice"]
 GRIDS = {
