@@ -19,7 +19,17 @@ TABLE = """
     presets causal latents demo doctor cli
 """
 ROOMS = TABLE.split()
-HEAVY = ["transformer_lens", "open_clip", "matplotlib", "triton", "numba", "transformers", "datasets", "IPython"]
+HEAVY = [
+    "transformer_lens",
+    "open_clip",
+    "matplotlib",
+    "triton",
+    "numba",
+    "transformers",
+    "datasets",
+    "IPython",
+    "rich",
+]
 
 
 def rooms_imported(file: Path) -> set[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
-from rich.text import Text
 from torch import Tensor
 
 from saehooks.codes import Codes
@@ -14,6 +12,10 @@ from saehooks.errors import NeverFiredError
 from saehooks.evaluation.comparison import Comparison
 from saehooks.metrics import ReconstructionMeter
 from saehooks.show import html, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
 
 HISTORY = 1000
 """Rows of history kept; beyond that every second one is dropped, again and again."""
@@ -113,6 +115,9 @@ class Measurement:
         }
 
     def __rich__(self) -> Group | Text:
+        from rich.console import Group
+        from rich.text import Text
+
         if not self.calls:
             return Text(f"measure: nothing yet · {self.note}")
         table, figures = terminal.table(self.comparison.rows()), terminal.pairs(self._figures())

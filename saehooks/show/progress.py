@@ -6,13 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.errors import LiveError
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:  # rich is imported where something is shown
+    from rich.panel import Panel
+    from rich.progress import Progress
 
 SECONDS_BETWEEN = 0.2
 """How often a panel is drawn again, at most."""
@@ -42,6 +40,16 @@ def bar(enabled: bool | None = None) -> Iterator[Bar]:
     Args:
         enabled: by default only in a terminal.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(file=sys.stderr)
     if not (console.is_terminal if enabled is None else enabled):
         yield Bar()
@@ -61,6 +69,10 @@ def panel(content: Any, title: Callable[[], str], enabled: bool | None = None) -
         title: above it, as it is at the moment.
         enabled: by default only in an interactive terminal.
     """
+    from rich.console import Console
+    from rich.live import Live
+    from rich.panel import Panel
+
     console = Console()
     if not (enabled or (enabled is None and console.is_interactive and not console.is_jupyter)):
         yield lambda: None
@@ -87,6 +99,8 @@ def panel(content: Any, title: Callable[[], str], enabled: bool | None = None) -
 @contextmanager
 def started(display: Any) -> Iterator[bool]:
     """Run a display of rich inside the block; gives False, and leaves it out, where another one is running."""
+    from rich.errors import LiveError
+
     try:
         display.start()
     except LiveError:

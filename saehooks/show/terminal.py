@@ -6,15 +6,16 @@ import io
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from rich.console import Console, RenderableType
-from rich.style import Style
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from saehooks.errors import ConfigError
 from saehooks.show.values import Row, Shades, as_floats, columns_of, number, visible
+
+if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.console import RenderableType
+    from rich.style import Style
+    from rich.table import Table
+    from rich.text import Text
 
 _WEAK, _BLUE, _RED = (214, 228, 252), (24, 88, 205), (190, 50, 30)
 _WEAK_RED = (252, 222, 216)
@@ -38,6 +39,8 @@ def tokens_text(
     Raises:
         ConfigError: tokens and values are not equally long.
     """
+    from rich.text import Text
+
     numbers = as_floats(values)
     if len(numbers) != len(tokens):
         raise ConfigError(f"one value per token: got {len(tokens)} tokens and {len(numbers)} values")
@@ -51,6 +54,8 @@ def tokens_text(
 
 def shade_style(shade: float | None) -> Style:
     """Background of a shade in -1..1, with a foreground that stays readable on it."""
+    from rich.style import Style
+
     if shade is None:
         return Style(dim=True)
     if shade == 0:
@@ -63,6 +68,9 @@ def shade_style(shade: float | None) -> Style:
 
 def table(rows: Sequence[Row], columns: Sequence[str] | None = None, *, title: str | None = None) -> Table:
     """Rows (mappings, or sequences with ``columns``) as a rich table; numbers are right-aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
     names, cells = columns_of(rows, columns)
     out = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(names):
@@ -75,6 +83,9 @@ def table(rows: Sequence[Row], columns: Sequence[str] | None = None, *, title: s
 
 def pairs(items: Mapping[str, Any], *, title: str | None = None) -> Table:
     """Names and numbers as a two-column table without a heading."""
+    from rich.table import Table
+    from rich.text import Text
+
     out = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     out.add_column("name", style="bold")
     out.add_column("value", justify="right")
@@ -106,6 +117,8 @@ def render(renderable: RenderableType, *, width: int | None = None, color: bool 
         width: columns; by default the terminal's, 100 where there is none.
         color: ANSI colours; by default only when standard output is a terminal.
     """
+    from rich.console import Console
+
     on = sys.stdout.isatty() if color is None else color
     if width is None and not on:
         width = 100

@@ -6,12 +6,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from saehooks.show.training import TrainingProgress
 from saehooks.training.data import Data
 from saehooks.training.job import Job
 from saehooks.training.signals import Interruptions
 from saehooks.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from saehooks.show.training import TrainingProgress
 
 
 def run_jobs(
@@ -25,6 +28,8 @@ def run_jobs(
         progress: as for `fit`.
         remember: for each job, writes into its SAE what is known of it.
     """
+    from saehooks.show.training import TrainingProgress  # it imports rich
+
     try:
         with _saved_when_interrupted(jobs) as interruptions:
             shown = {name: job.trainer for name, job in jobs.items()}
