@@ -40,6 +40,17 @@ def unscreened(queries: Tensor, keys: Tensor) -> kernels.Support:
         screen.MODE = before
 
 
+def screened_on_gpu(queries: Tensor, keys: Tensor) -> kernels.Support:
+    """Selection from bfloat16 products and float32 scores of the candidates; off by default until it is measured."""
+    from saehooks.kernels.gpu import scores, select
+
+    rule = select.describe(Sparsemax(), keys.shape[0], keys.device)
+    found = scores.select_screened(queries, keys, rule, None) if rule else None
+    if found is None:
+        raise RuntimeError("a row had too many candidates")
+    return found
+
+
 def main() -> None:
     bench = Bench(arguments(__doc__.splitlines()[0]))
     for case in bench.cases(CPU, CUDA):
@@ -54,6 +65,7 @@ def main() -> None:
         if bench.device.type == "cuda":
             half = queries.bfloat16(), keys.bfloat16().T
             jobs["bfloat16 product"] = lambda half=half: torch.mm(*half)
+            jobs["sparsemax, screened"] = partial(screened_on_gpu, queries, keys)
         kept = Step(screen_tables=ScreenTables())
         for name, rule in rules.items():
             jobs[name] = partial(kernels.select, queries, keys, rule, step=kept)

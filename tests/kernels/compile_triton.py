@@ -85,6 +85,10 @@ def cases():
         "LATENTS": GEMM_PLAN.latents, "DEPTH": GEMM_PLAN.depth, "BAND": GEMM_PLAN.band,
     }  # fmt: skip
     yield "scores_above", scores.scores_above_kernel, gemm, GEMM_PLAN.warps, GEMM_PLAN.stages, {}
+    yield "scores_above all", scores.scores_above_kernel, {**gemm, "STEP": 0}, GEMM_PLAN.warps, GEMM_PLAN.stages, {}
+    whole = {"QUERIES": "*fp32", "KEYS": "*fp32"}
+    made = {"BIASED": True, "CAP": GEMM_PLAN.cap, "WIDTH": plan.width, "ENTRIES": plan.entries}
+    yield "rescore", scores.rescore_kernel, made, plan.warps, 3, whole
     yield "order", scores.order_kernel, {"CAP": GEMM_PLAN.cap}, 1, 3, {}
 
 

@@ -143,6 +143,45 @@ def test_selection_without_writing_the_scores_is_the_same(path, device, rule, bi
     )
 
 
+@pytest.mark.parametrize("rule", [Sparsemax(), Entmax(1.5), TopK(3)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("biased", [False, True])
+def test_selection_through_a_bfloat16_screen_is_that_of_float32(path, device, rule, biased):
+    """Candidates found in bfloat16, some of them last bits apart, are selected from by their float32 scores."""
+    from saehooks.kernels.gpu.launch import GemmPlan
+
+    made = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(5, 40, generator=made) * 0.4, torch.randn(300, 40, generator=made)
+    keys[100:130] = keys[7] * (1 + 2.0**-12 * torch.randint(-3, 4, (30, 1), generator=made))
+    queries, keys = queries.to(device), keys.to(device)
+    bias = torch.randn(300, generator=made).to(device) if biased else None
+    plan = GemmPlan(step=4, rows=16, latents=32, depth=16, band=2, warps=4, stages=2, cap=128)
+    described = select_module.describe(rule, 300, device)
+    found = scores_module.select_screened(queries, keys, described, bias, plan=plan)
+    scores = queries @ keys.T + (0 if bias is None else bias)
+    assert found is not None
+    assert same(found, reference.select_rows(scores, rule))
+    torch.testing.assert_close(found.scores, scores[kernels_rows(found), found.indices])
+    assert scores_module.select_screened(queries, keys, described, bias, plan=plan._replace(cap=2)) is None
+    for value in (float("nan"), float("inf"), 1e30):
+        broken = queries.clone()
+        broken[3, 2] = value
+        assert scores_module.select_screened(broken, keys, described, bias, plan=plan) is None, "left to the other form"
+
+
+def test_the_screen_serves_float32_queries_where_it_is_switched_on(path, device, monkeypatch):
+    """By default it is off; on, the same support comes of it."""
+    from saehooks.kernels.gpu import launch
+
+    queries, keys = 0.4 * torch.randn(4, 40, device=device), torch.randn(300, 40, device=device)
+    calls, plain = [], scores_module.select_screened
+    monkeypatch.setattr(scores_module, "select_screened", lambda *given: calls.append(1) or plain(*given))
+    expected = kernels.select(queries, keys, TopK(5))
+    assert not calls
+    monkeypatch.setattr(launch, "SCREENED_FROM", 0)
+    assert torch.equal(kernels.select(queries, keys, TopK(5)).indices, expected.indices)
+    assert calls == ([1] if path == "gpu" else [])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_selection_from_queries_is_that_of_scores_in_float32(path, device, dtype, monkeypatch):
     """Half-precision queries are scored with float32 sums, chunk by chunk; scores beyond float16 stay finite."""

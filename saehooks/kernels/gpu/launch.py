@@ -156,6 +156,16 @@ def writes_scores(rows: int, d_sae: int, k: int) -> bool:
     return UNWRITTEN_FROM is None or rows * d_sae < UNWRITTEN_FROM or 4 * k > GEMM_PLAN.cap
 
 
+SCREENED_FROM: int | None = None
+"""Float32 scores (rows x d_sae) from which on candidates are found by a bfloat16 product and they alone are scored in
+float32. None: never, until a measurement (`encode.py --device cuda`, "sparsemax, screened") says where it is faster."""
+
+
+def screens(rows: int, d_sae: int, k: int) -> bool:
+    """Whether float32 queries are screened in bfloat16 (for top-k, of how many)."""
+    return SCREENED_FROM is not None and rows * d_sae >= SCREENED_FROM and 4 * k <= GEMM_PLAN.cap
+
+
 def score_rows(rows: int, d_sae: int) -> int:
     """Rows scored at a time."""
     return max(1, min(rows, SCORE_BYTES // (4 * d_sae)))

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from saehooks.kernels import reference
 from saehooks.kernels.gpu.across_rows import select_batch
-from saehooks.kernels.gpu.launch import GEMM_PLAN, GemmPlan, on, score_rows, select_plan, writes_scores
+from saehooks.kernels.gpu.launch import (
+    GEMM_PLAN,
+    GemmPlan,
+    SelectPlan,
+    on,
+    product_plan,
+    score_rows,
+    screens,
+    select_plan,
+    writes_scores,
+)
 from saehooks.kernels.gpu.select import (
     THRESHOLD,
     Candidates,
@@ -35,6 +45,9 @@ from saehooks.kernels.step import DEFAULT, Step, bfloat16_is_wanted
 from saehooks.support import Support
 
 HALF = (torch.bfloat16, torch.float16)
+
+SMALLEST, LARGEST = 1e-12, 1e18
+"""Norms between which rounding errors are bounded: beyond, squares underflow or products overflow."""
 
 HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 """Whether this torch multiplies half-precision matrices into a float32 one."""
@@ -69,10 +82,13 @@ def select_products(
 def _by_row(queries: Tensor, keys: Tensor, rule: RuleNumbers, bias: Tensor | None, step: Step) -> list[Support]:
     """Supports under a row rule, from scores that are written chunk by chunk, or not at all."""
     rows, d_sae = queries.shape[0], keys.shape[0]
+    found = None
     if queries.dtype in HALF and rule.kind != THRESHOLD.value and not writes_scores(rows, d_sae, rule.k):
         found = select_unwritten(queries, keys, rule, bias, step)
-        if found is not None:
-            return [found]
+    elif queries.dtype == torch.float32 and rule.kind != THRESHOLD.value and screens(rows, d_sae, rule.k):
+        found = select_screened(queries, keys, rule, bias, step)
+    if found is not None:
+        return [found]
     chunk = score_rows(rows, d_sae)
     buffer = torch.empty(chunk, d_sae, dtype=torch.float32, device=queries.device)
     scores = (product(part, keys, buffer[: part.shape[0]]) for part in queries.split(chunk))
@@ -116,28 +132,93 @@ def select_unwritten(
 
     Under a `Capacity`, where the host does not look, such a step counts as overflowed.
     """
-    rows, d_sae = queries.shape[0], keys.shape[0]
+    found, selection = _sample(queries, keys, rule, bias, plan)
+    if keys.shape[0] > -(-keys.shape[0] // plan.step):
+        _append(queries, keys, bias, found, plan)
+    return _settle(found, rule, selection, step)
+
+
+def _sample(
+    queries: Tensor, keys: Tensor, rule: RuleNumbers, bias: Tensor | None, plan: GemmPlan
+) -> tuple[Candidates, SelectPlan]:
+    """Candidates among every step-th latent, whose bound holds for all, and the launch shape that lists them."""
     sampled = keys[:: plan.step]
-    scores = torch.empty(rows, sampled.shape[0], dtype=torch.float32, device=queries.device)
+    scores = torch.empty(queries.shape[0], sampled.shape[0], dtype=torch.float32, device=queries.device)
     bias_sampled = None if bias is None else bias[:: plan.step].contiguous()
     selection = select_plan(sampled.shape[0], rule.k)._replace(cap=plan.cap)
-    found = collect(product(queries, sampled, scores), rule, selection, bias_sampled, plan.step)
-    if d_sae > sampled.shape[0]:
-        _append(queries, keys, bias, found, plan)
+    return collect(product(queries, sampled, scores), rule, selection, bias_sampled, plan.step), selection
+
+
+def _settle(found: Candidates, rule: RuleNumbers, selection: SelectPlan, step: Step) -> Support | None:
+    """The support of complete lists; None, or under a `Capacity` an overflow, if one is not complete."""
+    rows = found.counts.shape[0]
     order_kernel[(rows,)](*found[:4], CAP=selection.cap, num_warps=selection.finish_warps)
     room, lost = step.capacity, incomplete(found)
     if room is None:
         return None if bool(lost) else support_of_candidates(found, rule, selection)
     room.note(lost)
-    target = Target.of(room, queries.device)
+    target = Target.of(room, found.best.device)
     return target.whole([support_of_candidates(found, rule, selection, target=target)], room)
 
 
+def select_screened(
+    queries: Tensor,
+    keys: Tensor,
+    rule: RuleNumbers,
+    bias: Tensor | None,
+    step: Step = DEFAULT,
+    plan: GemmPlan = GEMM_PLAN,
+) -> Support | None:
+    """Select from float32 scores of the candidates alone, which products in bfloat16 have found; None as above.
+
+    A row's scores in bfloat16 are off by at most ``error``: by Cauchy-Schwarz, for queries q and keys k rounded to q'
+    and k', ``|q - q'| max|k| + |q'| max|k - k'|``, and what sums in float32 lose. So the threshold of the sampled
+    scores is too large by no more than that, and whatever may be selected reaches it less twice the error.
+    """
+    half_queries, half_keys = queries.to(torch.bfloat16), keys.to(torch.bfloat16)
+    error = _screen_errors(queries, half_queries, keys, half_keys, bias)
+    found, selection = _sample(half_queries, half_keys, rule, bias, plan)
+    # Rows without a bound, NaN and infinity among them, list everything, and are incomplete.
+    lowered = found.bound - 2 * error - 1e-6 * found.bound.abs()
+    found = found._replace(bound=torch.where(lowered.isfinite(), lowered, -torch.inf))
+    found.counts.zero_()
+    if queries.device.type != "cuda":  # Triton's interpreter multiplies no bfloat16
+        half_queries, half_keys = half_queries.float(), half_keys.float()
+    _append(half_queries, half_keys, bias, found, plan._replace(step=0))
+    width = product_plan(queries.shape[1])
+    queries, keys = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (queries, keys))
+    rescore_kernel[(queries.shape[0],)](
+        queries, queries.stride(0), keys, keys.stride(0), found.best if bias is None else bias,
+        found.values, found.places, found.counts, queries.shape[1],
+        BIASED=bias is not None, CAP=selection.cap, WIDTH=width.width, ENTRIES=width.entries, num_warps=width.warps,
+    )  # fmt: skip
+    return _settle(found, rule, selection, step)
+
+
+def _screen_errors(
+    queries: Tensor, half_queries: Tensor, keys: Tensor, half_keys: Tensor, bias: Tensor | None
+) -> Tensor:
+    """(rows,) float32, the most that a score of rounded queries and keys is off; not finite where that is not known."""
+
+    def norms(rows: Tensor, half: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rounded = half.float()
+        return rows.norm(dim=1), (rows - rounded).norm(dim=1), rounded.norm(dim=1)
+
+    whole, lost, left = norms(queries, half_queries)
+    key, key_lost, key_left = (norm.max() for norm in norms(keys, half_keys))
+    summing = queries.shape[1] * 2.0**-23  # twice the relative error of a float32 sum
+    error = (lost * key + left * key_lost) * (1 + 1e-3) + summing * (left * key_left + whole * key)
+    if bias is not None:
+        error = error + 2.0**-22 * bias.abs().max()
+    usable = (whole > SMALLEST) & (whole < LARGEST) & (key > SMALLEST) & (key < LARGEST)
+    return torch.where(usable, error + 1e-16 * (whole + left + key), torch.inf)
+
+
 def _append(queries: Tensor, keys: Tensor, bias: Tensor | None, found: Candidates, plan: GemmPlan) -> None:
-    """Score all other latents and list those that reach their row's bound."""
+    """Score all latents that were not sampled (all, with step 0) and list those that reach their row's bound."""
     queries, keys = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (queries, keys))
     rows, width = queries.shape
-    others = keys.shape[0] - -(-keys.shape[0] // plan.step)
+    others = keys.shape[0] - (-(-keys.shape[0] // plan.step) if plan.step else 0)
     tiles = -(-rows // plan.rows) * -(-others // plan.latents)
     scores_above_kernel[(tiles,)](
         queries, queries.stride(0), keys, keys.stride(0), found.best if bias is None else bias, found.bound,
@@ -157,13 +238,14 @@ def _append(queries: Tensor, keys: Tensor, bias: Tensor | None, found: Candidate
 # list by latent before anything is summed, so results do not.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which changes with the batch
 def scores_above_kernel(
     QUERIES, query_stride, KEYS, key_stride, BIAS, BOUND, VALUES, PLACES, COUNTS, rows, others, width,
     STEP: tl.constexpr, BIASED: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against the latents that are no multiple of STEP; scores that reach the bound are listed."""
+    """One tile of queries against the latents that are no multiple of STEP (0: all); scores that reach the bound are
+    listed."""
     row_tiles = tl.cdiv(rows, ROWS)
     latent_tiles = tl.cdiv(others, LATENTS)
     # Bands of BAND row tiles: their queries and the same few keys stay in the L2 cache.
@@ -172,12 +254,16 @@ def scores_above_kernel(
     height = tl.minimum(row_tiles - band * BAND, BAND)
     row = (band * BAND + within % height) * ROWS + tl.arange(0, ROWS)
     other = (within // height) * LATENTS + tl.arange(0, LATENTS)
-    latent = other + other // (STEP - 1) + 1
+    latent = other
+    if STEP:
+        latent = other + other // (STEP - 1) + 1
     depth = tl.arange(0, DEPTH)
     # Out of range: read the last row again; its hits are masked below.
     query_at = QUERIES + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * query_stride + depth[None, :]
     last = others - 1
-    key_row = tl.where(other < others, latent, last + last // (STEP - 1) + 1)
+    if STEP:
+        last = last + last // (STEP - 1) + 1
+    key_row = tl.where(other < others, latent, last)
     key_at = KEYS + key_row.to(tl.int64)[None, :] * key_stride + depth[:, None]
     z = tl.zeros((ROWS, LATENTS), tl.float32)
     for begin in range(0, width, DEPTH):
@@ -201,6 +287,30 @@ def scores_above_kernel(
         kept = hits & (slot < CAP)
         tl.store(VALUES + rows_of * CAP + slot, flat, mask=kept)
         tl.store(PLACES + rows_of * CAP + slot, place, mask=kept)
+
+
+@triton.jit
+def rescore_kernel(
+    QUERIES, query_stride, KEYS, key_stride, BIAS, VALUES, PLACES, COUNTS, width,
+    BIASED: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Float32 scores of the latents that a row lists, in place of those it was listed for."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(tl.load(COUNTS + row), CAP)
+    lane = tl.arange(0, WIDTH)
+    for start in range(0, n, ENTRIES):
+        slot = start + tl.arange(0, ENTRIES)
+        place = tl.load(PLACES + row * CAP + slot, mask=slot < n, other=0).to(tl.int64)
+        total = tl.zeros((ENTRIES,), tl.float32)
+        for begin in range(0, width, WIDTH):
+            inside = begin + lane < width
+            query = tl.load(QUERIES + row * query_stride + begin + lane, mask=inside, other=0.0)
+            at = KEYS + place[:, None] * key_stride + (begin + lane)[None, :]
+            key = tl.load(at, mask=(slot < n)[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(key * query[None, :], 1)
+        if BIASED:
+            total += tl.load(BIAS + place, mask=slot < n, other=0.0)
+        tl.store(VALUES + row * CAP + slot, total, mask=slot < n)
 
 
 @triton.jit
