@@ -196,7 +196,7 @@ MUTATIONS = [
     ),
     Mutation(
         "measure: a text predicts the first token of its padding",
-        "evaluation/three_runs.py",
+        "evaluation/comparison.py",
         "(place[:, 1:] == place[:, :-1] + 1) & (place[:, :-1] >= 0)",
         "(place[:, :-1] >= 0)",
         MODELS,
@@ -384,8 +384,8 @@ MUTATIONS = [
     Mutation(
         "causal: an effect has the wrong sign",
         "causal/attribution.py",
-        "-(codes.values * grad.values).double().cpu() * weight",
-        "(codes.values * grad.values).double().cpu() * weight",
+        "-(codes.values * grad.values).cpu().double() * weight",
+        "(codes.values * grad.values).cpu().double() * weight",
         "test_causal.py",
         "attribution_is_exact",
     ),
