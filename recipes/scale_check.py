@@ -1,0 +1,352 @@
+"""Do several processes train the SAE that one process trains? Every cell of the grid, 200 steps, on 1, 2 and 4 ranks.
+
+    python recipes/scale_check.py                      # all parts; writes recipes/results/scale_check.md
+    python recipes/scale_check.py --part checkpoints   # one of: grid, bytes, checkpoints, kills
+    python recipes/scale_check.py --part grid --cells "linear topk" --grids "2 by latents" --steps 20
+
+- grid: each cell with 2 and 4 ranks that split the rows, and with 2 and 4 that split the latents. Losses against those
+  of one process, from the same start on the same rows.
+- bytes: what a rank gave to collectives in a step, counted, and by arithmetic.
+- checkpoints: written by n ranks and gone on with by m, for n and m in 1, 2 and 4.
+- kills: two ranks, one of them killed (SIGKILL) at ten random moments; the restarted training against one that was
+  never killed.
+
+Ranks are processes of this machine that talk over gloo. SAEs are tiny (width 16, 64 latents): what is compared is
+arithmetic, not speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import saehooks as sh
+from saehooks.dictionaries import DICTIONARIES
+from saehooks.training.losses import LossConfig
+
+RESULTS = Path(__file__).parent / "results" / "scale_check.md"
+D_IN, D_SAE, BATCH, STEPS, EVERY = 16, 64, 64, 200, 20
+SETTINGS: dict[str, dict] = {
+    "relu": {},
+    "gated": {},
+    "jumprelu": {},
+    "topk": {"k": 4},
+    "batchtopk": {"k": 4},
+    "mutual_choice": {"k": 4},
+    "feature_choice": {"k": 4},
+    "sparsemax": {},
+    "entmax": {},
+}
+GRIDS = {"2 by rows": (2, 1), "4 by rows": (4, 1), "2 by latents": (2, 2), "4 by latents": (4, 4)}
+LAST = 60
+"""Step at which the trainings of the parts "checkpoints" and "kills" end."""
+
+
+def cells() -> dict[str, dict]:
+    """Every dictionary times every activation, and settings that look at all latents of a token."""
+    found = {
+        f"{dictionary} {activation}": {"dictionary": dictionary, "activation": activation, **settings}
+        for dictionary in DICTIONARIES
+        for activation, settings in SETTINGS.items()
+    }
+    sparsemax = {"dictionary": "concepts", "activation": "sparsemax"}
+    found["concepts sparsemax, weights"] = {**sparsemax, "values": "weight"}
+    found["concepts sparsemax, refine=1"] = {**sparsemax, "refine": 1}
+    learned = {"activation": "entmax", "learn_alpha": True, "values": "weight"}
+    found["concepts entmax, learned alpha"] = {"dictionary": "concepts", **learned}
+    found["linear topk, refine=1"] = {"dictionary": "linear", "activation": "topk", "k": 4, "refine": 1}
+    found["linear topk of magnitudes"] = {
+        "dictionary": "linear",
+        "activation": "topk",
+        "k": 4,
+        "negative": "magnitude",
+    }
+    found["linear jumprelu, start_l0=6"] = {"dictionary": "linear", "activation": "jumprelu", "start_l0": 6}
+    return found
+
+
+def rows(count: int = 8192) -> torch.Tensor:
+    """(count, D_IN) sparse mixtures of 48 directions, with a mean and some noise."""
+    draw = torch.Generator().manual_seed(7)
+    directions = torch.nn.functional.normalize(torch.randn(48, D_IN, generator=draw), dim=1)
+    weights = torch.rand(count, 48, generator=draw) * (torch.rand(count, 48, generator=draw) < 0.08)
+    return weights @ directions + 0.02 * torch.randn(count, D_IN, generator=draw) + 0.3
+
+
+def made(settings: dict, seed: int) -> sh.SAE:
+    torch.manual_seed(seed)
+    return sh.SAE(D_IN, D_SAE, **settings)
+
+
+def training(steps: int) -> dict:
+    plain = {"batch_size": BATCH, "buffer_rows": 512, "warmup_steps": 20, "dead_after": 500, "progress": False}
+    return {**plain, "steps": steps, "log_every": EVERY}
+
+
+# ------------------------------------------------------------------- processes
+
+
+def work(task: dict, rank: int, options: dict) -> dict:
+    """What one rank does and keeps: the trainings of all cells, or one that writes checkpoints."""
+    if task["kind"] == "train":
+        torch.manual_seed(rank)
+        sae = made(cells()["concepts sparsemax"], rank)
+        settings = {**training(LAST), "checkpoint_every": 3, "passes": 1, **task.get("settings", {})}
+        trainer = sh.fit(list(rows().split(128)), sae, out=task["out"], resume=True, **settings, **options)
+        return {"state": sae.state_dict(), "history": trainer.history}
+    kept = {}
+    for name in task["cells"]:
+        sae, steps = made(cells()[name], rank), task["steps"]
+        loss = LossConfig() if task["kind"] == "bytes" else None
+        settings = {**training(steps), **({"loss": loss} if loss else {})}
+        if task["kind"] == "bytes":
+            settings["log_every"] = 10**6
+        trainer = sh.fit(rows(), sae, **settings, **options)
+        ranks = trainer.ranks
+        kept[name] = {
+            "history": trainer.history,
+            "state": {key: value.clone() for key, value in sae.state_dict().items()},
+            "sent": ranks.sent,
+            "newton": getattr(ranks, "newton_steps", 0),
+        }
+    return kept
+
+
+def worker(told: str) -> None:
+    """One rank, started by `start`."""
+    torch.set_num_threads(1)
+    task, rank = json.loads(told), int(os.environ["SCALE_RANK"])
+    options = {} if task["latents"] == 1 else {"latent_ranks": task["latents"]}
+    if task["ranks"] > 1:
+        store = f"file://{task['folder']}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=task["ranks"])
+    torch.save(work(task, rank, options), Path(task["folder"], f"kept.{rank}"))
+
+
+def start(task: dict) -> list[subprocess.Popen]:
+    """All ranks of a task."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    return [
+        subprocess.Popen(command, env={**environment, "SCALE_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(task["ranks"])
+    ]
+
+
+def run(**task) -> list[dict]:
+    """What every rank kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = {"folder": folder, "latents": 1, **task}
+        for process in start(task):
+            said = process.communicate(timeout=3600)[1]
+            if process.returncode:
+                raise SystemExit(said)
+        return [torch.load(Path(folder, f"kept.{rank}")) for rank in range(task["ranks"])]
+
+
+# ----------------------------------------------------------------------- parts
+
+
+def worst(one: dict, other: dict) -> tuple[float, float]:
+    """Largest relative difference of a loss, and of a weight in units of the largest of its tensor."""
+    pairs = zip(one["history"], other["history"], strict=True)
+    loss = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
+    weights = 0.0
+    for name, value in one["state"].items():
+        if value.is_floating_point():
+            largest = value.double().abs().max().clamp(min=1e-30)
+            weights = max(weights, float((value.double() - other["state"][name].double()).abs().max() / largest))
+    return loss, weights
+
+
+def grid(names: list[str] | None = None, steps: int = STEPS, grids: list[str] | None = None) -> list[str]:
+    """Losses of cells on grids against one process; of all, if none are named."""
+    names, grids = names or list(cells()), grids or list(GRIDS)
+    (alone,) = run(kind="grid", cells=names, steps=steps, ranks=1)
+    found = {}
+    for grid_name in grids:
+        ranks, latents = GRIDS[grid_name]
+        kept = run(kind="grid", cells=names, steps=steps, ranks=ranks, latents=latents)
+        for name in names:
+            each = [worst(alone[name], one[name]) for one in kept]
+            found[name, grid_name] = tuple(max(values) for values in zip(*each, strict=True))
+        print(grid_name, "done", flush=True)
+    lines = [
+        f"## {steps} steps on several ranks against one process",
+        "",
+        f"Largest relative difference of the loss, over the records of every {EVERY} steps and all ranks (float32; in "
+        "brackets: of a weight at the end, in units of the largest weight of its tensor).",
+        "",
+        f"| cell | loss at step {steps} | " + " | ".join(grids) + " |",
+        "|---|---|" + "---|" * len(grids),
+    ]
+    for name in names:
+        last = alone[name]["history"][-1]["loss"]
+        shown = (f"{found[name, one][0]:.0e} ({found[name, one][1]:.0e})" for one in grids)
+        lines.append(f"| {name} | {last:.4f} | " + " | ".join(shown) + " |")
+    largest = max(value[0] for value in found.values())
+    lines += ["", f"Largest of all: {largest:.1e}."]
+    return lines
+
+
+def bytes_by_hand(name: str, ranks: int, latents: int, newton: float) -> float:
+    """Bytes that a rank gives to collectives in a step, from shapes alone (no loss but the reconstruction)."""
+    settings = cells()[name]
+    own = BATCH // (ranks // latents)
+    flag = 4.0
+    if latents == 1:
+        numbers = {"concepts": D_SAE * D_IN + 2 * D_IN * D_IN + D_IN, "linear": 2 * D_SAE * D_IN + D_SAE + D_IN}
+        sent = numbers[settings["dictionary"]] * 4 + 8 * D_SAE + flag  # gradients; since when latents did not fire
+    else:
+        sent = 2 * own * D_IN * 4 + flag  # the reconstruction, and the queries' gradient
+        if settings["activation"] == "topk":
+            sent += own * settings["k"] * 4
+        if settings["activation"] == "sparsemax":
+            sent += own * 8 + newton * own * 16
+    return sent + (BATCH * settings["k"] * 4 if settings["activation"] == "batchtopk" else 0)
+
+
+def counted() -> list[str]:
+    """Bytes of a step, counted and by hand."""
+    names = ["concepts sparsemax", "linear topk", "linear batchtopk"]
+    lines = [
+        "## Bytes that a rank gives to collectives in a step",
+        "",
+        f"Width {D_IN}, {D_SAE} latents, {BATCH} rows, the reconstruction as the only loss. The arithmetic counts the "
+        "Newton steps that thresholds took (one all-reduce of two float64 sums for each row).",
+        "",
+        "| cell | ranks | counted | by arithmetic | Newton steps |",
+        "|---|---|---|---|---|",
+    ]
+    for grid_name, (ranks, latents) in GRIDS.items():
+        few, many = (run(kind="bytes", cells=names, steps=n, ranks=ranks, latents=latents)[0] for n in (10, 30))
+        for name in names:
+            sent = (many[name]["sent"] - few[name]["sent"]) / 20
+            newton = (many[name]["newton"] - few[name]["newton"]) / 20
+            wanted = bytes_by_hand(name, ranks, latents, newton)
+            if abs(sent - wanted) > 1e-6:
+                raise SystemExit(f"{name}, {grid_name}: {sent} bytes were sent, the arithmetic says {wanted}")
+            lines.append(f"| {name} | {grid_name} | {sent:,.0f} | {wanted:,.0f} | {newton:.2f} |")
+    return lines
+
+
+def same(one: dict, other: dict) -> str:
+    """How two trainings differ, in words."""
+    states = one["state"], other["state"]
+    if all(torch.equal(states[0][name], states[1][name]) for name in states[0]):
+        return "bit for bit"
+    return "loss {:.0e}, weights {:.0e}".format(*worst(one, other))
+
+
+def checkpoints() -> list[str]:
+    """Written by n ranks after half of the steps, gone on with by m."""
+    sizes = (1, 2, 4)
+    lines = [
+        "## Checkpoints written by n ranks, gone on with by m",
+        "",
+        f"{LAST // 2} steps by n ranks that split the latents, then to step {LAST} by m ranks, against {LAST} steps by "
+        "one process. The folder that comes out is loaded by `sh.load`, and compared with the weights in memory.",
+        "",
+        "| | " + " | ".join(f"m = {m}" for m in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    with tempfile.TemporaryDirectory() as root:
+        (whole,) = run(kind="train", out=f"{root}/whole", ranks=1)
+        for n in sizes:
+            half = {"steps": LAST // 2, "decay": 0.3}
+            run(kind="train", out=f"{root}/{n}", ranks=n, latents=n, settings=half)
+            row = []
+            for m in sizes:
+                shutil.copytree(f"{root}/{n}", f"{root}/{n} {m}")
+                kept = run(kind="train", out=f"{root}/{n} {m}", ranks=m, latents=m, settings={"steps": LAST})
+                loaded = sh.load(f"{root}/{n} {m}").state_dict()
+                if not all(torch.equal(loaded[name], value) for name, value in kept[0]["state"].items()):
+                    raise SystemExit(f"{n} to {m}: the saved SAE is not the one in memory")
+                row.append(same(whole, kept[0]))
+            lines.append(f"| n = {n} | " + " | ".join(row) + " |")
+    return lines
+
+
+def kills(times: int = 10) -> list[str]:
+    """Two ranks, one killed at random moments, and the restarted training against one that was never killed."""
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as root:
+        task = {"kind": "train", "ranks": 2, "latents": 2}
+        began = time.monotonic()
+        whole = run(**task, out=f"{root}/whole")[0]
+        lasts = time.monotonic() - began
+        told, reached = [], []
+        for number in range(times):
+            Path(root, f"f{number}").mkdir()
+            processes = start({**task, "out": f"{root}/killed", "folder": f"{root}/f{number}"})
+            victim = draw.randrange(2)
+            try:
+                processes[victim].wait(timeout=draw.uniform(0.3, 1.0) * lasts)
+            except subprocess.TimeoutExpired:
+                processes[victim].kill()
+            said = processes[1 - victim].communicate(timeout=600)[1]
+            processes[victim].communicate()
+            told.append(next((line for line in said.splitlines() if "RankError" in line), said.strip()[-120:]))
+            file = Path(root, "killed", "checkpoint.safetensors")
+            reached.append(_step(file) if file.exists() else 0)
+        again = run(**task, out=f"{root}/killed")[0]
+        left = sorted(one.name for one in Path(root, "killed").iterdir())
+    lines = [
+        f"## One of two ranks killed (SIGKILL) at {times} random moments",
+        "",
+        f"Step of the checkpoint after each kill: {', '.join(map(str, reached))} of {LAST}. After the last one the "
+        "training was started once more; against one that was never killed its weights are the same: "
+        f"**{same(whole, again)}**.",
+        f"Left in the folder at the end: {', '.join(left)}.",
+        "",
+        "What the other rank said (the beginning, once each):",
+        "",
+    ]
+    return lines + [f"- {line[:230]}" for line in dict.fromkeys(line or "ended before the kill" for line in told)]
+
+
+def _step(file: Path) -> int:
+    from saehooks.storage import open_safetensors
+
+    return (open_safetensors(file).config or {})["counters"]["steps"]
+
+
+PARTS = {"grid": grid, "bytes": counted, "checkpoints": checkpoints, "kills": kills}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all if left out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cells", nargs="+", choices=cells(), help="of the part grid, only these")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, help="of the part grid, only these")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the part grid (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the page goes (%(default)s)")
+    chosen = parser.parse_args()
+    if chosen.worker:
+        worker(chosen.worker)
+        return
+    known = chosen.out.read_text().split("\n\n## ") if chosen.out.exists() else []
+    sections = {text.splitlines()[0]: text for text in known[1:]}
+    for name in chosen.part or PARTS:
+        asked = (chosen.cells, chosen.steps, chosen.grids) if name == "grid" else ()
+        text = "\n".join(PARTS[name](*asked)).removeprefix("## ")
+        sections = {title: one for title, one in sections.items() if title != text.splitlines()[0]}
+        sections[text.splitlines()[0]] = text
+        head = "# Several processes against one\n\nMade by `python recipes/scale_check.py`, on gloo."
+        chosen.out.write_text("\n\n## ".join([head, *sections.values()]).rstrip() + "\n")
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
