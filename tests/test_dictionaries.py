@@ -349,3 +349,14 @@ def test_massive_directions_of_degenerate_data():
     part = sh.SAE(16, 64).dictionary
     part.first_latent = 1
     assert [row for row, _ in part.rows_from_data(x)] == [0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_massive_directions_of_a_split_table(rank):
+    """Latents of their own are the first of the whole table, whichever process holds them."""
+    from saehooks.ranks import Ranks, shard
+
+    ranks = Ranks.__new__(Ranks)  # a place in a grid; nothing is exchanged here
+    ranks.size, ranks.latents, ranks.data, ranks.rank, ranks.latent_rank, ranks.data_rank = 2, 2, 1, rank, rank, 0
+    local = shard(sh.SAE(16, 64), ranks).dictionary
+    assert [row for row, _ in local.rows_from_data(with_massive_rows()[0])] == ([0, 1] if rank == 0 else [])

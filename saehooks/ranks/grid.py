@@ -252,7 +252,7 @@ class Ranks(Alone):
             raise error
         for rank, found in enumerate(told):
             if found is not None:
-                raise _same_error(*found, rank)
+                raise _same_error(found[0], found[1], rank)
         return result
 
     def check_agreement(self, facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saehooks.kernels import Support
-from saehooks.ranks.grid import Ranks
+from saehooks.ranks.grid import Alone, Ranks
 
 NEWTON_STEPS = 64
 """More than any threshold needs: each step takes at least one score out of the support."""
@@ -27,9 +27,9 @@ def sum_of_gradients(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor if ranks.latents == 1 else _SumOfGradients.apply(tensor, ranks)
 
 
-def mean_of_all(part: Tensor, ranks: Ranks) -> Tensor:
+def mean_of_all(part: Tensor, ranks: Alone) -> Tensor:
     """The sum over latents, and mean over rows, of a number that each rank has of its own."""
-    return _MeanOfAll.apply(part, ranks) if ranks.size > 1 else part
+    return _MeanOfAll.apply(part, ranks) if isinstance(ranks, Ranks) and ranks.size > 1 else part
 
 
 class _SumOfParts(torch.autograd.Function):

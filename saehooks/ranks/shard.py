@@ -97,6 +97,7 @@ def _join(local: SAE, ranks: Ranks) -> None:
     n = local.cfg.d_sae
     dictionary, activation, density = local.dictionary, local.activation, local.density
     dictionary.d_sae = activation.d_sae = n
+    dictionary.first_latent = ranks.latent_rank * n
     dictionary._screen_tables = type(dictionary._screen_tables)()
     if hasattr(dictionary, "heads"):
         dictionary.heads = dictionary.heads // ranks.latents
