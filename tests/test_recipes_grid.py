@@ -14,6 +14,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import compare_architectures as compare  # noqa: E402
+import stability  # noqa: E402
 from compare_table import at_same_l0, draw, write_tables  # noqa: E402
 
 
@@ -68,6 +69,35 @@ def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(tmp_path):
 
     whole, cut = run(tmp_path / "one", 6), run(tmp_path / "two", 4, 6)
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_latents_are_found_again_in_another_order():
+    """An SAE with its latents shuffled has all of them; one with other directions has none."""
+    from saehooks import presets
+
+    torch.manual_seed(0)
+    one, rows = presets.topk_sae(16, 40, k=8).frozen(), torch.randn(200, 16)
+    order = torch.randperm(40)
+    shuffled = presets.topk_sae(16, 40, k=8)
+    state = {name: t[order] if t.shape[:1] == (40,) else t for name, t in one.state_dict().items()}
+    shuffled.load_state_dict({**state, "dictionary.W_enc": one.dictionary.W_enc.detach()[:, order]})
+    again = stability.found_again(one, shuffled.frozen(), rows)
+    assert (again["by direction"], again["by firing"]) == (1.0, 1.0)
+    other = stability.found_again(one, presets.topk_sae(16, 40, k=8).frozen(), rows)
+    assert other["by direction"] < 0.5
+    assert other["by firing"] < 0.2
+
+
+def test_inputs_nobody_trains_on():
+    """Each has the size and the covariance its name says."""
+    rows = torch.randn(4000, 8) @ torch.diag(torch.arange(1.0, 9.0)) + 3
+    found = stability.extremes(rows, rows)
+    assert all(x.shape == (256, 8) for x in found.values())
+    median = rows.norm(dim=1).median()
+    assert torch.allclose(found["noise of the median norm"].norm(dim=1), median.expand(256))
+    assert torch.allclose(found["one constant"].norm(dim=1), median.expand(256))
+    spread = found["noise of the data's covariance"].std(0) / rows.std(0)
+    assert bool(((spread > 0.8) & (spread < 1.25)).all())
 
 
 def test_load_published_runs(tmp_path, monkeypatch, capsys):
