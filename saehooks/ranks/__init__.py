@@ -11,7 +11,7 @@ from saehooks.ranks.files import read_part, write_together
 from saehooks.ranks.grid import Alone, Ranks
 from saehooks.ranks.joined import JoinedSAE, load, split
 from saehooks.ranks.products import mean_of_all
-from saehooks.ranks.shard import axes_of, part, shard, whole
+from saehooks.ranks.splitting import axes_of, part, shard, whole
 
 __all__ = [
     "Alone",

@@ -13,7 +13,7 @@ from saehooks.kernels import Step
 from saehooks.ranks.exchange import all_codes, own_codes
 from saehooks.ranks.files import read_part
 from saehooks.ranks.grid import Alone, Ranks
-from saehooks.ranks.shard import axes_of, check_splits, shard
+from saehooks.ranks.splitting import axes_of, check_splits, shard
 from saehooks.sae import FORMAT, SAE, SAEConfig, without_memory
 from saehooks.sparse_coder import Encoded, SAEOutput, SparseCoder
 from saehooks.storage import open_folder

@@ -13,7 +13,7 @@ import torch
 import saehooks as sh
 from saehooks.errors import ConfigError
 from saehooks.ranks import Alone, Ranks, shard
-from saehooks.ranks.shard import check_splits
+from saehooks.ranks.splitting import check_splits
 
 pytestmark = pytest.mark.slow
 STEPS = 12
