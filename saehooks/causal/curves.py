@@ -222,7 +222,7 @@ def curve(
         raise ConfigError(f"counts must lie in 1 .. {len(best)}, the latents given; got {tuple(counts)}")
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}")
-    index = index if index is not None else getattr(latents, "index", None)
+    index = latents.index if index is None and isinstance(latents, Ranking) else index
     check_index(index, {Place(model, sae, options.get("at"), options.get("head"), None).site.name: sae})
     pool = active_latents(model, sae, tokens, **options)
     if max(counts) > len(pool):
