@@ -63,9 +63,10 @@ def write_together(
     if not signed:
         del header["__metadata__"][CHECKSUM]
     made = ranks.agree(lambda: _begin(path, header) if ranks.leads else "")
-    name = ranks.tell(made)[0]
+    # The first rank's header counts: what others say of the training, such as seconds, may be longer or shorter.
+    name, start = ranks.tell((made, len(header_bytes(header))))[0]
     try:
-        ranks.agree(lambda: _fill(name, header, own, ranks))
+        ranks.agree(lambda: _fill(name, start, header, own, ranks))
         return ranks.tell(ranks.agree(lambda: _finish(name, path, header, signed) if ranks.leads else ""))[0]
     except BaseException:
         if ranks.leads:
@@ -100,9 +101,10 @@ def _begin(path: Path, header: dict) -> str:
     return name
 
 
-def _fill(name: str, header: dict, own: Mapping[str, tuple[str, Tensor, tuple[int, ...], bool]], ranks: Alone) -> None:
-    """Write own rows where they belong: of ranks that share latents, one does."""
-    start = len(header_bytes(header))
+def _fill(
+    name: str, start: int, header: dict, own: Mapping[str, tuple[str, Tensor, tuple[int, ...], bool]], ranks: Alone
+) -> None:
+    """Write own rows behind a header that ends at ``start``; of ranks that share latents, one does."""
     with open(name, "r+b") as file:
         for stored, piece, _, is_part in own.values():
             if not (ranks.leads or (is_part and ranks.data_rank == 0)):
