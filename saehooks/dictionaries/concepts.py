@@ -114,7 +114,7 @@ class _Directions(torch.autograd.Function):
             d_x = torch.addcmul((d_queries / shifted[:, None]) @ W_k, directions, along[:, None])
             d_b = -d_x.sum(0) if ctx.needs_input_grad[1] else None
         elif ctx.needs_input_grad[1]:
-            d_b = -((1 / shifted) @ d_queries @ W_k + along @ directions)
+            d_b = -(W_k.T.mv(d_queries.T.mv(1 / shifted)) + directions.T.mv(along))
         if ctx.needs_input_grad[2]:
             d_W = d_queries.T @ directions
         return d_x, d_b, d_W, None
