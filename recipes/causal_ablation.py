@@ -13,9 +13,12 @@ The prompts are fixed below and were not chosen by result; a behaviour that does
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +28,7 @@ from saehooks.demo import text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.latents import LatentIndex
-from saehooks.show import figures, html, terminal
+from saehooks.show import charts, figures, html, terminal
 
 # ------------------------------------------------------------------ the prompts
 
@@ -207,24 +210,36 @@ class Behaviour:
         row["verdict"] = "separates" if self.separates else "does not separate"
         return row
 
-    def short_row(self) -> dict[str, object]:
-        """The line of the page's table; the other figures are its bars."""
-        row, n = self.row(), max(COUNTS)
-        wanted = ("behaviour", "accuracy", "held-out prompts", "clean", f"top {n} ablated", f"{n} random ablated",
-                  f"{n} frequent ablated", f"only top {n} kept", "none kept", "Spearman", "verdict")  # fmt: skip
-        return {name: row[name] for name in wanted if name in row}
+    def data(self, others: list[Behaviour]) -> dict[str, Any]:
+        """What the page shows of it, as plain values."""
+        known = {"name": self.name, "about": self.about, "asked": self.asked, "prompts": len(self.prompts)}
+        known |= {"examples": self.prompts[:4], "accuracy": self.accuracy, "held_out": len(self.held_out)}
+        if not self.has_it:
+            return known
+        return known | {
+            "spearman": self.ranking.agreement.spearman,
+            "bars": self.bars(),
+            "by_count": self.bars_by_count(),
+            "crossed": {other.name: self.mean(f"of {other.name}") for other in others},
+            "caption": self.ranking._caption(),
+            "ranking": self.ranking.rows(12),
+            "agreement": base64.b64encode(figures.png(self.ranking.plot_agreement())).decode("ascii"),
+        }
 
-    def bars(self):
-        """Clean, top, random and frequent latents ablated, for each n."""
-        clean = float(self.found.clean.mean())
-        kinds = {"top": "top", "random": "random", "as frequent": "frequent"}
-        series = {name: [self.mean(f"{kind} {n}") for n in COUNTS] for name, kind in kinds.items()}
-        return figures.paired_bars(
-            [f"{n} ablated" for n in COUNTS],
-            {"clean": [clean] * len(COUNTS), **series},
-            xlabel="logit difference, right minus wrong",
-            highlight="top",
-        )
+    def bars(self) -> dict[str, float]:
+        """The metric clean and under each kind of set of the largest size, by name."""
+        n = max(COUNTS)
+        kinds = {f"top {n} ablated": f"top {n}", f"{n} random ablated": f"random {n}"}
+        kinds |= {f"{n} frequent ablated": f"frequent {n}", f"only top {n} kept": f"keep top {n}", "none kept": "none"}
+        return {"clean": float(self.found.clean.mean())} | {name: self.mean(kind) for name, kind in kinds.items()}
+
+    def bars_by_count(self) -> dict[str, dict[str, float]]:
+        """Top, random and frequent latents ablated, for each n."""
+        clean = {"clean": float(self.found.clean.mean())}
+        return {
+            f"{n} latents ablated": clean | {kind: self.mean(f"{kind} {n}") for kind in ("top", "random", "frequent")}
+            for n in COUNTS
+        }
 
     @property
     def separates(self) -> bool:
@@ -260,59 +275,86 @@ READING = (
 )
 
 
-def page(found: list[Behaviour], sae, index, seconds: float) -> str:
-    """One HTML page; ``index`` says what latents stand for."""
+def page(found: list[dict[str, Any]], index: LatentIndex | None, footer: str) -> str:
+    """One HTML page of what `Behaviour.data` holds; ``index`` says what latents stand for."""
+    having = [one for one in found if "bars" in one]
     summary = html.Section("Held-out prompts")
-    summary.add(
-        '<div class="scroll">' + html.table_html([one.short_row() for one in found]) + "</div>",
-        html.paragraph(READING),
-    )
-    sections, having = [summary], [one for one in found if one.has_it]
-    summary.add(html.paragraph(verdict(found)))
+    if having:
+        marked = [name for name in having[0]["bars"] if name.startswith(("top", "only"))]
+        bars = {one["name"]: one["bars"] for one in having}
+        summary.add(charts.bars_html(bars, highlight=marked, caption="logit difference, right minus wrong"))
+    summary.add(html.paragraph(READING), *map(html.paragraph, verdicts(found)))
+    sections = [summary]
     crossed = [
-        {"prompts": one.name, "clean": float(one.found.clean.mean())}
-        | {f"top 20 of {other.name}": one.mean(f"of {other.name}") for other in having}
+        {"prompts": one["name"], "clean": one["bars"]["clean"]}
+        | {f"top 20 of {name}": value for name, value in one["crossed"].items()}
         for one in having
     ]
     if len(having) > 1:
         sections.append(
             html.Section("Is it this behaviour's latents?").add(
                 html.paragraph("Each row: the prompts of one behaviour, with the top 20 latents of each ablated."),
-                html.table_html(crossed),
+                '<div class="scroll">' + html.table_html(crossed) + "</div>",
             )
         )
-    for one in found:
-        section = html.Section(one.name.capitalize()).add(html.paragraph(one.about))
-        examples = [{"prompt": p, "right": r, "wrong": w} for p, r, w in one.prompts[:4]]
-        section.add(
-            html.table_html(examples, caption=f"{len(one.prompts)} prompts of {one.asked} have one-token answers")
-        )
-        if one.has_it:
-            section.add(
-                html.image(figures.png(one.bars()), f"clean, top, random and frequent latents ablated, {one.name}")
-            )
-            section.add(one.ranking.with_index(index)._repr_html_())
-            section.add(html.image(figures.png(one.ranking.plot_agreement()), f"attribution against exact, {one.name}"))
-        sections.append(section)
-    footer = f"Made by `recipes/causal_ablation.py` with {sae!r}, in {seconds:.0f} s."
+    sections += [section(one, index) for one in found]
     return html.page("Causal ablation of four behaviours", sections, lead=LEAD, footer=footer)
 
 
-def verdict(found: list[Behaviour]) -> str:
+def section(one: dict[str, Any], index: LatentIndex | None) -> html.Section:
+    """One behaviour: its prompts, the effect of ablating a few latents or many, and which latents they are."""
+    part = html.Section(one["name"].capitalize()).add(html.paragraph(one["about"]))
+    examples = [{"prompt": p, "right": r, "wrong": w} for p, r, w in one["examples"]]
+    caption = (
+        f"{one['prompts']} prompts of {one['asked']} have one-token answers; the model solves {one['accuracy']:.0%}, "
+        f"{one['held_out']} are held out"
+    )
+    part.add(html.table_html(examples, caption=caption))
+    if "bars" not in one:
+        return part
+    if one["by_count"]:
+        caption = "logit difference, right minus wrong, on held-out prompts"
+        part.add(charts.bars_html(one["by_count"], highlight=["top"], caption=caption))
+    rows = [
+        {
+            "latent": str(row["latent"]),
+            "effect of ablating it": row["attribution"] if row["exact"] is None else row["exact"],
+            **({} if index is None else {"stands for": index.words(row["latent"], 4)}),
+            **({} if index is None else {"strongest at": index.context_html(row["latent"])}),
+            "tokens": row["tokens"],
+        }
+        for row in one["ranking"]
+    ]
+    part.add('<div class="scroll">' + html.table_html(rows, caption=one["caption"]) + "</div>")
+    return part.add(html.image(base64.b64decode(one["agreement"]), f"attribution against exact, {one['name']}"))
+
+
+def verdicts(found: list[dict[str, Any]]) -> list[str]:
     """In words, with the numbers that decide."""
     parts = []
     for one in found:
-        if not one.has_it:
-            parts.append(f"{one.name}: the model solves {one.accuracy:.0%} of the prompts, too few to go on.")
+        if "bars" not in one:
+            parts.append(f"{one['name']}: the model solves {one['accuracy']:.0%} of the prompts, too few to go on.")
             continue
-        clean = float(one.found.clean.mean())
-        moved = {kind: one.mean(f"{kind} 20") - clean for kind in ("top", "random", "frequent")}
-        words = "separates" if one.separates else "does not separate"
-        parts.append(
-            f"{one.name} {words}: {clean:.2f} clean; ablating 20 changes it by {moved['top']:.2f} (top), "
-            f"{moved['random']:.2f} (random), {moved['frequent']:.2f} (frequent)."
+        bars, n = one["bars"], max(COUNTS)
+        top, random_, frequent = (
+            bars[name] - bars["clean"] for name in (f"top {n} ablated", f"{n} random ablated", f"{n} frequent ablated")
         )
-    return " ".join(parts)
+        words = "separates" if abs(top) >= 3 * max(abs(random_), abs(frequent)) else "does not separate"
+        parts.append(
+            f"{one['name']} {words}: {bars['clean']:.2f} clean; ablating {n} changes it by {top:.2f} (top), "
+            f"{random_:.2f} (random), {frequent:.2f} (frequent). Attribution and exact ablation: Spearman "
+            f"{one['spearman']:.2f}."
+        )
+    return parts
+
+
+def write(found: list[dict[str, Any]], index: LatentIndex | None, footer: str, out: Path) -> None:
+    """The page, and beside it what it shows as JSON, from which ``--draw`` makes the page again."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"footer": footer, "found": found}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    out.write_text(page(found, index, footer), encoding="utf-8")
 
 
 def main() -> None:
@@ -322,7 +364,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(BEHAVIOURS), default=list(BEHAVIOURS))
     parser.add_argument("--index", type=Path, help="an index of the SAE's latents; by default one over 16,384 tokens")
     parser.add_argument("--prompts", type=int, default=40, help="prompts of each behaviour (%(default)s)")
+    parser.add_argument("--draw", type=Path, help="draw the page again, from the JSON beside it; nothing is run")
     args = parser.parse_args()
+    if args.draw:
+        kept = json.loads(args.draw.read_text(encoding="utf-8"))
+        index = LatentIndex.load(args.index) if args.index else None
+        args.out.write_text(page(kept["found"], index, kept["footer"]), encoding="utf-8")
+        return
     start = time.perf_counter()
     (model, tokenizer), sae = smollm2(), sh.load(args.sae)
     found = [Behaviour(name, BEHAVIOURS[name]()[: args.prompts], tokenizer) for name in args.only]
@@ -336,15 +384,16 @@ def main() -> None:
     for one in having:
         one.evaluate(model, sae, having)
     print(terminal.render(terminal.table([one.row() for one in found]), width=200))
-    print(verdict(found))
+    plain = [one.data(having) for one in found]
+    print(*verdicts(plain), sep="\n")
     if args.index is None:
         index = sh.survey(
             model, sae, sh.TokenBatches(tokenizer, text("train"), context=128, batch_size=8, limit=16_384)
         )
     else:
         index = LatentIndex.load(args.index)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(found, sae, index, time.perf_counter() - start), encoding="utf-8")
+    footer = f"Made by `recipes/causal_ablation.py` with {sae!r}, in {time.perf_counter() - start:.0f} s."
+    write(plain, index, footer, args.out)
     print(f"wrote {args.out}")
 
 

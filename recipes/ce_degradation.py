@@ -13,6 +13,7 @@ spliced.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from saehooks.demo import text as packaged_text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.hosts import host
-from saehooks.show import figures, html, terminal
+from saehooks.show import charts, html, terminal
 
 KINDS = {
     "sparsemax": {},
@@ -65,26 +66,49 @@ def measured(model, sae: sh.SAE, batches: sh.TokenBatches) -> dict[str, float]:
     return live.summary()
 
 
-def picture(rows: list[dict]):
-    """Cross-entropy of each SAE between the clean one and the zeroed one, and its cost against its L0."""
-    figure, (bars, cost) = figures.blank(1, 2, width=11, height=0.9 + 0.42 * len(rows))
-    names = [f"{row['sae']}" for row in rows]
-    for i, (column, colour) in enumerate(
-        (("ce_clean", figures.GREY), ("ce_spliced", figures.BLUE), ("ce_zero", figures.RED))
-    ):
-        places = [place + 0.27 * (i - 1) for place in range(len(rows))]
-        bars.barh(places, [row[column] for row in rows], height=0.25, color=colour, label=column.removeprefix("ce_"))
-    bars.set_yticks(range(len(rows)), names)
-    bars.invert_yaxis()
-    bars.set(xlabel="cross-entropy, nats per token", title="clean, spliced, zeroed")
-    bars.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    for i, row in enumerate(rows):
-        cost.scatter(row["l0"], row["ce_degradation"], color=figures.COLOURS[i % len(figures.COLOURS)])
-        cost.annotate(
-            row["sae"], (row["l0"], row["ce_degradation"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
-        )
-    cost.set(xlabel="L0, latents per token", ylabel="CE degradation, nats", title="cost against L0")
-    return figure
+def page(rows: list[dict], lead: str, footer: str) -> str:
+    """One HTML page: what each SAE costs at each site, sparsemax highlighted; all figures below."""
+    groups: dict[str, dict[str, float]] = {}
+    sizes: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name, _, place = row["sae"].partition(", ")
+        for found, column in ((groups, "ce_degradation"), (sizes, "l0")):
+            found.setdefault(place, {})[name] = float(row[column])
+    ours = {row["sae"].partition(", ")[0] for row in rows if row["activation"] == "sparsemax"}
+    between = [f"{name} {_range([float(row[column]) for row in rows])}" for name, column in
+               (("clean", "ce_clean"), ("with the site zeroed", "ce_zero"))]  # fmt: skip
+    section = html.Section("Held-out text").add(
+        charts.bars_html(
+            groups,
+            highlight=ours,
+            caption="CE degradation: spliced minus clean, in nats; 0 is best; blue: sparsemax",
+        ),
+        html.paragraph(f"For scale: the cross-entropy is {between[0]} and {between[1]}."),
+        charts.bars_html(sizes, highlight=ours, caption="L0, latents on a token"),
+        html.paragraph("Sparsemax finds its own L0, TopK is given one: compare the two with that in mind."),
+    )
+    figures = html.Section("All figures").add(
+        '<div class="scroll">' + html.table_html([{k: v for k, v in row.items() if k != "activation"} for row in rows])
+        + "</div>",
+        html.paragraph(
+            "WikiText-2; cross-entropies and KL in nats. `ce_recovered` is (zero - spliced) / (zero - clean). "
+            "Position 0 is not spliced and not in NMSE and L0."
+        ),
+    )  # fmt: skip
+    return html.page("What splicing costs", [section, figures], lead=lead, footer=footer)
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+
+
+def write(rows: list[dict], lead: str, footer: str, out: Path) -> None:
+    """The page, and beside it its rows and words as JSON, from which ``--draw`` makes the page again."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"lead": lead, "footer": footer, "rows": rows}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    out.write_text(page(rows, lead, footer), encoding="utf-8")
 
 
 def main() -> None:
@@ -96,7 +120,12 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=1152)
     parser.add_argument("--passes", type=int, default=3, help="how often a training token is used (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ce_degradation.html")
+    parser.add_argument("--draw", type=Path, help="draw the page again, from the JSON beside it; nothing is run")
     args = parser.parse_args()
+    if args.draw:
+        kept = json.loads(args.draw.read_text(encoding="utf-8"))
+        args.out.write_text(page(kept["rows"], kept["lead"], kept["footer"]), encoding="utf-8")
+        return
     start = time.perf_counter()
     model, tokenizer = smollm2()
     if args.saes:
@@ -113,24 +142,15 @@ def main() -> None:
     rows = []
     for name, sae in saes.items():
         found = measured(model, sae, batches)
-        rows.append({"sae": name} | {column: found[column] for column in COLUMNS} | {"n_tokens": found["n_tokens"]})
+        rows.append(
+            {"sae": name, "activation": sae.cfg.activation}
+            | {column: found[column] for column in COLUMNS}
+            | {"n_tokens": found["n_tokens"]}
+        )
         print(terminal.render(terminal.table(rows[-1:])), flush=True)
-    facts = html.Section("Held-out text").add(
-        '<div class="scroll">'
-        + html.table_html(rows, caption="WikiText-2; cross-entropy in nats per token")
-        + "</div>",
-        html.image(figures.png(picture(rows)), "cross-entropy by site and SAE"),
-        html.paragraph(
-            "`ce_degradation` is spliced minus clean, 0 is best; `ce_recovered` is (zero - spliced) / (zero - clean). "
-            "Position 0 is not spliced and not in NMSE and L0. Sparsemax finds its own L0, TopK is given one: "
-            "compare the two with that in mind."
-        ),
-    )
     made = f"--train-tokens {args.train_tokens} --eval-tokens {args.eval_tokens}"
     footer = f"Made by `recipes/ce_degradation.py {made}` in {time.perf_counter() - start:.0f} s."
-    page = html.page("What splicing costs", [facts], lead=f"SmolLM2-135M-Instruct. {trained}", footer=footer)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    write(rows, f"SmolLM2-135M-Instruct. {trained}", footer, args.out)
     print(terminal.render(terminal.table(rows), width=160))
     print(f"wrote {args.out}")
 

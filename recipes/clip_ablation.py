@@ -17,6 +17,9 @@ Writes one HTML page, and the table as Markdown beside it; after each pair, so a
 from __future__ import annotations
 
 import argparse
+import base64
+import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,14 @@ from saehooks import causal
 from saehooks.demo.data import ASSETS
 from saehooks.errors import ConfigError
 from saehooks.evaluation.embeddings import class_embeddings
-from saehooks.show import html
+from saehooks.show import charts, html
 
 COUNTS = (1, 2, 5, 10, 20)
 DRAWS = 5
 """Random sets of each size, averaged over."""
+SHOWN = 3
+"""Latents whose photos stand on a pair's card."""
+TITLE = "Which concepts move a photo from one class to another?"
 STYLE = "<style>.strip img{image-rendering:pixelated;height:9em;border-radius:3px}</style>"
 
 
@@ -48,7 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="at most so many training and test photos")
     parser.add_argument("--singles", type=int, default=6, help="single photos to follow")
     parser.add_argument("--out", type=Path, default=Path("out/clip_ablation.html"))
+    parser.add_argument("--draw", type=Path, help="draw the page again, from the JSON beside it; nothing is run")
     args = parser.parse_args(argv)
+    if args.draw:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(page(json.loads(args.draw.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
 
     opened = open_clip_model(args.model)
     clip, sae = opened.model, sh.load(args.sae)
@@ -57,6 +68,18 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [[template.format(name) for template in args.templates] for name in test.names]
     classes = class_embeddings(clip, prompts, opened.tokenizer)
     guesses = {"train": ranking(clip, train, classes), "test": ranking(clip, test, classes)}
+
+    data = Path(args.data).name if args.data else "packaged photos"
+    lead = (
+        f"Model `{args.model}`, SAE `{Path(args.sae).name}`, `{data}`: "
+        f"latents ranked on {len(train)} training photos, measured on those of {len(test)} held-out photos that CLIP "
+        "classifies rightly. Reconstruction error kept."
+    )
+    labels = [train.names[int(label)] for label in train.labels]
+    index = sh.survey(clip, sae, train.batches(), labels=labels, contexts=SHOWN, sampled=0, progress=False)
+
+    def shown(latent: int) -> dict[str, str]:
+        return {"words": index.words(latent, 2), "photos": index.context_html(latent)}
 
     rows: list[dict[str, Any]] = []
     moved: dict[tuple[int, int], list[int]] = {}
@@ -74,14 +97,14 @@ def main(argv: list[str] | None = None) -> None:
             )  # fmt: skip
             moved[label, rival] = found.top(max(COUNTS))
             rows += effects(clip, sae, test.pixels(held), classes, found, label, rival, name)
-            write(args, rows, [], len(train), len(test))
+            write(args, rows, [], lead, shown)
     except KeyboardInterrupt:
         say("interrupted: the page holds the pairs that were done")
     singles = [
         follow(clip, sae, test, row, classes, int(guesses["test"][row, 0]), int(guesses["test"][row, 1]))
         for row in spread(test, guesses["test"], args.singles)
     ]
-    write(args, rows, singles, len(train), len(test))
+    write(args, rows, singles, lead, shown)
     print((args.out.with_suffix(".md")).read_text(encoding="utf-8"))
 
 
@@ -144,7 +167,7 @@ def effects(
             values = measured.values[chosen]
             row[f"{kind}: stay %"] = 100 * float((values == label).double().mean())
             row[f"{kind}: to rival %"] = 100 * float((values == rival).double().mean())
-        row["Spearman"], row["first latents"] = found.agreement.spearman, ", ".join(map(str, best[:5]))
+        row["Spearman"], row["latents"] = found.agreement.spearman, best[:5]
         rows.append(row)
     return rows
 
@@ -194,23 +217,44 @@ def follow(
 # ------------------------------------------------------------------------- writing
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[Any], n_train: int, n_test: int) -> None:
-    """The page, and the table as Markdown."""
-    data = Path(args.data).name if args.data else "packaged photos"
-    lead = (
-        f"Model `{args.model}`, SAE `{Path(args.sae).name}`, `{data}`: latents ranked on {n_train} training photos, "
-        f"measured on those of {n_test} held-out photos that CLIP classifies rightly. Reconstruction error kept."
-    )
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[Any], lead: str, shown: Any) -> None:
+    """The page, its content as JSON (from which ``--draw`` makes it again), and the table as Markdown.
+
+    Args:
+        shown: from a latent to its words and its strongest photos, as HTML.
+    """
+    latents = {latent for row in rows for latent in row["latents"][:SHOWN]}
+    content = {
+        "lead": lead,
+        "rows": rows,
+        "latents": {str(latent): shown(latent) for latent in sorted(latents)},
+        "singles": [[text, base64.b64encode(picture).decode("ascii")] for text, picture in singles],
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{name: _short(value) for name, value in row.items()} for row in [*means(rows), *rows]]
+    args.out.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    args.out.write_text(page(content), encoding="utf-8")
+    table = [{name: _short(value) for name, value in _told(row).items()} for row in [*means(rows), *rows]]
+    lines = [f"# {TITLE}", "", lead, ""]
+    if table:
+        lines += ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+        lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in table]
+    lines += ["", *(f"- {text}" for text, _ in singles), ""]
+    args.out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def page(content: dict[str, Any]) -> str:
+    """A card with a curve for each pair, and strips of patches for single photos."""
+    rows = content["rows"]
     first = html.Section("A class and its rival").add(
         html.paragraph(
-            "Share of held-out photos that stay in their class, and that go to the rival, with the top latents ablated "
-            "and with as many random active ones (mean of five draws). Spearman: attribution against exact ablation "
-            "on the training photos."
-        ),
-        html.table_html(rows) if rows else "",
+            "Share of held-out photos, in percent, that stay in their class when the top latents are ablated, and when "
+            "as many random active ones are (mean of five draws). Below each curve the first latents, with the photos "
+            "in which each is strongest and the patches where it fires."
+        )
     )
+    cards = [card(part, {}) for part in _by_pair(means(rows))] if len(_by_pair(rows)) > 1 else []
+    cards += [card(part, content["latents"]) for part in _by_pair(rows)]
+    first.add(f'<div class="sh-cards">{"".join(cards)}</div>')
     second = html.Section("Single photos").add(
         STYLE,
         html.paragraph(
@@ -218,16 +262,35 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]], singles: list[An
             "changes; beside it the patches where the first five fired (all dark: only on the class token)."
         ),
     )
-    for text, picture in singles:
-        second.add(html.paragraph(text), f'<div class="strip">{html.image(picture, text, photo=True)}</div>')
-    title = "Which concepts move a photo from one class to another?"
-    args.out.write_text(html.page(title, [first, second] if singles else [first], lead=lead), encoding="utf-8")
-    lines = [f"# {title}", "", lead, ""]
-    if rows:
-        lines += ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-    lines += ["", *(f"- {text}" for text, _ in singles), ""]
-    args.out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    for text, picture in content["singles"]:
+        shown = html.image(base64.b64decode(picture), text, photo=True)
+        second.add(html.paragraph(text), f'<div class="strip">{shown}</div>')
+    return html.page(TITLE, [first, second] if content["singles"] else [first], lead=content["lead"])
+
+
+def card(rows: list[dict[str, Any]], latents: dict[str, Any]) -> str:
+    """One pair: how many photos stay, over the number of latents ablated, and what the first latents are."""
+    name, last = rows[0]["class → rival"], rows[-1]
+    picture = charts.curves_svg(
+        [str(row["ablated"]) for row in rows],
+        {"random": [row["random: stay %"] for row in rows], "top": [row["top: stay %"] for row in rows]},
+        high=100.0,
+        highlight=["top"],
+        xlabel="latents ablated",
+        label=f"{name}: share of the photos that stay in their class",
+    )
+    facts = f"{last['photos']} photos; with {last['ablated']} ablated {last['top: to rival %']:.0f}% go to the rival"
+    known = {latent: latents[str(latent)] for latent in last["latents"][:SHOWN] if str(latent) in latents}
+    thumbs = "".join(
+        f"<div><small>{latent} {escape(one['words'])}</small><br>{one['photos']}</div>" for latent, one in known.items()
+    )
+    thumbs = f'<div class="sh-thumbs">{thumbs}</div>' if thumbs else ""
+    return f'<div class="sh-card"><h3>{escape(name)}</h3><small>{facts}</small>{picture}{thumbs}</div>'
+
+
+def _by_pair(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    names = dict.fromkeys(row["class → rival"] for row in rows)
+    return [[row for row in rows if row["class → rival"] == name] for name in names]
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -242,8 +305,14 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         mean |= {"ablated": n}
         mean |= {name: sum(row[name] for row in own) / len(own) for name in rows[0] if isinstance(own[0][name], float)}
-        found.append(mean | {"first latents": ""})
+        found.append(mean | {"latents": []})
     return found
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the Markdown table."""
+    told = {name: value for name, value in row.items() if name != "latents"}
+    return told | {"first latents": ", ".join(map(str, row["latents"]))}
 
 
 def _short(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,47 +76,85 @@ FIGURES = {
 }
 
 
+MINE = "sparsemax"
+"""The arm that stands out; all others are muted."""
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Three figures against L0, and the support sizes of the largest dictionaries."""
-    from matplotlib import colormaps
-
     figure, (*against_l0, supports) = figures.blank(2, 2, width=17, height=12)
-    names = dict.fromkeys(row["arm"] for row in rows)
-    colours = {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
     for axis, (key, label) in zip(against_l0, FIGURES.items(), strict=True):
-        draw_against_l0(axis, rows, key, colours)
+        draw_against_l0(axis, rows, key)
         axis.set_ylabel(label)
     largest = max(row["d_sae"] for row in rows)
-    draw_supports(supports, [row for row in rows if row["d_sae"] == largest], colours)
-    supports.set_title(f"d_sae {largest}")
+    draw_supports(supports, [row for row in rows if row["d_sae"] == largest])
+    supports.set_title(f"d_sae {largest}", color=figures.INK)
     figure.savefig(path, dpi=110)
 
 
-def draw_against_l0(axis, rows: list[dict], key: str, colours: dict) -> None:
+def draw_against_l0(axis, rows: list[dict], key: str) -> None:
     """A mark for each arm, one shape for each size, and TopK's curve through its arms."""
     sizes = sorted({row["d_sae"] for row in rows})
     for i, d_sae in enumerate(sizes):
         own = [row for row in rows if row["d_sae"] == d_sae]
         curve = sorted((row["l0"], row[key]) for row in own if row["arm"] in CURVE)
-        axis.plot([l0 for l0, _ in curve], [value for _, value in curve], "-", color="grey", linewidth=0.8)
-        axis.plot([], [], "os^D"[i % 4], color="grey", label=f"d_sae {d_sae}")
+        axis.plot([l0 for l0, _ in curve], [value for _, value in curve], "-", color=figures.GREYS[2], linewidth=1)
+        axis.plot([], [], "os^D"[i % 4], color=figures.GREYS[1], label=f"d_sae {d_sae}")
         for row in own:
-            axis.plot(row["l0"], row[key], "os^D"[i % 4], color=colours[row["arm"]], markersize=8)
-            if d_sae == sizes[-1]:
-                where = {"xytext": (4, 4), "textcoords": "offset points"}
-                axis.annotate(row["arm"], (row["l0"], row[key]), fontsize=7, **where)
+            mine = row["arm"] == MINE
+            look = {"color": figures.BLUE, "markersize": 11, "zorder": 3} if mine else {"color": figures.GREYS[1]}
+            axis.plot(row["l0"], row[key], "os^D"[i % 4], **{"markersize": 7, **look})
     axis.set(xscale="log", yscale="log", xlabel="L0 (mean support size)")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(loc="lower left")
+    axis.legend(loc="lower left", frameon=False, labelcolor=figures.INK)
+    label_marks(axis, [row for row in rows if row["d_sae"] == sizes[-1]], key)
 
 
-def draw_supports(axis, rows: list[dict], colours: dict) -> None:
-    """For each arm a bar over the quantiles of its support sizes."""
+PLACES = [(6, 4), (6, -10), (-6, 4), (-6, -10), (6, 14), (6, -20), (-6, 14), (-6, -20), (6, 24), (6, -30)]
+"""Where a name may stand beside its mark, in points; the first free one is taken."""
+
+
+def label_marks(axis, rows: list[dict], key: str) -> None:
+    """Names beside marks, none upon another: the arm that matters first, one without a free place not at all."""
+    axis.figure.canvas.draw()
+    scale, taken = axis.figure.dpi / 72, []
+    for row in sorted(rows, key=lambda row: (row["arm"] != MINE, len(row["arm"]))):
+        x, y = axis.transData.transform((row["l0"], row[key]))
+        width, height = 5.2 * scale * len(row["arm"]), 9 * scale
+        for dx, dy in PLACES:
+            left = x + dx * scale - (width if dx < 0 else 0)
+            box = (left, y + dy * scale, left + width, y + dy * scale + height)
+            if all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
+                taken.append(box)
+                mine = row["arm"] == MINE
+                axis.annotate(
+                    row["arm"], (row["l0"], row[key]), xytext=(dx, dy), textcoords="offset points", fontsize=8,
+                    ha="left" if dx > 0 else "right", color=figures.BLUE if mine else figures.INK,
+                    fontweight="bold" if mine else "normal",
+                )  # fmt: skip
+                break
+
+
+def draw_supports(axis, rows: list[dict]) -> None:
+    """For each arm a bar from the 5% to the 95% quantile of its support sizes, and the median."""
     for place, row in enumerate(rows):
-        q = row["support_quantiles"]
-        axis.plot([q[1], q[-2]], [place, place], "-", color=colours[row["arm"]], linewidth=2)
-        axis.plot([q[5], q[15]], [place, place], "-", color=colours[row["arm"]], linewidth=7)
-        axis.plot(q[10], place, "|", color="black", markersize=12)
+        colour = figures.BLUE if row["arm"] == MINE else figures.GREYS[1]
+        axis.plot([row["l0_q05"], row["l0_q95"]], [place, place], "-", color=colour, linewidth=5)
+        axis.plot(row["l0_median"], place, "|", color=figures.INK, markersize=14, markeredgewidth=2)
     axis.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
-    axis.set(xscale="symlog", xlabel="support size of a token: 5, 25, 50, 75, 95%")
+    for text in axis.get_yticklabels():
+        text.set_color(figures.BLUE if text.get_text() == MINE else figures.INK)
+    axis.set(xscale="symlog", xlabel="support size of a token: 5, 50, 95%")
     axis.grid(alpha=0.3)
+
+
+def read_table(file: Path) -> list[dict]:
+    """The rows of a table.csv."""
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    return [{name: value if name == "arm" else float(value or "nan") for name, value in row.items()} for row in rows]
+
+
+if __name__ == "__main__":  # python recipes/compare_table.py table.csv comparison.png: draws a table again
+    read = read_table(Path(sys.argv[1]))
+    draw([{**row, "d_sae": int(row["d_sae"])} for row in read], Path(sys.argv[2]))

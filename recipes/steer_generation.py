@@ -27,10 +27,13 @@ up without it, and at least 3% of all; the cross-entropy of neutral text is give
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 
 import torch
@@ -40,7 +43,7 @@ from saehooks.demo import text as packaged_text
 from saehooks.demo.data import ASSETS
 from saehooks.demo.models import smollm2
 from saehooks.hosts import host
-from saehooks.show import figures, html, terminal
+from saehooks.show import charts, html, terminal
 from saehooks.streams import prompt_tokens
 
 PROMPT = "I think that"
@@ -194,71 +197,105 @@ def sweep(writer: Writer, one: Chosen, strengths: list[float], base: tuple[list[
 
 def steers(rows: list[dict]) -> bool:
     """At least three times the unedited share of its words, and at least 3% of all, at some strength."""
-    return max(row["words"] for row in rows[1:]) >= max(3 * rows[0]["words"], 0.03)
+    return any(is_steered(row, rows[0]) for row in rows[1:])
+
+
+def is_steered(row: dict, unedited: dict) -> bool:
+    """The same, at one strength."""
+    return row["words"] >= max(3 * unedited["words"], 0.03)
 
 
 # ------------------------------------------------------------------------ the page
 
 
 def section(one: Chosen, rows: list[dict]) -> html.Section:
-    """One latent: its contexts, the sweep, the samples."""
+    """One latent: its contexts, the sweep, the samples; the words that are counted are highlighted in both."""
     found = html.Section(f"Latent {one.latent}: {', '.join(one.words[:4])}")
     found.add(
-        html.paragraph(f"Words of its 20 strongest contexts: {', '.join(one.words)}. Coherence {one.coherence:.0%}.")
+        html.paragraph(
+            f"Words of its 20 strongest contexts: {', '.join(one.words)}. Coherence {one.coherence:.0%}. Five contexts:"
+        )
     )
-    found.add(html.code("\n".join(context.replace("\n", " ") for context in one.contexts)))
-    shown = [{k: v for k, v in row.items() if k != "texts"} | {"CE cost": row["CE"] - rows[0]["CE"]} for row in rows]
-    found.add(html.table_html(shown, caption=f"strength: multiples of its largest activation, {one.largest:.3g}"))
+    contexts = (charts.marked_html(context.replace("\n", " "), one.words) for context in one.contexts)
+    found.add(f"<ul>{''.join(f'<li>… {context} …</li>' for context in contexts)}</ul>")
+    shares = {label(row): 100 * row["words"] for row in rows}
+    enough = [label(row) for row in rows[1:] if is_steered(row, rows[0])]
+    found.add(
+        charts.bars_html({"": shares}, highlight=enough, caption="its words, % of all generated; blue: it steers"),
+        charts.bars_html({"": {label(row): row["CE"] - rows[0]["CE"] for row in rows}}, caption="CE cost, nats"),
+    )
     samples = [
-        {"edit": f"{row['verb']} x{row['strength']:g}", "text": PROMPT + text}
+        {"edit": label(row), "text": charts.marked_html(PROMPT + text, one.words)}
         for row in rows
         for text in row["texts"][:2]
     ]
-    return found.add(html.table_html(samples, caption="the first two samples of each, same seed"))
+    caption = f"two samples of each, same seed; x1 is its largest activation, {one.largest:.3g}"
+    return found.add(html.table_html(samples, caption=caption))
 
 
-def page(found: list[tuple[Chosen, list[dict]]], sae: sh.SAE, neutral: torch.Tensor, seconds: float) -> str:
-    """One HTML page."""
+def label(row: dict) -> str:
+    """An edit in a few letters."""
+    return "unedited" if row["verb"] == "none" else f"{row['verb']} x{row['strength']:g}"
+
+
+def page(found: list[tuple[Chosen, list[dict]]], made: str) -> str:
+    """One HTML page; ``made`` says how."""
     summary = []
     for one, rows in found:
         best = max(rows[1:], key=lambda row: row["words"])
         summary.append(
             {
-                "latent": one.latent,
+                "latent": str(one.latent),
                 "words": ", ".join(one.words[:4]),
                 "share unedited": f"{rows[0]['words']:.1%}",
                 "share at best": f"{best['words']:.1%}",
-                "by": f"{best['verb']} x{best['strength']:g}",
+                "by": label(best),
                 "CE cost there": best["CE"] - rows[0]["CE"],
                 "steers": steers(rows),
             }
         )
-    first = html.Section("The rule, and what came of it").add(
-        html.code((__doc__ or "").split("\n\n", 2)[2]),
+    first = html.Section("What came of it").add(
         html.table_html(summary),
-        html.image(figures.png(_curves(found)), "share of a latent's words against CE cost"),
+        f'<div class="sh-cards">{"".join(card(one, rows) for one, rows in found)}</div>',
     )
+    rule = html.Section("The rule").add(html.code((__doc__ or "").split("\n\n", 2)[2]))
     count = sum(steers(rows) for _, rows in found)
     lead = f"{count} of the {len(found)} latents that the rule chose change generated text towards their contexts."
-    footer = (
-        f"Made by `recipes/steer_generation.py` with {sae!r}, in {seconds:.0f} s. {SAMPLES} samples of {NEW_TOKENS} "
-        f"tokens each, temperature 0.8, top 50; CE in nats on {neutral.numel()} tokens of WikiText-2; position 0 is "
-        "not edited."
-    )
-    return html.page("Steering generated text", [first, *(section(*pair) for pair in found)], lead=lead, footer=footer)
+    sections = [first, *(section(*pair) for pair in found), rule]
+    return html.page("Steering generated text", sections, lead=lead, footer=made)
 
 
-def _curves(found):
-    lines = {}
-    for one, rows in found:
-        clamped = [row for row in rows if row["verb"] != "steer"]
-        lines[f"{one.latent} ({one.words[0]})"] = (
-            [r["strength"] for r in clamped],
-            [100 * r["words"] for r in clamped],
-        )
-    return figures.effect_curves(
-        lines, xlabel="clamp, multiples of the largest activation", ylabel="its words, % of all"
+def card(one: Chosen, rows: list[dict]) -> str:
+    """The share of a latent's words over the strengths at which it was clamped."""
+    clamped = [row for row in rows if row["verb"] != "steer"]
+    values = [100 * row["words"] for row in clamped]
+    picture = charts.curves_svg(
+        [f"x{row['strength']:g}" for row in clamped],
+        {"its words": values},
+        high=10.0 * math.ceil(max(10.0, *values) / 10),
+        highlight=["its words"] if steers(rows) else [],
+        xlabel="clamped at multiples of its largest value",
+        label=f"share of the words of latent {one.latent}, in percent",
     )
+    words = escape(", ".join(one.words[:4]))
+    return f'<div class="sh-card"><h3>{one.latent} <small>{words}</small></h3>{picture}</div>'
+
+
+# ------------------------------------------------------------------------- to and from a file
+
+
+def write(found: list[tuple[Chosen, list[dict]]], made: str, out: Path) -> None:
+    """The page, and beside it what it shows as JSON, from which ``--draw`` makes the page again."""
+    content = {"made": made, "found": [{"chosen": asdict(one), "rows": rows} for one, rows in found]}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    out.write_text(page(found, made), encoding="utf-8")
+
+
+def draw(file: Path, out: Path) -> None:
+    """The page of a JSON file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    found = [(Chosen(**one["chosen"]), one["rows"]) for one in content["found"]]
+    out.write_text(page(found, content["made"]), encoding="utf-8")
 
 
 def main() -> None:
@@ -269,7 +306,12 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--tokens", type=int, default=32_000, help="tokens the rule looks at (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steer_generation.html")
+    parser.add_argument("--draw", type=Path, help="draw the page again, from the JSON beside it; nothing is run")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        draw(args.draw, args.out)
+        return
     start = time.perf_counter()
     (model, tokenizer), sae = smollm2(), sh.load(args.sae)
     chosen = choose(model, sae, tokenizer, args.tokens, 10**6 if args.latents else args.n)
@@ -280,12 +322,16 @@ def main() -> None:
     neutral = sh.TokenBatches(tokenizer, packaged_text("eval"), context=64, batch_size=8, limit=256).tokens
     writer = Writer(model, sae, tokenizer, neutral)
     base, found = (writer.write(), writer.cost()), []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         for one in chosen:
             print(f"latent {one.latent}: {', '.join(one.words[:6])}", flush=True)
             found.append((one, sweep(writer, one, sorted(args.strengths), base)))
-            args.out.write_text(page(found, sae, neutral, time.perf_counter() - start), encoding="utf-8")
+            made = (
+                f"Made by `recipes/steer_generation.py` with {sae!r}, in {time.perf_counter() - start:.0f} s. "
+                f"{SAMPLES} samples of {NEW_TOKENS} tokens each, temperature 0.8, top 50; CE in nats on "
+                f"{neutral.numel()} tokens of WikiText-2; position 0 is not edited."
+            )
+            write(found, made, args.out)
     except KeyboardInterrupt:
         print("interrupted; the page holds the latents that were done")
     rows = [{"latent": one.latent, "words": ", ".join(one.words[:3]), "steers": steers(rows)} for one, rows in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from saehooks.errors import ConfigError
-from saehooks.show import figures, html, terminal
+from saehooks.show import charts, figures, html, terminal
 from saehooks.show.values import Shades, number
 
 TOKENS = ["The", " <b>", "\n", ' "q"']
@@ -220,3 +221,47 @@ def test_one_series_stands_out():
     assert len(set(legend)) == 3
     plain = figures.effect_curves(lines, xlabel="x", ylabel="y")
     assert len({line.get_color() for line in plain.axes[0].lines} & set(figures.COLOURS)) == 3
+
+
+def test_bars_share_one_scale_through_zero():
+    """Each bar begins at 0 and is as long as its number; the names that matter are marked; names are escaped."""
+    document = charts.bars_html(
+        {"cost": {"<top>": -4.0, "random": 1.0}, "": {"missing": math.nan}}, highlight=["<top>"], caption="nats"
+    )
+    Checker(document)
+    bars = re.findall(r'class="(sh-bar[^"]*)"><span>([^<]*)</span>.*?left:([\d.]+)%;width:([\d.]+)%', document)
+    assert bars == [
+        ("sh-bar sh-mine", "&lt;top&gt;", "0.0", "80.0"),
+        ("sh-bar", "random", "80.0", "20.0"),
+        ("sh-bar", "missing", "80.0", "0.0"),
+    ]
+    assert document.count("<h4>") == 1
+    with pytest.raises(ConfigError, match="no bars"):
+        charts.bars_html({"a": {"b": math.nan}})
+
+
+def test_curves_pass_through_their_values():
+    """The first point of each line lies at its share of the height, ends are named apart, and one line stands out."""
+    document = charts.curves_svg(
+        ["1", "2", "5"], {"top": [100, 50, 0], "random": [100, 100, 4]}, high=100, highlight=["top"], label="<stay>"
+    )
+    Checker(document)
+    found = re.findall(r'points="([^"]*)"', document)
+    top, random = ([tuple(map(float, point.split(","))) for point in line.split()] for line in found)
+    assert top[0][1] == random[0][1] < top[1][1] < top[2][1]
+    assert top[1][1] == pytest.approx((top[0][1] + top[2][1]) / 2)
+    assert document.count('stroke="rgb(40,110,225)"') == 1
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:top|random)<', document)]
+    assert abs(heights[0] - heights[1]) >= 12
+    with pytest.raises(ConfigError, match="3 ticks"):
+        charts.curves_svg(["1", "2", "5"], {"top": [1]}, high=1)
+
+
+def test_counted_words_are_marked_and_nothing_else():
+    """Whole words, whatever their case; markup in the text stays text."""
+    shown = charts.marked_html("Isles, islesmen & <b>the ISLES</b>", {"isles"})
+    assert shown.count("<mark") == 2
+    assert "islesmen &amp; &lt;b&gt;the <mark" in shown
+    row = html.table_html([{"text": shown, "plain": "<b>"}])
+    assert "<mark" in row
+    assert "&lt;b&gt;</td>" in row

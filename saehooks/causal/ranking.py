@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.causal.table import SHOWN, Table, labelled, named, words_of
+from saehooks.causal.table import SHOWN, Table, context_of, labelled, named, words_of
 from saehooks.errors import ConfigError, LatentError
 from saehooks.show.values import number
 
@@ -164,6 +164,12 @@ class Ranking(Table):
         return [
             {"rank": row["rank"], "latent": row["latent"], **word, **row} for row, word in zip(rows, words, strict=True)
         ]
+
+    def _shown_in_html(self) -> list[dict[str, Any]]:
+        rows = self._shown()
+        if self.index is None:
+            return rows
+        return [{**row, "strongest at": context_of(self.index, self.site, int(row["latent"]))} for row in rows]
 
     def __len__(self) -> int:
         return len(self.latents)

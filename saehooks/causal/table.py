@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehooks.errors import ConfigError
 from saehooks.show import html, terminal
+from saehooks.show.values import Markup
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,6 +29,9 @@ class Table:
     def _shown(self) -> list[dict[str, Any]]:
         return self.rows()
 
+    def _shown_in_html(self) -> list[dict[str, Any]]:
+        return self._shown()
+
     def to_pandas(self) -> DataFrame:
         """All rows as a DataFrame.
 
@@ -44,7 +48,7 @@ class Table:
         return self._caption() + "\n" + terminal.render(terminal.table(self._shown()))
 
     def _repr_html_(self) -> str:
-        return html.table_html(self._shown(), caption=self._caption())
+        return html.table_html(self._shown_in_html(), caption=self._caption())
 
 
 def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
@@ -82,6 +86,14 @@ def words_of(index: Any, site: str, latent: int, n: int = 4) -> str:
     if found is None or getattr(found, "site", site) != site:
         return ""
     return found.words(latent, n)
+
+
+def context_of(index: Any, site: str, latent: int) -> Markup:
+    """Where a latent is strongest, shaded, for a cell of a table; empty where there is no index of the site."""
+    found = index.get(site) if isinstance(index, Mapping) else index
+    if found is None or getattr(found, "site", site) != site:
+        return Markup()
+    return found.context_html(latent)
 
 
 def labelled(index: Any, site: str, latent: int) -> str:

@@ -22,9 +22,9 @@ from saehooks.latents.latent import Latent
 from saehooks.latents.listing import Listing, TokenListing
 from saehooks.latents.result import SurveyResult
 from saehooks.latents.tallies import GRID
-from saehooks.latents.views import index_html
+from saehooks.latents.views import index_html, strongest_html
 from saehooks.sae import SAE, SparseCoder
-from saehooks.show.values import visible
+from saehooks.show.values import Markup, visible
 from saehooks.streams import prompt_tokens
 from saehooks.trace import Forward
 from saehooks.where import parse
@@ -200,6 +200,10 @@ class LatentIndex(SurveyResult):
 
     def _repr_html_(self) -> str:
         return index_html(self)
+
+    def context_html(self, latent: int) -> Markup:
+        """Where a latent is strongest, as HTML for a cell of a table: shaded tokens, or images with their patches."""
+        return strongest_html(self, self._number(latent))
 
     def page(self, file: str | Path, **options: Any) -> Path:
         """Write one self-contained HTML page of all latents, to search, sort and click through; it works offline.

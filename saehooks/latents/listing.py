@@ -8,6 +8,7 @@ from typing import Any
 from saehooks.causal.table import SHOWN, Table, labelled, named
 from saehooks.latents.latent import Latent
 from saehooks.latents.result import SurveyResult
+from saehooks.latents.views import strongest_html
 from saehooks.show.values import number, visible
 from saehooks.trace import Forward
 
@@ -42,6 +43,9 @@ class Listing(Table):
     def _shown(self) -> list[dict[str, Any]]:
         rows = named(self.rows(), "latent")
         return [{**row, "density": f"{row['density']:.3%}"} for row in rows]
+
+    def _shown_in_html(self) -> list[dict[str, Any]]:
+        return [{**row, "strongest at": strongest_html(self.index, int(row["latent"]))} for row in self._shown()]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

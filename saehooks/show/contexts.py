@@ -22,8 +22,6 @@ CONTEXT_STYLE = """
 .sh-context b,.sh-context span span{border-radius:3px;padding:.1em 0}
 .sh-context b{font-weight:600;text-decoration:underline}
 .sh-near{margin:.2em 0}
-.sh-picture{display:inline-block;margin:.2em;text-align:center;font-size:12px;vertical-align:top}
-.sh-picture svg{display:block;margin:0 auto}
 .sh-quantiles{display:block;max-width:100%;color:inherit}
 """
 
@@ -43,6 +41,12 @@ def context_html(pieces: Sequence[str], values: Sequence[float], peak: int, high
         high: the value with the full shade.
         head: before the line.
     """
+    shown = shaded_html(pieces, values, peak, high)
+    return f'<div class="sh-context"><small>{escape(head)}</small><span>{shown}</span></div>'
+
+
+def shaded_html(pieces: Sequence[str], values: Sequence[float], peak: int, high: float) -> str:
+    """Tokens shaded by a latent's value at each, without a line of their own: see `context_html`."""
     spans = []
     for place, (piece, value) in enumerate(zip(pieces, values, strict=True)):
         shown = escape(piece.replace("\n", "↵"))
@@ -51,7 +55,7 @@ def context_html(pieces: Sequence[str], values: Sequence[float], peak: int, high
             tag = "b" if place == peak else "span"
             shown = f'<{tag} style="background:{colour(shade)}" title="{number(float(value))}">{shown}</{tag}>'
         spans.append(shown)
-    return f'<div class="sh-context"><small>{escape(head)}</small><span>{"".join(spans)}</span></div>'
+    return "".join(spans)
 
 
 def picture_html(

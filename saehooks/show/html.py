@@ -9,7 +9,8 @@ from html import escape
 from typing import Any
 
 from saehooks.errors import ConfigError
-from saehooks.show.values import LEFT_OUT, Row, Shades, as_floats, columns_of, number, visible
+from saehooks.show.charts import CHART_STYLE
+from saehooks.show.values import LEFT_OUT, Markup, Row, Shades, as_floats, columns_of, number, visible
 
 STYLE = """
 .sh{font:14px/1.6 system-ui,sans-serif;max-width:70em}
@@ -29,6 +30,10 @@ STYLE = """
  white-space:normal;overflow-wrap:break-word}
 .sh th{border-bottom-width:2px;font-weight:600}
 .sh td.n,.sh th.n{text-align:right}
+.sh-at{white-space:pre-wrap;overflow-wrap:anywhere}.sh-at b,.sh-at span{border-radius:3px;padding:.1em 0}
+.sh-at b{font-weight:600;text-decoration:underline}
+.sh-picture{display:inline-block;margin:.2em;text-align:center;font-size:12px;vertical-align:top}
+.sh-picture svg{display:block;margin:0 auto}
 """
 
 PAGE_STYLE = """
@@ -39,7 +44,8 @@ main{max-width:60em;margin:0 auto;padding:2em 1.2em 4em}
 h1{line-height:1.2;margin:0 0 .3em}h2{margin:2.2em 0 .4em;border-top:1px solid rgba(128,128,128,.35);padding-top:1em}
 h3{margin:1.4em 0 .3em}
 a{color:var(--accent)}
-pre{background:var(--soft);padding:.8em 1em;border-radius:6px;overflow-x:auto;font:13.5px/1.5 ui-monospace,monospace}
+pre{background:var(--soft);padding:.8em 1em;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;
+ font:13.5px/1.5 ui-monospace,monospace}
 img{max-width:100%;height:auto;border-radius:6px}
 .scroll{overflow-x:auto}
 nav ol{columns:2;margin:.5em 0}
@@ -133,11 +139,15 @@ def table_html(rows: Sequence[Row], columns: Sequence[str] | None = None, *, cap
     kinds = [" class=n" if flag and cells else "" for flag in numeric]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escape(number(c))}</td>" for kind, c in zip(kinds, row, strict=True)) + "</tr>"
+        "<tr>" + "".join(f"<td{kind}>{_cell(c)}</td>" for kind, c in zip(kinds, row, strict=True)) + "</tr>"
         for row in cells
     )
     title = f'<div class="sh-caption">{escape(caption)}</div>' if caption else ""
     return f'{_styled()}<div class="sh">{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    return str(value) if isinstance(value, Markup) else escape(number(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -187,9 +197,10 @@ def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str
     contents = f"<nav><ol>{links}</ol></nav>" if len(sections) > 1 else ""
     opening = paragraph(lead) if lead else ""
     end = f"<footer>{paragraph(footer)}</footer>" if footer else ""
+    styles = PAGE_STYLE + STYLE + CHART_STYLE
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{PAGE_STYLE}{STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{styles}</style></head>'
         f"<body><main><h1>{escape(title)}</h1>{opening}{contents}{body}{end}</main></body></html>\n"
     )
 

@@ -12,6 +12,12 @@ Row = Mapping[str, Any] | Sequence[Any]
 LEFT_OUT = "left out"
 
 
+class Markup(str):
+    """A cell that is HTML already: tables for notebooks and pages write it as it is."""
+
+    __slots__ = ()
+
+
 def number(value: Any) -> str:
     """Write a number the way a table wants it: four significant digits, thousands separated, words as they are.
 
