@@ -25,7 +25,7 @@ def made_up():
         l0 = {0: 16.0, 1: 32.0, 2: 64.0}.get(i, 20.0 + i)
         rows.append({"arm": arm, "d_sae": 64, "l0": l0, "nmse": l0**-0.5, "token_nmse": 2 / l0, "steps": 3})
         rows[-1]["ce_degradation"] = 1 / l0
-        rows[-1]["support_quantiles"] = [float(j * i) for j in range(21)]
+        rows[-1] |= {"l0_q05": l0 - 5, "l0_median": l0, "l0_q95": l0 + 9}
     return rows
 
 
