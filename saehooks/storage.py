@@ -95,8 +95,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[BinaryIO]:
-    _remove_abandoned(path)
-    handle, name = _locked_file(path)
+    remove_abandoned(path)
+    handle, name = locked_file(path)
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
@@ -109,7 +109,7 @@ def _beside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _locked_file(path: Path) -> tuple[int, str]:
+def locked_file(path: Path) -> tuple[int, str]:
     """A new file beside a path, open and locked, so that no other process takes it for abandoned."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
@@ -121,7 +121,7 @@ def _locked_file(path: Path) -> tuple[int, str]:
         os.close(handle)  # removed before it was locked
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Remove what processes that were killed while they wrote this file have left: nobody holds its lock any more."""
     if fcntl is None:
         return

@@ -6,8 +6,8 @@ The file is the one that a single process would write: it can be read by any num
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from saehooks.storage import (
     checksum_of,
     header_bytes,
     header_of,
+    locked_file,
     open_safetensors,
+    remove_abandoned,
     write_safetensors,
 )
 
@@ -62,16 +64,17 @@ def write_together(
     header = header_of(layout, metadata)
     if not signed:
         del header["__metadata__"][CHECKSUM]
-    made = ranks.agree(lambda: _begin(path, header) if ranks.leads else "")
-    # The first rank's header counts: what others say of the training, such as seconds, may be longer or shorter.
-    name, start = ranks.tell((made, len(header_bytes(header))))[0]
-    try:
-        ranks.agree(lambda: _fill(name, start, header, own, ranks))
-        return ranks.tell(ranks.agree(lambda: _finish(name, path, header, signed) if ranks.leads else ""))[0]
-    except BaseException:
-        if ranks.leads:
-            Path(name).unlink(missing_ok=True)
-        raise
+    with ExitStack() as held:  # the first rank's lock on the file, for as long as the ranks write
+        made = ranks.agree(lambda: _begin(path, header, held) if ranks.leads else "")
+        # The first rank's header counts: what others say of the training, such as seconds, may be longer or shorter.
+        name, start = ranks.tell((made, len(header_bytes(header))))[0]
+        try:
+            ranks.agree(lambda: _fill(name, start, header, own, ranks))
+            return ranks.tell(ranks.agree(lambda: _finish(name, path, header, signed) if ranks.leads else ""))[0]
+        except BaseException:
+            if ranks.leads:
+                Path(name).unlink(missing_ok=True)
+            raise
 
 
 def _stored(
@@ -86,15 +89,17 @@ def _stored(
     return stored, piece, (piece.shape[0] * ranks.latents, *piece.shape[1:]), True
 
 
-def _begin(path: Path, header: dict) -> str:
-    """A file beside the one to be replaced, of its full size."""
+def _begin(path: Path, header: dict, held: ExitStack) -> str:
+    """A file beside the one to be replaced, of its full size, open and locked until ``held`` ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_abandoned(path)
+    handle, name = locked_file(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            head = header_bytes(header)
-            file.write(head)
-            file.truncate(len(head) + max(entry["data_offsets"][1] for entry in list(header.values())[1:]))
+        file = held.enter_context(os.fdopen(handle, "wb"))
+        head = header_bytes(header)
+        file.write(head)
+        file.truncate(len(head) + max(entry["data_offsets"][1] for entry in list(header.values())[1:]))
+        file.flush()
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

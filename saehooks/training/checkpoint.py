@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saehooks.errors import ConfigError, FormatError, NotFiniteError, StorageError
 from saehooks.ranks import axes_of, read_part, write_together
-from saehooks.storage import CONFIG, WEIGHTS, open_safetensors
+from saehooks.storage import CONFIG, WEIGHTS, open_safetensors, remove_abandoned
 from saehooks.streams import Fingerprint, Mark
 from saehooks.training.trainer import Trainer
 
@@ -85,8 +85,7 @@ def check_writable(folder: Path) -> None:
 def remove_half_written(folder: Path) -> None:
     """Remove what a process that was killed while it wrote a checkpoint, or the SAE, left beside them."""
     for name in (CHECKPOINT, WEIGHTS, CONFIG):
-        for left in folder.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
+        remove_abandoned(folder / name)
 
 
 def refuse_unfinished(folder: str | Path) -> None:

@@ -1,12 +1,15 @@
 """A file that several ranks write: two threads stand in for two processes, and their headers differ."""
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from saehooks.ranks.files import write_together
-from saehooks.storage import open_safetensors
+from saehooks.storage import locked_file, open_safetensors
+from saehooks.training.checkpoint import CHECKPOINT, remove_half_written
 
 
 class Side:
@@ -65,3 +68,14 @@ def test_headers_of_different_length_do_not_shift_what_is_written(tmp_path, sign
     assert torch.equal(found["table"], table)
     assert torch.equal(found["all"], shared)
     assert torch.equal(next(value for name, value in found.items() if name.startswith("turned")), table.T)
+
+
+def test_what_is_being_written_is_not_taken_for_abandoned(tmp_path):
+    """A training that starts in a folder removes what a dead process left there, not what a living one is writing."""
+    pytest.importorskip("fcntl")
+    handle, name = locked_file(tmp_path / CHECKPOINT)
+    remove_half_written(tmp_path)
+    assert Path(name).exists()
+    os.close(handle)
+    remove_half_written(tmp_path)
+    assert not list(tmp_path.iterdir())
