@@ -184,7 +184,7 @@ class Attachment:
         if self._asynchronous:  # rows that are not wanted are decoded too: cheaper than to wait for how many are
             return torch.where(mask[..., None].to(acts.device), sae.decode(edited).to(acts), acts)
         rows = mask.reshape(-1).nonzero()[:, 0]
-        return _put_rows(acts, rows, sae.decode(edited.select_rows(rows))) if len(rows) else None
+        return put_rows(acts, rows, sae.decode(edited.select_rows(rows))) if len(rows) else None
 
     def _moved(
         self, sae: SparseCoder, acts: Tensor, original: Codes, edited: Codes, mask: Tensor | None
@@ -232,10 +232,10 @@ def _add_rows(acts: Tensor, rows: Tensor, step: Tensor) -> Tensor:
     """A copy of acts with ``step`` (n, d_in) added to some rows, in the wider of the two dtypes."""
     wide = torch.promote_types(acts.dtype, step.dtype)
     before = acts.reshape(-1, acts.shape[-1])[rows.to(acts.device)]
-    return _put_rows(acts, rows, before.to(wide) + step.to(acts.device, wide))
+    return put_rows(acts, rows, before.to(wide) + step.to(acts.device, wide))
 
 
-def _put_rows(acts: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+def put_rows(acts: Tensor, rows: Tensor, new: Tensor) -> Tensor:
     """A copy of acts with some rows (int64, of the flattened batch) replaced by ``new`` (n, d_in)."""
     flat = acts.reshape(-1, acts.shape[-1])
     return flat.index_copy(0, rows.to(acts.device), new.to(acts)).reshape(acts.shape)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saehooks.attachments.attachment import put_rows
 from saehooks.attachments.resolve import check_width
 from saehooks.errors import ConfigError
 from saehooks.evaluation.comparison import Call, passage_of
@@ -25,6 +26,7 @@ from saehooks.hosts.sequences import Columns, SequenceWatch
 from saehooks.hosts.torch_compile import uncompiled
 from saehooks.hosts.train_mode import warn_in_train_mode
 from saehooks.kernels import Step
+from saehooks.sparse_coder import autocast_off
 from saehooks.training.losses import TrainingLoss, loss_of
 from saehooks.training.trainer import Trainer
 from saehooks.where import Came, View, Where, full_mask
@@ -102,13 +104,16 @@ class DivergenceTraining:
 
     def _learn(self, call: Call, output: Any) -> None:
         """One step on a call, whose clean output is known."""
-        model = self.host.model
+        model, kind = self.host.model, self.host.device.type
+        as_called: Callable[[], AbstractContextManager[Any]] = nullcontext  # training itself knows no autocast
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            as_called = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
         try:
             with torch.inference_mode(False):
                 clean, tokens = self._clean(call, output), next(iter(call.tensors), None)
                 # The backward pass is inside too: activation checkpoints run the model again in it.
                 with rerunning(model), frozen(model):
-                    self.trainer.step_down(lambda step: self._loss(call, clean, step), batch=tokens)
+                    self.trainer.step_down(lambda step: self._loss(call, clean, step, as_called), batch=tokens)
         finally:
             self._now.step, self._now.seen = None, []
 
@@ -122,11 +127,14 @@ class DivergenceTraining:
         found = found.detach()
         return found.clone() if found.is_inference() else found
 
-    def _loss(self, call: Call, clean: Tensor, step: Step) -> tuple[TrainingLoss, Tensor]:
-        """The loss of one call, with the rows that it is about."""
+    def _loss(
+        self, call: Call, clean: Tensor, step: Step, as_called: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[TrainingLoss, Tensor]:
+        """The loss of one call, with the rows that it is about; ``as_called`` is the user's autocast."""
         now = self._now
         now.step = step
-        output = self.comparison.rerun(call)
+        with as_called():
+            output = self.comparison.rerun(call)
         if len(now.seen) != 1:
             times = "never" if not now.seen else f"{len(now.seen)} times"
             raise ConfigError(
@@ -160,13 +168,13 @@ class DivergenceTraining:
         columns = self._watch.look(self.site, acts)
         given = columns.arrange(acts)
         mask = full_mask(self.where, View.without_codes(columns, given, self.host.tokenizer))
-        flat = given.detach().reshape(-1, given.shape[-1])
-        places = torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero()[:, 0]
-        places = places.to(flat.device)
-        rows = flat[places].to(sae.device, sae.dtype)
+        given = given.detach()
+        flat = given.reshape(-1, given.shape[-1])
+        places = torch.arange(len(flat)) if mask is None else mask.reshape(-1).nonzero()[:, 0]
+        rows = flat[places.to(flat.device)].to(sae.device, sae.dtype)
         if not sae.finished:
             sae.initialise(rows)
-        with torch.autocast(rows.device.type, enabled=False):
+        with autocast_off(rows.device):
             stages = sae.encode_stages(rows, step=now.step)
             recons = sae.decode(stages.candidates, step=now.step)
             if not columns.again:
@@ -182,7 +190,7 @@ class DivergenceTraining:
                     kernel_step=now.step,
                 )
                 now.seen.append((columns, rows, own))
-        return columns.restore(flat.index_copy(0, places, recons.to(flat)).reshape(given.shape), acts)
+        return columns.restore(put_rows(given, places, recons), acts)
 
 
 def kl_divergence(clean: Tensor, spliced: Tensor, targets: Targets) -> Tensor:

@@ -113,6 +113,20 @@ def test_the_model_and_its_outputs_are_left_alone(tiny_bridge, hooks_of, ask):
     assert all(p.grad is None for p in tiny_bridge.parameters())
 
 
+def test_both_runs_are_under_the_users_autocast(tiny_hf):
+    """Under autocast the spliced run computes as the clean one does: the divergence is the one that `measure` finds."""
+    sae, ids, dtypes = trained(tiny_hf), texts(1)[0], []
+    tiny_hf.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        right = sh.measure(tiny_hf, sae, [ids])["kl"]
+        dtypes.clear()
+        with sh.train(tiny_hf, sae, objective="kl", lr=1e-3) as trainer:
+            tiny_hf(ids)
+    assert dtypes == [torch.bfloat16] * 2
+    assert trainer.history[-1]["kl"] == pytest.approx(right, rel=2e-3)
+    assert all(p.dtype == torch.float32 for p in sae.parameters())
+
+
 def test_a_block_around_it_records_the_users_calls_alone(tiny_hf):
     """`read` sees one forward for each call, not the run that is added."""
     sae = trained(tiny_hf)
