@@ -229,14 +229,11 @@ def train(arms: list[Arm], rows: Tensor, steps: int, options: argparse.Namespace
 def evaluate(arm: Arm, rows: Tensor) -> dict:
     """NMSE, FVU, L0 with its distribution and dead latents on held-out rows; cost of a step."""
     found = arm.trainer.evaluate(rows.float())
-    sizes, errors = [], []
+    errors = []
     sae = arm.trainer.sae.frozen()
     with torch.no_grad():
         for part in rows.split(4096):
-            recons, codes = sae(part.float())
-            sizes.append(codes.sizes.double())
-            errors.append(token_nmse(part.float(), recons) * len(part))
-    quantiles = torch.cat(sizes).quantile(torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+            errors.append(token_nmse(part.float(), sae(part.float()).recons) * len(part))
     seconds = arm.trainer.seconds["sae"] + arm.trainer.seconds["optimizer"]
     sae = arm.trainer.sae
     encoder = sum(p.numel() for name, p in sae.dictionary.named_parameters() if name in ("W_enc", "P", "Q", "C", "W_k"))
@@ -245,7 +242,6 @@ def evaluate(arm: Arm, rows: Tensor) -> dict:
         "token_nmse": sum(errors) / len(rows),
         "dead_in_training": arm.trainer.dead,
         "dead_share": found["dead"] / arm.d_sae,
-        "support_quantiles": quantiles,
         "ms_per_step": 1000 * seconds / max(1, arm.trainer.steps),
         "encode_ms": encode_ms(sae, rows),
         "encoder_parameters": encoder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,15 @@ def write_tables(rows: list[dict], facts: dict, folder: Path) -> None:
         writer = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    lines = [f"{name}: {value}" for name, value in facts.items()]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        lines.append("| " + " | ".join(form.format(row.get(name, math.nan)) for name, form in COLUMNS.items()) + " |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    told = "".join(f"{name}: {value}\n" for name, value in facts.items())
+    cells = ([form.format(row.get(name, math.nan)) for name, form in COLUMNS.items()] for row in rows)
+    (folder / "table.md").write_text(f"{told}\n{markdown_table(COLUMNS, cells)}")
+
+
+def markdown_table(columns: Collection[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, from the names of its columns and the text of its cells."""
+    head, *body = ("| " + " | ".join(line) + " |" for line in [columns, *rows])
+    return "\n".join([head, "|" + "---|" * len(columns), *body]) + "\n"
 
 
 FIGURES = {

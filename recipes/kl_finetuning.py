@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from compare_table import markdown_table
 
 import saehooks as sh
 from saehooks.demo.open import Opened, open_model
@@ -97,11 +98,9 @@ def write(rows: list[dict], folder: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = (f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS)
-        lines.append("| " + " | ".join(cells) + " |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    values = ([row[name] for name in COLUMNS] for row in rows)
+    cells = ([f"{value:.4f}" if isinstance(value, float) else str(value) for value in row] for row in values)
+    (folder / "table.md").write_text(markdown_table(COLUMNS, cells))
 
 
 if __name__ == "__main__":

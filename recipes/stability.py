@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from compare_table import markdown_table
 from torch import Tensor
 
 import saehooks as sh
@@ -129,9 +130,8 @@ def repeated_token(opened, options: argparse.Namespace) -> Tensor:
 
 
 def table(rows: list[dict]) -> str:
-    shown = [{name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in row.items()} for row in rows]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in shown)]) + "\n"
+    cells = ([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)
+    return markdown_table(rows[0], cells)
 
 
 def main() -> None:
