@@ -5,6 +5,7 @@
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,13 +91,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         found = getattr(import_module(f"saehooks.{_HOME_OF[name]}"), name)
-    elif not name.startswith("_"):
-        try:
-            found = import_module(f"saehooks.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"saehooks.{name}":
-                raise
-            raise AttributeError(f"module 'saehooks' has no attribute {name!r}") from None
+    elif not name.startswith("_") and find_spec(f"saehooks.{name}") is not None:
+        found = import_module(f"saehooks.{name}")
     else:
         raise AttributeError(f"module 'saehooks' has no attribute {name!r}")
     globals()[name] = found
