@@ -3,11 +3,16 @@
     python recipes/compare_architectures.py --smoke                 # two minutes, to see it work
     python recipes/compare_architectures.py                         # SmolLM2, d_sae 1536 and 3072
     python recipes/compare_architectures.py --model gpt2 --at blocks.8.hook_resid_pre --d-sae 6144
+    python recipes/compare_architectures.py --at blocks.7.hook_resid_post blocks.15.hook_resid_post --seeds 0 1 \
+        --rates 1 2                                                 # two sites, two seeds, each arm at its own rate
 
-The model is run over the text once; its activations are kept in --out and every preset trains on the same batches in
-the same order. Kill it whenever you like: the same command goes on where it was. Writes table.csv, table.md and
-comparison.png. One schedule for all, and one learning rate but for those in RATES; presets with a k get --k, and the
-penalties of relu, gated and transformer_relu (their l1) and jumprelu (its l0 target) follow the same --k by rule.
+The model is run over the text once a site; its activations are kept in --out and every preset trains on the same
+batches in the same order. Kill it whenever you like: the same command goes on where it was, and the tables are written
+again after each site and seed: table.csv, table.md and a comparison.png for each site. One schedule for all; presets
+with a k get --k, and the penalties of relu, gated and transformer_relu (their l1) and jumprelu (its l0 target) follow
+the same --k by rule. With --rates every arm tries each multiple of --lr, at the first seed and the smallest dictionary,
+and keeps the one that is best by token on validation text, beside TopK at its L0; without, RATES says who does not
+learn at --lr.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare_table import at_same_l0, draw, write_tables
+from compare_table import CURVE, at_same_l0, draw, on_curve, write_tables
 from torch import Tensor
 
 import saehooks as sh
@@ -69,7 +74,7 @@ ARMS = {
     "sparsemax, chosen twice": ("refined_sparsemax", {}, {}),
 }
 RATES = {"sparsemax, refined": 1.5, "sparsemax, chosen twice": 2.0}
-"""Multiples of --lr, of 1, 1.5 and 2 the best for NMSE by token on validation text; 1 for all other arms."""
+"""Multiples of --lr where --rates tries none; 1 for all other arms."""
 # An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.
 L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60
 
@@ -77,18 +82,19 @@ L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60
 def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, or a Hugging Face name")
-    parser.add_argument("--at", default="blocks.15.hook_resid_post", help="the site")
+    parser.add_argument("--at", nargs="+", default=["blocks.15.hook_resid_post"], help="one site or several")
     parser.add_argument("--d-sae", type=int, nargs="+", default=[1536, 3072], help="dictionary sizes")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="which arms")
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens to train on")
     parser.add_argument("--passes", type=int, default=2, help="how often each activation is used")
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rates", type=float, nargs="+", help="multiples of --lr, of which each arm keeps its best")
     parser.add_argument("--k", type=int, default=32, help="latents per token where an arm has such a number")
     parser.add_argument("--eval-tokens", type=int, default=16_384, help="held-out tokens for NMSE and L0")
     parser.add_argument("--ce-tokens", type=int, default=4096, help="of which so many for cross-entropy")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     parser.add_argument("--smoke", action="store_true", help="small everything, two minutes")
     chosen = parser.parse_args()
@@ -136,6 +142,8 @@ class Arm:
 
     name: str
     d_sae: int
+    rate: float
+    """Its learning rate, in units of --lr."""
     trainer: Trainer
     folder: Path
     follows_k: bool
@@ -154,22 +162,23 @@ class Arm:
             self.trainer.loss_config = replace(config, l1=config.l1 * rate)
 
 
-def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, options: argparse.Namespace) -> Arm:
-    """A new arm, or one that goes on from its checkpoint."""
+def make_arm(name: str, d_sae: int, rate: float, steps: int, sample: Tensor, options: argparse.Namespace) -> Arm:
+    """A new arm for activations like the sample, or one that goes on from its checkpoint."""
     preset, given, terms = ARMS[name]
     in_latents = ("k", "start_l0", "reselect") if "k" in given else ("start_l0",)
     given = {key: round(value * options.k) if key in in_latents else value for key, value in given.items()}
     torch.manual_seed(options.seed)
-    sae = presets.PRESETS[preset](d_in, d_sae, **given)
+    sae = presets.PRESETS[preset](sample.shape[1], d_sae, **given)
     follows_k = terms.get("l1") == "matched"
     terms = {**terms, **({"l1": L1_START} if follows_k else {})}
     if "l0_target" in terms:
         terms["l0_target"] *= options.k
     loss = replace(default_loss(sae), dead_after=min(50_000, steps * options.batch_size // 16), **terms)
-    lr = options.lr * RATES.get(name, 1.0)
+    lr = options.lr * rate
     config = TrainConfig(lr=lr, batch_size=options.batch_size, steps=steps, seed=options.seed, loss=loss)
     trainer = Trainer(sae, replace(config, buffer_rows=2 * options.batch_size, warmup_steps=min(50, steps // 10)))
-    folder = options.out / "arms" / f"{name.replace(' ', '_').replace('/', '')}-{d_sae}".replace(",", "")
+    plain = name.replace(" ", "_").replace("/", "").replace(",", "")
+    folder = options.out / "arms" / f"{plain}-{d_sae}-seed{options.seed}-x{rate:g}"
     if (folder / CHECKPOINT).exists():
         facts = read_safetensors(folder / CHECKPOINT)[1] or {}
         trainer.loss_config = LossConfig(**facts["config"]["loss"])
@@ -177,7 +186,7 @@ def make_arm(name: str, d_sae: int, d_in: int, steps: int, sample: Tensor, optio
         load_checkpoint(trainer, folder)
     else:
         sae.initialise(sample)
-    return Arm(name, d_sae, trainer, folder, follows_k)
+    return Arm(name, d_sae, rate, trainer, folder, follows_k)
 
 
 def peak_mb(arm: Arm, rows: Tensor, options: argparse.Namespace) -> float:
@@ -189,12 +198,13 @@ def peak_mb(arm: Arm, rows: Tensor, options: argparse.Namespace) -> float:
 
 
 def probe(name: str, d_sae: int, rows: np.ndarray, options: argparse.Namespace) -> float:
-    x, elsewhere = torch.from_numpy(rows), argparse.Namespace(**{**vars(options), "out": Path("nowhere")})
-    make_arm(name, max(128, 2 * options.k), x.shape[1], 1, x, elsewhere).step(x, options.k)  # loads what code there is
+    """The memory of `peak_mb`, in a process of its own."""
+    x, elsewhere = torch.from_numpy(rows), changed(options, out=Path("nowhere"))
+    make_arm(name, max(128, 2 * options.k), 1.0, 1, x, elsewhere).step(x, options.k)  # loads what code there is
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
-        arm = make_arm(name, d_sae, x.shape[1], 2, x, elsewhere)
+        arm = make_arm(name, d_sae, 1.0, 2, x, elsewhere)
         for _ in range(2):
             arm.step(x, options.k)
         return memory("VmHWM") - before
@@ -226,20 +236,24 @@ def train(arms: list[Arm], rows: Tensor, steps: int, options: argparse.Namespace
 # ------------------------------------------------------------------------- measuring
 
 
-def evaluate(arm: Arm, rows: Tensor) -> dict:
-    """NMSE, FVU, L0 with its distribution and dead latents on held-out rows; cost of a step."""
-    found = arm.trainer.evaluate(rows.float())
+def held_out(arm: Arm, rows: Tensor) -> dict:
+    """NMSE, FVU, L0 with its distribution and dead latents on held-out rows."""
     errors = []
     sae = arm.trainer.sae.frozen()
     with torch.no_grad():
         for part in rows.split(4096):
             errors.append(token_nmse(part.float(), sae(part.float()).recons) * len(part))
+    return {**arm.trainer.evaluate(rows.float()), "token_nmse": sum(errors) / len(rows)}
+
+
+def evaluate(arm: Arm, rows: Tensor) -> dict:
+    """Figures of one row of the table: errors on held-out rows, and the cost of a step."""
+    found = held_out(arm, rows)
     seconds = arm.trainer.seconds["sae"] + arm.trainer.seconds["optimizer"]
     sae = arm.trainer.sae
     encoder = sum(p.numel() for name, p in sae.dictionary.named_parameters() if name in ("W_enc", "P", "Q", "C", "W_k"))
     return {
         **found,
-        "token_nmse": sum(errors) / len(rows),
         "dead_in_training": arm.trainer.dead,
         "dead_share": found["dead"] / arm.d_sae,
         "ms_per_step": 1000 * seconds / max(1, arm.trainer.steps),
@@ -267,55 +281,107 @@ def encode_ms(sae: sh.SAE, rows: Tensor, n: int = 1024) -> float:
 # ---------------------------------------------------------------------- all of it
 
 
+def best_rates(options: argparse.Namespace, rows: Tensor, valid: Tensor, steps: int) -> dict[str, float]:
+    """Of --rates, for each arm, the one of the least error by token on validation text, beside TopK's at its L0."""
+    file = options.out / "rates.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if all(name in known for name in options.arms):
+        return known
+    frontier: list[tuple[float, float]] = []
+    for name in [*CURVE, *(name for name in options.arms if name not in (*CURVE, *known))]:
+        errors, tried = {}, {}
+        for rate in options.rates:
+            (arm,) = trained([name], min(options.d_sae), {name: rate}, rows, steps, options)
+            found = held_out(arm, valid)
+            tried[rate] = found["l0"], found["token_nmse"]
+            errors[rate] = found["token_nmse"] / (1.0 if name in CURVE else on_curve(found["l0"], frontier))
+            print(f"{name}, {rate:g} times --lr: {found['token_nmse']:.4f} @ {found['l0']:.1f}", flush=True)
+        known[name] = min(errors, key=errors.__getitem__)
+        if name in CURVE:
+            frontier = sorted([*frontier, tried[known[name]]])
+        file.write_text(json.dumps(known, indent=1))
+    return known
+
+
+def trained(
+    names: list[str], d_sae: int, rates: dict[str, float], rows: Tensor, steps: int, options: argparse.Namespace
+) -> list[Arm]:
+    """These arms, side by side, to the end of their training."""
+    sample = batch_of(rows, 0, changed(options, batch_size=min(8192, len(rows))))
+    arms = [make_arm(name, d_sae, rates.get(name, 1.0), steps, sample, options) for name in names]
+    train(arms, rows, steps, options)
+    return arms
+
+
+def results(opened, options: argparse.Namespace) -> list[dict]:
+    """One row of figures for each arm and size, of one site and one seed."""
+    rows = stream(options, opened, "train", options.tokens)
+    both = stream(options, opened, "eval", 2 * options.eval_tokens)
+    eval_rows, valid = both[: len(both) // 2], both[len(both) // 2 :]
+    steps = len(rows) // options.batch_size * options.passes
+    print(f"{options.at}, seed {options.seed}: {len(rows)} activations, {steps} steps for each arm", flush=True)
+    first = changed(options, seed=options.seeds[0])
+    rates = best_rates(first, rows, valid, steps) if options.rates else RATES
+    batches, found = list(eval_batches(opened, options)), []
+    for d_sae in options.d_sae:
+        for arm in trained(options.arms, d_sae, rates, rows, steps, options):
+            file = arm.folder / "result.json"
+            if not file.exists():
+                peak = peak_mb(arm, eval_rows, options)
+                cost = sh.measure(opened.model, arm.trainer.sae, batches, options.at, where=past_first)
+                kept = {name: value for name, value in cost.items() if name.startswith("ce_")}
+                file.write_text(json.dumps({**kept, "peak_mb": peak, **evaluate(arm, eval_rows)}))
+            known = {
+                "arm": arm.name,
+                "at": options.at,
+                "seed": options.seed,
+                "d_sae": d_sae,
+                "lr": arm.rate * options.lr,
+            }
+            found.append(known | json.loads(file.read_text()))
+            figures = f"NMSE {found[-1]['token_nmse']:.4f} by token  L0 {found[-1]['l0']:.1f}  "
+            print(f"{arm.name:32s} {d_sae:6d}  {figures}CE +{found[-1]['ce_degradation']:.4f}", flush=True)
+    return found
+
+
 def main() -> None:
     options = settings()
     options.out.mkdir(parents=True, exist_ok=True)
     opened = open_model(options.model)
-    train_rows = stream(options, opened, "train", options.tokens)
-    eval_rows = stream(options, opened, "eval", options.eval_tokens)
-    steps = len(train_rows) // options.batch_size * options.passes
-    d_in = train_rows.shape[1]
-    print(
-        f"{len(train_rows)} activations of width {d_in}, {steps} steps for each of {len(options.arms)} arms", flush=True
-    )
-    sample = batch_of(train_rows, 0, replace_batch(options, 8192))
-    arms = [make_arm(name, d_sae, d_in, steps, sample, options) for d_sae in options.d_sae for name in options.arms]
-    train(arms, train_rows, steps, options)
+    rows: list[dict] = []
+    for seed in options.seeds:
+        for site in options.at:
+            folder = options.out / site
+            folder.mkdir(exist_ok=True)
+            rows += results(opened, changed(options, at=site, seed=seed, out=folder))
+            at_same_l0(rows)
+            write_tables(rows, facts(options), options.out)
+            for one in options.at:
+                if any(row["at"] == one for row in rows):
+                    draw([row for row in rows if row["at"] == one], options.out / one / "comparison.png")
+            (options.out / "settings.json").write_text(json.dumps(vars(options), indent=2, default=str))
+            print(f"wrote {options.out / 'table.md'} and table.csv", flush=True)
 
-    batches = list(eval_batches(opened, options))
-    rows = []
-    for arm in arms:
-        file = arm.folder / "result.json"
-        if not file.exists():
-            peak = peak_mb(arm, eval_rows, options)
-            cost = sh.measure(opened.model, arm.trainer.sae, batches, options.at, where=past_first)
-            kept = {name: value for name, value in cost.items() if name.startswith("ce_")}
-            file.write_text(json.dumps({**kept, "peak_mb": peak}))
-        row = {"arm": arm.name, "d_sae": arm.d_sae, **json.loads(file.read_text()), **evaluate(arm, eval_rows)}
-        rows.append(row)
-        figures = f"NMSE {row['nmse']:.4f}  L0 {row['l0']:.1f}  CE +{row['ce_degradation']:.4f}"
-        print(f"{arm.name:32s} {arm.d_sae:6d}  {figures}", flush=True)
-    at_same_l0(rows)
-    facts = {
-        "model": f"{options.model}, {options.at}, positions 1..",
-        "training": f"{len(train_rows)} tokens, {options.passes} passes, {steps} steps of {options.batch_size}, "
-        f"Adam lr {options.lr}, k {options.k}",
-        "held out": f"{len(eval_rows)} tokens; cross-entropy on {sum(batch.numel() for batch in batches)} tokens: "
-        + ", ".join(f"{name} {rows[0][name]:.4f}" for name in ("ce_clean", "ce_zero")),
-        "topk_...": "the same figure for TopK at this row's own L0, from its three arms",
+
+def facts(options: argparse.Namespace) -> dict[str, str]:
+    """What stands above the table."""
+    tried = f"each arm's own of {options.rates} times" if options.rates else "but where lr says otherwise"
+    return {
+        "model": f"{options.model}, positions 1..",
+        "training": f"{options.tokens} tokens, {options.passes} passes, batches of {options.batch_size}, "
+        f"Adam lr {tried} {options.lr}, k {options.k}",
+        "held out": f"{options.eval_tokens} tokens of the evaluation text; as many that follow choose the rates; "
+        f"cross-entropy on {options.ce_tokens} tokens",
+        "topk_...": "the same figure for TopK at this row's own L0, from its three arms there",
         "token_nmse": "mean over tokens of squared error over squared norm; nmse is one ratio of sums, so that the few "
         "tokens of huge norm weigh most in it",
         "columns": "dead: latents that fired on none of the held-out tokens; "
         "peak_mb: memory that making the SAE and training two steps takes",
     }
-    write_tables(rows, facts, options.out)
-    (options.out / "settings.json").write_text(json.dumps({**vars(options), "out": str(options.out)}, indent=2))
-    draw(rows, options.out / "comparison.png")
-    print(f"wrote {options.out / 'table.md'}, table.csv and comparison.png")
 
 
-def replace_batch(options: argparse.Namespace, size: int) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(options), "batch_size": size})
+def changed(options: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changes})
 
 
 def eval_batches(opened, options: argparse.Namespace) -> TokenBatches:

@@ -16,10 +16,14 @@ CURVE = ("topk, k/2", "topk", "topk, 2k")
 """The arms between which TopK's figures at any L0 are read off."""
 
 
+GROUP = ("at", "d_sae", "seed")
+"""What rows that are compared have in common."""
+
+
 def at_same_l0(rows: list[dict]) -> None:
     """TopK's figures at each row's own L0: between (or beyond) its three arms, straight in logarithms."""
     for row in rows:
-        arms = [r for r in rows if r["d_sae"] == row["d_sae"] and r["arm"] in CURVE]
+        arms = [r for r in rows if r["arm"] in CURVE and all(r.get(key) == row.get(key) for key in GROUP)]
         for key in ("nmse", "token_nmse", "ce_degradation"):
             row[f"topk_{key}"] = on_curve(row["l0"], sorted((r["l0"], r[key]) for r in arms))
 
@@ -33,8 +37,11 @@ def on_curve(l0: float, curve: list[tuple[float, float]]) -> float:
 
 
 COLUMNS = {
-    "arm": "{}",
+    "at": "{}",
     "d_sae": "{}",
+    "seed": "{}",
+    "arm": "{}",
+    "lr": "{}",
     "l0": "{:.1f}",
     "l0_q05": "{}",
     "l0_median": "{}",
@@ -157,7 +164,9 @@ def read_table(file: Path) -> list[dict]:
     """The rows of a table.csv."""
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
-    return [{name: value if name == "arm" else float(value or "nan") for name, value in row.items()} for row in rows]
+    return [
+        {name: value if name in ("arm", "at") else float(value or "nan") for name, value in row.items()} for row in rows
+    ]
 
 
 if __name__ == "__main__":  # python recipes/compare_table.py table.csv comparison.png: draws a table again

@@ -23,7 +23,18 @@ def made_up():
     rows = []
     for i, arm in enumerate(compare.ARMS):
         l0 = {0: 16.0, 1: 32.0, 2: 64.0}.get(i, 20.0 + i)
-        rows.append({"arm": arm, "d_sae": 64, "l0": l0, "nmse": l0**-0.5, "token_nmse": 2 / l0, "steps": 3})
+        rows.append(
+            {
+                "at": "a site",
+                "seed": 0,
+                "arm": arm,
+                "d_sae": 64,
+                "l0": l0,
+                "nmse": l0**-0.5,
+                "token_nmse": 2 / l0,
+                "steps": 3,
+            }
+        )
         rows[-1]["ce_degradation"] = 1 / l0
         rows[-1] |= {"l0_q05": l0 - 5, "l0_median": l0, "l0_q95": l0 + 9}
     return rows
@@ -47,8 +58,28 @@ def test_tables_and_picture(tmp_path):
     write_tables(rows, {"model": "none"}, tmp_path)
     draw(rows, tmp_path / "picture.png")
     assert (tmp_path / "table.csv").read_text().count("\n") == len(rows) + 1
-    assert "| sparsemax | 64 |" in (tmp_path / "table.md").read_text()
+    assert "| a site | 64 | 0 | sparsemax |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_topk_of_the_same_site_size_and_seed():
+    """Another seed's TopK says nothing about this one's arms."""
+    rows = made_up()
+    at_same_l0(rows := [*rows, *({**row, "seed": 1, "nmse": 2 * row["nmse"]} for row in rows)])
+    for row in rows:
+        assert row["topk_nmse"] == pytest.approx((1 + row["seed"]) * row["l0"] ** -0.5)
+
+
+def test_each_arm_keeps_the_rate_that_is_best_on_validation_text(tmp_path):
+    """A rate at which nothing is learned is never kept, and a run that goes on does not ask again."""
+    torch.manual_seed(0)
+    rows = torch.relu(torch.randn(256, 24)) @ torch.randn(24, 16)
+    names = ["topk, k/2", "topk", "topk, 2k", "sparsemax"]
+    given = {"batch_size": 64, "seed": 0, "k": 4, "lr": 1e-2, "checkpoint_every": 99, "out": tmp_path}
+    options = argparse.Namespace(**given, d_sae=[32], arms=names, rates=[1.0, 1e-6])
+    assert compare.best_rates(options, rows.half(), rows, 20) == dict.fromkeys(names, 1.0)
+    options.rates = [7.0]
+    assert compare.best_rates(options, rows.half(), rows, 20) == dict.fromkeys(names, 1.0)
 
 
 def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(tmp_path):
@@ -63,7 +94,7 @@ def test_every_arm_sees_the_same_batches_and_goes_on_where_it_was(tmp_path):
         for steps in until:
             options.out = out
             names = ["topk", "relu", "sparsemax"]
-            arms = [compare.make_arm(name, 32, 16, 6, rows[:32].float(), options) for name in names]
+            arms = [compare.make_arm(name, 32, 1.0, 6, rows[:32].float(), options) for name in names]
             compare.train(arms, rows, steps, options)
         return {name: tensor for arm in arms for name, tensor in arm.trainer.sae.state_dict().items()}
 
