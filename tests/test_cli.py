@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import saehooks as sh
+from saehooks import presets
 from saehooks.cli import main
 
 pytestmark = pytest.mark.real
@@ -201,6 +202,10 @@ activation = "topk"
 k = 4
 training = { lr = 0.001, seed = 3, betas = [0.8, 0.99] }
 loss = { l1 = 0.1 }
+[twice]
+d_sae = 64
+preset = "refined_sparsemax"
+reselect = 1.5
 """
 
 
@@ -215,7 +220,12 @@ def test_several_saes_by_a_file(tmp_path, capsys):
     own = "--at visual.blocks.2.hook_resid_post --d-sae 96 --dictionary linear --activation topk --k 4 --lr 0.001"
     more = "--seed 3 --betas 0.8 0.99 --loss-l1 0.1 --out"
     assert main([*common, *own.split(), *more.split(), str(tmp_path / "topk")]) == 0
-    for name in ("small", "topk"):
+    named = ["--d-sae", "64", "--preset", "refined_sparsemax", "--set", "reselect=1.5", "--out"]
+    assert main([*common, "--at", SITE, *named, str(tmp_path / "twice")]) == 0
+    assert sh.load(tmp_path / "twice").cfg.settings == {
+        **presets.refined_sparsemax_sae(8, 16).cfg.settings, "reselect": 1.5
+    }  # fmt: skip
+    for name in ("small", "topk", "twice"):
         one, other = sh.load(tmp_path / "grid" / name), sh.load(tmp_path / name)
         assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items()), name
         assert one.hook_name == other.hook_name
@@ -230,6 +240,8 @@ def test_several_saes_by_a_file(tmp_path, capsys):
         ("[a", "cannot be read as TOML"),
         ("[a]\nd_sae = 64\nnothing = 1", "unknown setting nothing"),
         ("[a]\nd_sae = 64\ntraining = { speed = 1 }", "TrainConfig has no speed"),
+        ("[a]\nd_sae = 64\npreset = 'tokp'", "no preset 'tokp'; there are relu"),
+        ("[a]\nd_sae = 64\npreset = 'topk'\nactivation = 'relu'", "the preset topk has a dictionary and an activation"),
     ],
 )
 def test_a_file_of_saes_that_cannot_be_used_says_why(tmp_path, capsys, text, said):

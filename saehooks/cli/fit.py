@@ -18,7 +18,7 @@ FIT = (
 examples:
   saehooks fit --model smollm2 --at blocks.15.hook_resid_post --d-sae 4608 --out saes/sparsemax
   saehooks fit --model smollm2 --at blocks.15.hook_resid_post --d-sae 4608 --out saes/topk \\
-      --dictionary linear --activation topk --k 32 --text mine.txt --eval-text held_out.txt
+      --preset topk --k 32 --text mine.txt --eval-text held_out.txt
   saehooks fit --model tinyclip --at visual.blocks.4.hook_resid_post --d-sae 1024 --out saes/clip --images photos/
   saehooks fit ... --precision medium --model-dtype bfloat16 --batch-size 4096     fastest on a GPU
   saehooks fit ... --loss-aux-k 0.1 --betas 0.9 0.99 --buffer-rows 100000     every setting has an option
@@ -37,8 +37,7 @@ grid.toml, a table for each SAE; what it leaves out is as the other options say:
   [topk]
   at = "blocks.9.hook_resid_post"
   d_sae = 4608
-  dictionary = "linear"
-  activation = "topk"
+  preset = "topk"
   k = 32
   training = { lr = 0.001, seed = 1 }
 
@@ -56,8 +55,9 @@ def register(commands: Any) -> None:
     add("--head", type=int, help="one head of a per-head site")
     add("--out", type=Path, required=True, help="folder for the SAE and its checkpoints; for several, of folders")
     add("--d-sae", type=int, help="number of latents")
-    add("--dictionary", default="concepts", help="concepts, linear or kron (%(default)s)")
-    add("--activation", default="sparsemax", help="sparsemax, topk, ... (%(default)s)")
+    add("--preset", metavar="NAME", help="a published SAE by name: refined_sparsemax, topk, jumprelu, ...")
+    add("--dictionary", help="in place of a preset: concepts, linear or kron (concepts)")
+    add("--activation", help="in place of a preset: sparsemax, topk, ... (sparsemax)")
     add("--k", type=int, help="latents per token, for topk and its kin")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the SAE, may be repeated")
     add("--saes", type=Path, metavar="FILE.toml", help="several SAEs from the same forwards, a table each, see above")

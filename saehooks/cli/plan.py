@@ -22,8 +22,12 @@ class Plan:
     d_sae: int
     at: str | None = None
     head: int | None = None
-    dictionary: str = "concepts"
-    activation: str = "sparsemax"
+    preset: str | None = None
+    """One of `saehooks.presets.PRESETS`, in place of the two that follow."""
+    dictionary: str | None = None
+    """``"concepts"`` if neither this nor a preset is given."""
+    activation: str | None = None
+    """``"sparsemax"`` likewise."""
     settings: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     """Of `TrainConfig`."""
@@ -34,16 +38,27 @@ class Plan:
         """The SAE, at its site, and how it is trained."""
         import torch
 
-        from saehooks.sae import SAE
-
         config = _made(TrainConfig, self.training)
         torch.manual_seed(config.seed)
-        sae = SAE(d_in, self.d_sae, self.dictionary, self.activation, **self.settings).to(device)
+        sae = self._sae(d_in).to(device)
         if self.at is not None:
             sae.cfg.metadata.update(hook_name=self.at, head=self.head)
         if self.loss:
             config = replace(config, loss=_made(LossConfig, self.loss, default_loss(sae)))
         return sae, config
+
+    def _sae(self, d_in: int) -> Any:
+        from saehooks.presets import PRESETS
+        from saehooks.sae import SAE
+
+        if self.preset is None:
+            dictionary, activation = self.dictionary or "concepts", self.activation or "sparsemax"
+            return SAE(d_in, self.d_sae, dictionary, activation, **self.settings)
+        if self.dictionary or self.activation:
+            raise ConfigError(f"the preset {self.preset} has a dictionary and an activation: leave out your own")
+        if self.preset not in PRESETS:
+            raise ConfigError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[self.preset](d_in, self.d_sae, **self.settings)
 
 
 def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
@@ -56,6 +71,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
         d_sae=arguments.d_sae or 0,
         at=arguments.at,
         head=arguments.head,
+        preset=arguments.preset,
         dictionary=arguments.dictionary,
         activation=arguments.activation,
         settings=dict(setting(one) for one in arguments.set) | ({} if arguments.k is None else {"k": arguments.k}),
@@ -93,6 +109,10 @@ def _of_table(where: str, table: dict[str, Any], flags: Plan) -> Plan:
         raise ConfigError(f"{where} does not say how large the SAE is: write d_sae = 1024")
     merged = {name: getattr(flags, name) | own.pop(name, {}) for name in ("training", "loss")}
     others = {name: value for name, value in table.items() if name not in known}
+    if "preset" in own:
+        flags = replace(flags, dictionary=None, activation=None)
+    elif "dictionary" in own or "activation" in own:
+        flags = replace(flags, preset=None)
     return replace(flags, **own, **merged, settings=flags.settings | others)
 
 
