@@ -369,6 +369,8 @@ def main() -> None:
     if args.draw:
         kept = json.loads(args.draw.read_text(encoding="utf-8"))
         index = LatentIndex.load(args.index) if args.index else None
+        if index is not None:
+            index.check(sh.load(args.sae))
         args.out.write_text(page(kept["found"], index, kept["footer"]), encoding="utf-8")
         return
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,9 @@ from saehooks.kernels import Step, Support
 from saehooks.refinement import Refinement
 from saehooks.sae_config import SAEConfig
 from saehooks.storage import write_folder
+
+FINGERPRINTED = 4096
+"""Numbers of each tensor that a fingerprint looks at."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -297,6 +301,17 @@ class SparseCoder(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next(self.parameters()).device
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """A hash by which an index of latents knows its SAE: of its kind, and of some numbers of each tensor."""
+        cfg = self.cfg
+        found = hashlib.sha256(f"{cfg.dictionary} {cfg.activation} {sorted(cfg.settings.items())}".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            flat = tensor.reshape(-1)
+            some = flat[:: max(1, flat.numel() // FINGERPRINTED)].cpu().double().contiguous()
+            found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``cfg.json`` and ``sae_weights.safetensors``; a crash at any moment leaves the old SAE or the new.

@@ -31,6 +31,8 @@ class Record:
 
     site: str
     """Name of the site."""
+    head: int | None
+    """The one attention head, or None for all of them joined."""
     sae: SparseCoder
     """The SAE, which decodes ``codes``."""
     codes: Codes
@@ -78,6 +80,11 @@ class Forward:
     def site(self) -> str:
         """Name of the site."""
         return self._record.site
+
+    @property
+    def head(self) -> int | None:
+        """The one attention head that the SAE reads, or None for all of them joined."""
+        return self._record.head
 
     @property
     def sae(self) -> SparseCoder:
@@ -131,6 +138,8 @@ class Forward:
         Args:
             k: how many.
             index: a `saehooks.LatentIndex`: then a table that shows what the latents stand for.
+        Raises:
+            ConfigError: an index of another SAE or site.
         """
         return self.codes.top(k) if index is None else index.of_trace(self, k)
 

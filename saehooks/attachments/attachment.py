@@ -165,6 +165,7 @@ class Attachment:
         self.trace.add(
             Record(
                 site=self.site.name,
+                head=self.site.head,
                 sae=self.sae,
                 codes=codes,
                 edited=edited,

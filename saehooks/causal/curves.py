@@ -15,7 +15,8 @@ from saehooks.causal.metric import as_metric
 from saehooks.causal.rank import check_latents
 from saehooks.causal.ranking import Ranking
 from saehooks.causal.runs import Place, as_data, check_metric, runner
-from saehooks.causal.table import Table, check_index, words_of
+from saehooks.causal.table import Table
+from saehooks.causal.words import Origin, check_index, check_ranking, survey_note, words_of
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -146,9 +147,18 @@ class Curve(Table):
     """The latents, best first, as many as the largest n."""
     index: Any = None
     """An index of the latents, for their words in the table."""
+    head: int | None = None
+    """The one attention head whose latents these are, or None for all of them joined."""
+    fingerprint: str = ""
+    """Of the SAE, by which an index of another one is refused."""
 
     def with_index(self, index: Any) -> Curve:
-        """The same curve, with what the latents that each n adds stand for, by a `saehooks.LatentIndex`."""
+        """The same curve, with what the latents that each n adds stand for, by a `saehooks.LatentIndex`.
+
+        Raises:
+            ConfigError: an index of another SAE or site.
+        """
+        check_index(index, Origin(self.site, self.head, self.fingerprint))
         return replace(self, index=index)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -185,7 +195,8 @@ class Curve(Table):
         return figure
 
     def _caption(self) -> str:
-        return f"{self.site}: {self.metric}, clean {number(self.clean)}, all latents ablated {number(self.none_kept)}"
+        text = f"{self.site}: {self.metric}, clean {number(self.clean)}, all latents ablated {number(self.none_kept)}"
+        return text + survey_note(self.index)
 
 
 def curve(
@@ -214,7 +225,8 @@ def curve(
         index: a `saehooks.LatentIndex` of this site: the table then says what the latents that each n adds stand for.
         options: ``at``, ``head``, ``where``, ``error``, ``batch_size``, ``run``, ``progress``, as in `ablate_sets`.
     Raises:
-        ConfigError: an n is larger than the number of latents given, or of those active in the data.
+        ConfigError: an n is larger than the number of latents given, or of those active in the data; a ranking or an
+            index of another SAE or site.
     """
     refuse_unknown("curve", [name for name in options if name not in OPTIONS], OPTIONS)
     best = latents.latents.tolist() if isinstance(latents, Ranking) else list(latent_list(latents))
@@ -223,7 +235,10 @@ def curve(
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}")
     index = latents.index if index is None and isinstance(latents, Ranking) else index
-    check_index(index, {Place(model, sae, options.get("at"), options.get("head"), None).site.name: sae})
+    origin = Place(model, sae, options.get("at"), options.get("head"), None).origin
+    if isinstance(latents, Ranking):
+        check_ranking(latents, origin)
+    check_index(index, origin)
     pool = active_latents(model, sae, tokens, **options)
     if max(counts) > len(pool):
         raise ConfigError(
@@ -257,6 +272,8 @@ def curve(
         draws=draws,
         latents=tuple(best[: max(counts)]),
         index=index,
+        head=origin.head,
+        fingerprint=origin.fingerprint,
     )
 
 

@@ -14,7 +14,8 @@ from saehooks.attachments.request import refuse_others
 from saehooks.causal.attribution import add_products, gradient
 from saehooks.causal.metric import Batch, Metric, as_metric
 from saehooks.causal.runs import Data, Inputs, Place, Run, as_data, check_metric, runner
-from saehooks.causal.table import SHOWN, Table, check_index, labelled, named, words_of
+from saehooks.causal.table import SHOWN, Table, named
+from saehooks.causal.words import Origin, check_index, labelled, survey_note, words_of
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.hosts.frozen import frozen
@@ -54,9 +55,16 @@ class Graph(Table):
     """False when an interrupt ended it early."""
     index: Any = None
     """An index of the latents of each site, by site name; None for bare numbers."""
+    origins: tuple[Origin, ...] = ()
+    """Which latents the sources and the targets are, by which an index of others is refused."""
 
     def with_index(self, index: Any) -> Graph:
-        """The same graph, with what latents stand for: ``{site: index}``, or the index of one of the sites."""
+        """The same graph, with what latents stand for: ``{site: index}``, or the index of one of the sites.
+
+        Raises:
+            ConfigError: an index of another SAE or site.
+        """
+        check_index(index, *self.origins)
         return replace(self, index=index)
 
     def rows(self, n: int | None = None) -> list[dict[str, Any]]:
@@ -69,9 +77,14 @@ class Graph(Table):
         ]
 
     def plot(self, n: int = 40, index: Any = None) -> Figure:
-        """The strongest n edges between the two columns of latents, with their words by an index."""
+        """The strongest n edges between the two columns of latents, with their words by an index.
+
+        Raises:
+            ConfigError: an index of another SAE or site.
+        """
         from saehooks.show.effects import two_columns
 
+        check_index(index, *self.origins)
         known, (early, late) = index or self.index, self.sites
         edges = [
             (labelled(known, early, row["source"]), labelled(known, late, row["target"]), row["edge"])
@@ -81,7 +94,8 @@ class Graph(Table):
 
     def _caption(self) -> str:
         partial = "" if self.complete else "; interrupted, partial"
-        return f"{self.sites[0]} -> {self.sites[1]}: effect on {self.metric}, {self.n_sequences} sequences{partial}"
+        text = f"{self.sites[0]} -> {self.sites[1]}: effect on {self.metric}, {self.n_sequences} sequences{partial}"
+        return text + survey_note(self.index)
 
     def _shown(self) -> list[dict[str, Any]]:
         rows = self.rows(SHOWN)
@@ -134,7 +148,8 @@ def latent_graph(
         raise ConfigError(f"a graph goes from one site to another: '{early}' and '{late}' are the same place")
     if isinstance(index, Mapping):
         index = {places[name].site.name if name in places else name: one for name, one in index.items()}
-    check_index(index, {place.site.name: place.sae for place in places.values()})
+    origins = tuple(place.origin for place in places.values())
+    check_index(index, *origins)
     check_metric(places[early], measured)
     warn_in_train_mode(host.model, "drawing a graph of latents")
     data, call = as_data(host, tokens, batch_size), runner(host, run)
@@ -154,6 +169,7 @@ def latent_graph(
         n_sequences=seen,
         complete=seen == data.total,
         index=index,
+        origins=origins,
     )
 
 

@@ -15,7 +15,7 @@ from saehooks.causal.attribution import Attribution, attribute
 from saehooks.causal.metric import as_metric
 from saehooks.causal.ranking import ORDERS, Ranking
 from saehooks.causal.runs import Data, Place, as_data, check_metric, runner
-from saehooks.causal.table import check_index
+from saehooks.causal.words import check_index
 from saehooks.edits import latent_list
 from saehooks.errors import ConfigError, LatentError
 from saehooks.hosts.train_mode import warn_in_train_mode
@@ -87,7 +87,8 @@ def rank_latents(
     count, listed = _exact_as_asked(exact, sae)
     wanted = None if latents is None else _listed(latents, sae)
     place, measured = Place(model, sae, at, head, where), as_metric(metric)
-    check_index(index, {place.site.name: sae})
+    origin = place.origin
+    check_index(index, origin)
     check_metric(place, measured)
     warn_in_train_mode(place.host.model, "ranking latents")
     data, call = as_data(place.host, tokens, batch_size), runner(place.host, run)
@@ -116,6 +117,8 @@ def rank_latents(
         complete=complete and finished,
         cost=_cost(sums.seen, steps, measure),
         index=index,
+        head=origin.head,
+        fingerprint=origin.fingerprint,
     )
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.causal.table import SHOWN, Table, context_of, labelled, named, words_of
+from saehooks.causal.table import SHOWN, Table, named
+from saehooks.causal.words import Origin, check_index, context_of, labelled, survey_note, words_of
 from saehooks.errors import ConfigError, LatentError
 from saehooks.show.values import number
 
@@ -64,9 +65,23 @@ class Ranking(Table):
     """What it took: sequences run forward and backward, and edited sequences run after the site."""
     index: Any = None
     """A `saehooks.LatentIndex`, whose words stand beside the latents; None for bare numbers."""
+    head: int | None = None
+    """The one attention head whose latents these are, or None for all of them joined."""
+    fingerprint: str = ""
+    """Of the SAE, by which an index of another one is refused."""
+
+    @property
+    def origin(self) -> Origin:
+        """Which latents are ranked."""
+        return Origin(self.site, self.head, self.fingerprint)
 
     def with_index(self, index: Any) -> Ranking:
-        """The same ranking, with what each latent stands for by a `saehooks.LatentIndex` of the same site."""
+        """The same ranking, with what each latent stands for by a `saehooks.LatentIndex` of the same SAE and site.
+
+        Raises:
+            ConfigError: an index of another SAE or site.
+        """
+        check_index(index, self.origin)
         return replace(self, index=index)
 
     @property
@@ -123,9 +138,14 @@ class Ranking(Table):
         }
 
     def plot(self, n: int = 20, index: Any = None) -> Figure:
-        """Bars of the best n latents' effects, with their words by an index."""
+        """Bars of the best n latents' effects, with their words by an index.
+
+        Raises:
+            ConfigError: an index of another SAE or site.
+        """
         from saehooks.show.figures import ranking_bars
 
+        check_index(index, self.origin)
         rows = self.rows(n)
         return ranking_bars(
             [labelled(index or self.index, self.site, row["latent"]) for row in rows],
@@ -154,7 +174,7 @@ class Ranking(Table):
         if measured:
             text += f"; {measured} ablated exactly"
             text += f", Spearman {self.agreement.spearman:.2f}" if isfinite(self.agreement.spearman) else ""
-        return text if self.complete else text + "; interrupted, partial"
+        return text + ("" if self.complete else "; interrupted, partial") + survey_note(self.index)
 
     def _shown(self) -> list[dict[str, Any]]:
         rows = named(self.rows(SHOWN), "latent")

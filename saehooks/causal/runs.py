@@ -15,6 +15,7 @@ from saehooks.attachments.request import check
 from saehooks.attachments.resolve import find
 from saehooks.attachments.transcoder import attachment_of
 from saehooks.causal.metric import Metric
+from saehooks.causal.words import Origin
 from saehooks.codes import Codes
 from saehooks.edits import EditFunction
 from saehooks.errors import ConfigError, WhereError
@@ -187,6 +188,11 @@ class Place:
         self.where = where_of(sae, where)
         self._came, self._calls = Came(self.where), 0
         self._last: Attachment | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """Which latents these are, to tell an index of others by."""
+        return Origin(self.site.name, self.site.head, self.sae.fingerprint())
 
     @contextmanager
     def attached(

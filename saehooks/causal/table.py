@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saehooks.errors import ConfigError
 from saehooks.show import html, terminal
-from saehooks.show.values import Markup
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -58,44 +56,3 @@ def named(rows: list[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
     [{'latent': '1204', 'tokens': 1204}]
     """
     return [{key: str(value) if key in columns else value for key, value in row.items()} for row in rows]
-
-
-def check_index(index: Any, saes: Mapping[str, Any]) -> None:
-    """Refuse an index, or one of a mapping by site, that is of another SAE than the one at its site.
-
-    Raises:
-        ConfigError: it is, or it is no index at all.
-    """
-    for site, sae in saes.items():
-        found = index.get(site) if isinstance(index, Mapping) else index
-        if found is None:
-            continue
-        if not hasattr(found, "words"):
-            raise ConfigError(f"index= takes a LatentIndex, which sh.survey makes; got {type(found).__name__}")
-        if found.site == site:
-            found.check(sae)
-
-
-def words_of(index: Any, site: str, latent: int, n: int = 4) -> str:
-    """What a latent stands for, by an index of latents, or a mapping of several by site; "" where there is none.
-
-    >>> words_of(None, "blocks.8.hook_resid_pre", 901)
-    ''
-    """
-    found = index.get(site) if isinstance(index, Mapping) else index
-    if found is None or getattr(found, "site", site) != site:
-        return ""
-    return found.words(latent, n)
-
-
-def context_of(index: Any, site: str, latent: int) -> Markup:
-    """Where a latent is strongest, shaded, for a cell of a table; empty where there is no index of the site."""
-    found = index.get(site) if isinstance(index, Mapping) else index
-    if found is None or getattr(found, "site", site) != site:
-        return Markup()
-    return found.context_html(latent)
-
-
-def labelled(index: Any, site: str, latent: int) -> str:
-    """A latent by its number and its words: what a plot writes."""
-    return f"{latent} {words_of(index, site, latent, 3)}".rstrip()

@@ -22,7 +22,6 @@ from saehooks.hosts import Host, Site
 from saehooks.hosts import host as host_of
 from saehooks.hosts.unembedding import unembedding
 from saehooks.latents.cofiring import CoFiring, Neighbours, nearest
-from saehooks.latents.fingerprint import fingerprint
 from saehooks.latents.folder import read_tensors, remove_partial, write_partial
 from saehooks.latents.index import LatentIndex
 from saehooks.latents.pictures import Pictures, grid_of, images_of
@@ -108,7 +107,7 @@ def survey(
     options = {"at": site.name if last is site else (site.name, last.name), "head": site.head}
     options |= {} if where is None else {"where": where}
     settings = {"contexts": contexts, "sampled": sampled, "window": list(window), "site": site.name}
-    settings["fingerprint"] = fingerprint(sae)
+    settings["fingerprint"] = sae.fingerprint()
     walk = Walk(host, (site, last), sae, options, settings)
     if folder is not None:
         _check_folder(Path(folder), resume)

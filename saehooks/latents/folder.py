@@ -44,6 +44,8 @@ def read_tensors(folder: str | Path, partial: bool = False) -> tuple[dict[str, A
     if not (folder / f"{name}.safetensors").is_file():
         what = "an interrupted survey" if partial else "an index of latents"
         hint = "write resume=False to begin one" if partial else "sh.survey(model, sae, batches, folder=...) writes one"
+        if not partial and (folder / f"{PARTIAL}.safetensors").is_file():
+            hint = "its survey was interrupted; sh.survey(..., folder=..., resume=True) goes on with it"
         raise FormatError(f"{folder} does not hold {what}: {hint}")
     tensors, description = read_safetensors(folder / f"{name}.safetensors")
     if not isinstance(description, dict) or description.get("format") != "saehooks latents":

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from saehooks.attachments import read
+from saehooks.causal.words import Origin, check_index
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
 from saehooks.hosts import host as host_of
 from saehooks.latents.cofiring import Neighbours
-from saehooks.latents.fingerprint import fingerprint
 from saehooks.latents.folder import read_tensors, write_index
 from saehooks.latents.latent import Latent
 from saehooks.latents.listing import Listing, TokenListing
@@ -152,7 +152,7 @@ class LatentIndex(SurveyResult):
         if by not in ("value", "rarity"):
             raise ConfigError(f"by={by!r}; expected 'value' or 'rarity'")
         forward = text if isinstance(text, Forward) else self._read(text)
-        self.check(forward.sae)
+        check_index(self, Origin(forward.site, forward.head, forward.sae.fingerprint()))
         codes = _inside(forward)
         largest = torch.full((len(self),), -float("inf")).scatter_reduce_(
             0, codes.indices.cpu(), codes.values.detach().float().cpu(), "amax"
@@ -168,7 +168,7 @@ class LatentIndex(SurveyResult):
 
     def of_trace(self, forward: Forward, k: int = 5) -> TokenListing:
         """The k strongest latents of each token of a trace, with what they stand for: ``trace.top(5, index=index)``."""
-        self.check(forward.sae)
+        check_index(self, Origin(forward.site, forward.head, forward.sae.fingerprint()))
         return TokenListing(self, forward, k)
 
     def _read(self, given: Any) -> Forward:
@@ -280,12 +280,22 @@ class LatentIndex(SurveyResult):
         """Refuse an SAE other than the one surveyed: the words would be those of other latents.
 
         Raises:
-            ConfigError: another SAE, or the same after more training.
+            ConfigError: another SAE, or the same after more training or in another precision.
         """
-        if fingerprint(sae) != self.metadata["fingerprint"]:
+        if not isinstance(sae, SparseCoder):
+            raise ConfigError(f"expected the SAE that was surveyed, got {type(sae).__name__}")
+        self.check_fingerprint(sae.fingerprint())
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Refuse the `SAE.fingerprint` of another SAE than the one surveyed.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        if fingerprint != self.metadata["fingerprint"]:
             raise ConfigError(
-                f"this index is of another SAE: it was made with {self.metadata['sae']}; "
-                "sh.survey(model, sae, batches) makes one of this SAE"
+                f"this index is of another SAE: it was made with {self.metadata['sae']}, or with this one before more "
+                "training or in another precision; sh.survey(model, sae, batches) makes one of this SAE"
             )
 
     def _bound(self) -> tuple[Any, SAE]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saehooks.causal.table import SHOWN, Table, labelled, named
+from saehooks.causal.table import SHOWN, Table, named
+from saehooks.causal.words import labelled, survey_note
 from saehooks.latents.latent import Latent
 from saehooks.latents.result import SurveyResult
 from saehooks.latents.views import strongest_html
@@ -79,7 +80,7 @@ class TokenListing(Table):
         return rows
 
     def _caption(self) -> str:
-        return f"{self.index.site}: the {self.k} strongest latents of each token"
+        return f"{self.index.site}: the {self.k} strongest latents of each token" + survey_note(self.index)
 
     def _shown(self) -> list[dict[str, Any]]:
         return self._rows_of(0)[: 2 * SHOWN] if len(self.forward.codes) else []

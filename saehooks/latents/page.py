@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saehooks.causal.ranking import Ranking
+from saehooks.causal.words import check_index
 from saehooks.errors import ConfigError
 from saehooks.latents.cofiring import Neighbours
 from saehooks.latents.result import SurveyResult
@@ -46,9 +48,10 @@ def write_page(
     """Write the page of an index; see `LatentIndex.page`.
 
     Raises:
-        ConfigError: effects are not one number for each latent, or the page cannot be made small enough.
+        ConfigError: effects are not one number for each latent, or are a ranking of another SAE or site; or the page
+            cannot be made small enough.
     """
-    numbers = None if effects is None else _effects(effects, len(index))
+    numbers = None if effects is None else _effects(effects, index)
     while True:
         page = _page(index, title or f"Latents at {index.site}", contexts, sampled, numbers)
         if len(page) <= limit:
@@ -241,9 +244,11 @@ def _chosen(shelf: dict[str, Tensor], n: int, spread: bool) -> tuple[Tensor, Ten
     return latents, order.gather(1, rank.clamp(max=n - 1))[wanted]
 
 
-def _effects(given: Any, n: int) -> np.ndarray:
+def _effects(given: Any, index: SurveyResult) -> np.ndarray:
     """One number for each latent: from a tensor or a list, or from a ranking, 0 for latents that it does not rank."""
-    if hasattr(given, "effect") and hasattr(given, "latents"):
+    n = len(index)
+    if isinstance(given, Ranking):
+        check_index(index, given.origin)
         found = np.zeros(n)
         found[given.latents.numpy()] = given.effect.nan_to_num().numpy()
         return found
