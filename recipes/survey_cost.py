@@ -110,6 +110,8 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
         whole = (turns.surveyed + finish) / (mean * batches)
         rows.append(f"| {name} | {1e3 * mean:.0f} ms | {turns.ratio(name):.2f} | {whole:.2f} |")
     kept = sum(one.nbytes for shelf in (index.best, index.drawn) for one in shelf.values()) + index.quantiles.nbytes
+    words = "the packaged text, a slice of English Wikipedia" if args.text is None else args.text.name
+    text_option = "" if args.text is None else f" --text {args.text.name}"
     ended = "" if index.complete else f"Stopped by hand after {index.sequences * 128:,} of {args.tokens:,} tokens. "
     saving = ", saving" if args.folder else ""
     return "\n".join(
@@ -118,7 +120,7 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
             "",
             f"All {len(index):,} latents of the packaged SAE at `{index.site}` of SmolLM2-135M-Instruct, "
             f"{index.positions:,} positions of {index.sequences:,} sequences, batches of 8 x 128 tokens; one thread's "
-            f"own time. Every {args.every}th batch went through the model alone too. {ended}",
+            f"own time. The text is {words}. Every {args.every}th batch went through the model alone too. {ended}",
             "",
             "| beside | a batch of it | a batch of the survey, median ratio | the whole survey, its end included |",
             "|---|---|---|---|",
@@ -129,7 +131,7 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
             f"batch, at most {peak / 1e6:,.0f} MB; contexts and quantiles are {kept / 1e6:,.0f} MB of it. "
             f"{len(index.dead):,} latents never fired.",
             "",
-            f"    python recipes/survey_cost.py --tokens {args.tokens} --every {args.every}",
+            f"    python recipes/survey_cost.py{text_option} --tokens {args.tokens} --every {args.every}",
             "",
         ]
     )
