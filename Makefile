@@ -15,12 +15,12 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saehooks demo --out out/demo.html
 
 test: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # The lines of saehooks that no test runs: settings in pyproject.toml.
 coverage: $(READY)
 	$(BIN)/python -c "import coverage" 2> /dev/null || $(BIN)/uv pip install --quiet --python $(BIN)/python coverage
-	$(TEST_ENV) $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered
 
