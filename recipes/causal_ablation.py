@@ -285,16 +285,12 @@ def page(found: list[dict[str, Any]], index: LatentIndex | None, footer: str) ->
         summary.add(charts.bars_html(bars, highlight=marked, caption="logit difference, right minus wrong"))
     summary.add(html.paragraph(READING), *map(html.paragraph, verdicts(found)))
     sections = [summary]
-    crossed = [
-        {"prompts": one["name"], "clean": one["bars"]["clean"]}
-        | {f"top 20 of {name}": value for name, value in one["crossed"].items()}
-        for one in having
-    ]
+    crossed = [{"prompts": one["name"], "clean": one["bars"]["clean"]} | one["crossed"] for one in having]
     if len(having) > 1:
         sections.append(
             html.Section("Is it this behaviour's latents?").add(
                 html.paragraph("Each row: the prompts of one behaviour, with the top 20 latents of each ablated."),
-                '<div class="scroll">' + html.table_html(crossed) + "</div>",
+                html.table_html(crossed),
             )
         )
     sections += [section(one, index) for one in found]
@@ -318,14 +314,14 @@ def section(one: dict[str, Any], index: LatentIndex | None) -> html.Section:
     rows = [
         {
             "latent": str(row["latent"]),
-            "effect of ablating it": row["attribution"] if row["exact"] is None else row["exact"],
+            "effect": row["attribution"] if row["exact"] is None else row["exact"],
+            "tokens": row["tokens"],
             **({} if index is None else {"stands for": index.words(row["latent"], 4)}),
             **({} if index is None else {"strongest at": index.context_html(row["latent"])}),
-            "tokens": row["tokens"],
         }
         for row in one["ranking"]
     ]
-    part.add('<div class="scroll">' + html.table_html(rows, caption=one["caption"]) + "</div>")
+    part.add(html.table_html(rows, caption=one["caption"]))
     return part.add(html.image(base64.b64decode(one["agreement"]), f"attribution against exact, {one['name']}"))
 
 

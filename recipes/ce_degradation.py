@@ -66,6 +66,10 @@ def measured(model, sae: sh.SAE, batches: sh.TokenBatches) -> dict[str, float]:
     return live.summary()
 
 
+SHOWN = ("sae", "nmse", "fvu", "l0", "ce_spliced", "ce_degradation", "ce_recovered", "kl", "n_tokens")
+"""Columns of the page's table; the clean and the zeroed cross-entropy stand above it."""
+
+
 def page(rows: list[dict], lead: str, footer: str) -> str:
     """One HTML page: what each SAE costs at each site, sparsemax highlighted; all figures below."""
     groups: dict[str, dict[str, float]] = {}
@@ -88,8 +92,7 @@ def page(rows: list[dict], lead: str, footer: str) -> str:
         html.paragraph("Sparsemax finds its own L0, TopK is given one: compare the two with that in mind."),
     )
     figures = html.Section("All figures").add(
-        '<div class="scroll">' + html.table_html([{k: v for k, v in row.items() if k != "activation"} for row in rows])
-        + "</div>",
+        html.table_html([{name: row[name] for name in SHOWN} for row in rows]),
         html.paragraph(
             "WikiText-2; cross-entropies and KL in nats. `ce_recovered` is (zero - spliced) / (zero - clean). "
             "Position 0 is not spliced and not in NMSE and L0."

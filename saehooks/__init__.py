@@ -87,6 +87,42 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
+_ANSWERS = {
+    **dict.fromkeys(
+        ("load_sae", "from_pretrained", "load_from_hub", "load_model", "open"),
+        "write sh.load('folder, hub id or release')",
+    ),
+    **dict.fromkeys(
+        ("SparseAutoencoder", "SparseCoder", "AutoEncoder", "Sae", "TopKSAE"), "write sh.SAE(d_in=, d_sae=)"
+    ),
+    **dict.fromkeys(("Transcoder",), "write saehooks.sae.Transcoder"),
+    **dict.fromkeys(
+        ("run_with_cache", "run_with_saes", "run_with_cache_with_saes", "cache", "record", "get_acts", "encode"),
+        "write: with sh.read(model, sae) as trace: model(tokens)",
+    ),
+    **dict.fromkeys(
+        ("add_sae", "replace", "reconstruct", "substitute"), "write: with sh.splice(model, sae): model(tokens)"
+    ),
+    **dict.fromkeys(
+        ("hook", "hooks", "intervene", "patch", "edit", "saes"),
+        "write: with sh.attach(model, sae, edits=...): model(tokens)",
+    ),
+    **dict.fromkeys(
+        ("zero", "zero_ablate", "ablation"), "write: with sh.ablate(model, sae, [1204, 77]): model(tokens)"
+    ),
+    **dict.fromkeys(
+        ("train_sae", "SAETrainer", "LanguageModelSAETrainingRunner"), "write sh.fit(model, sae, batches, at=...)"
+    ),
+    **dict.fromkeys(("evaluate", "eval", "run_evals", "metrics_of"), "write sh.measure(model, sae, batches)"),
+    **dict.fromkeys(
+        ("features", "latents_of", "dashboard", "index", "explain", "Index", "FeatureDashboard"),
+        "write index = sh.survey(model, sae, batches)",
+    ),
+    **dict.fromkeys(("attribution", "attribute", "attributions", "rank"), "write sh.rank_latents(model, sae, tokens)"),
+    **dict.fromkeys(("hook_points", "list_sites", "hook_names"), "write sh.sites(model)"),
+}
+"""What to write, by the names of other libraries."""
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
@@ -94,7 +130,9 @@ def __getattr__(name: str) -> Any:
     elif not name.startswith("_") and find_spec(f"saehooks.{name}") is not None:
         found = import_module(f"saehooks.{name}")
     else:
-        raise AttributeError(f"module 'saehooks' has no attribute {name!r}")
+        from saehooks.answers import no_attribute
+
+        raise no_attribute(import_module("saehooks"), name, _ANSWERS, "module 'saehooks'")
     globals()[name] = found
     return found
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from saehooks.answers import no_attribute
 from saehooks.errors import ConfigError, LatentError, WidthError
 from saehooks.precision import widened
 from saehooks.support import Support, offsets_of, rows_of
@@ -22,6 +23,20 @@ class Top(NamedTuple):
     """(*shape, k) int64, strongest first, -1 where a row has fewer than k latents."""
     values: Tensor
     """(*shape, k), 0 where a row has fewer than k latents."""
+
+
+ANSWERS = {
+    "topk": "write codes.top(k)",
+    **dict.fromkeys(("to_dense", "numpy", "tolist", "toarray", "todense"), "write codes.dense()"),
+    **dict.fromkeys(
+        ("sum", "mean", "max", "min", "abs", "norm", "nonzero", "argmax", "T"), "write codes.values, or codes.dense()"
+    ),
+    **dict.fromkeys(("latents", "acts", "activations"), "write codes.indices and codes.values, or codes.top(k)"),
+    **dict.fromkeys(("l0", "nnz", "count_nonzero"), "write codes.support_size"),
+    **dict.fromkeys(("float", "half", "bfloat16", "double"), "write codes.to(dtype)"),
+    **dict.fromkeys(("size", "dim", "ndim", "numel"), "write codes.shape and codes.d_sae"),
+}
+"""What to write, by the names that tensors have."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,6 +147,24 @@ class Codes:
         """Each value over a number, or over a tensor that broadcasts to the batch shape."""
         return self * (1 / divisor)
 
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, ANSWERS)
+
+    def _no_tensor(self, other: Any) -> NoReturn:
+        raise TypeError(
+            "Codes are sparse, and no tensor: compare and add codes.values, or codes.dense(); sae.decode(codes) "
+            "multiplies them with the decoder"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __matmul__ = __rmatmul__ = _no_tensor
+    __lt__ = __le__ = __gt__ = __ge__ = _no_tensor
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same object; comparing with a number or a tensor is an error, not False."""
+        return self._no_tensor(other) if isinstance(other, (int, float, Tensor)) else self is other
+
+    __hash__ = object.__hash__
+
     def keep(self, kept: Tensor) -> Codes:
         """Only some of the entries: ``kept`` (nnz,) bool; rows and their scale stay."""
         codes = self.trimmed()
@@ -202,6 +235,8 @@ class Codes:
 
     def of(self, latent: int) -> Tensor:
         """(*shape) values of one latent, 0 where it was not selected."""
+        if not hasattr(latent, "__index__"):
+            raise LatentError(f"of(latent) gives one latent, by its number; got {latent!r}; dense() holds all of them")
         self.check_latents([latent])
         codes = self.trimmed()
         hit = codes.indices == latent
@@ -254,6 +289,11 @@ class Codes:
 
     def __getitem__(self, index) -> Codes:
         """Codes at some batch positions, with the indexing rules of a tensor of shape ``shape``."""
+        if isinstance(index, tuple) and sum(one is not None and one is not Ellipsis for one in index) > len(self.shape):
+            raise LatentError(
+                f"codes are indexed by their batch shape {tuple(self.shape)}; for one latent write codes.of(latent), "
+                "for all codes.dense()"
+            )
         grid = torch.arange(math.prod(self.shape), device=self.indices.device).reshape(self.shape)[index]
         return self.select_rows(grid.reshape(-1), tuple(grid.shape))
 

@@ -160,6 +160,10 @@ def scale(factors: Mapping[int, Value]) -> Edit:
     return _edit("scale", chosen, function)
 
 
+MAKERS = (zero, keep, keep_top, clamp, add, scale)
+"""What makes an edit and is none."""
+
+
 def compose(*edits: EditFunction) -> Edit:
     """Run edits one after the other, as one edit."""
     latents = tuple(dict.fromkeys(latent for edit in edits for latent in getattr(edit, "latents", ())))
@@ -215,6 +219,8 @@ def as_edits(edits: Any) -> tuple[EditFunction, ...]:
     """
     listed = (edits,) if callable(edits) or not isinstance(edits, Iterable) else tuple(edits)
     for one in listed:
+        if one in MAKERS:
+            raise ConfigError(f"{one.__name__} makes an edit: write sh.edits.{one.__name__}(...), with what it needs")
         if not callable(one):
             raise ConfigError(f"an edit is a function from Codes to Codes, got {one!r}; did you mean edits.zero([3])?")
     return listed
@@ -259,14 +265,23 @@ def without_zeros(codes: Codes) -> Codes:
 
 
 def latent_list(latents: Any) -> tuple[int, ...]:
-    """Latents given as an int, a list, a tensor or a mapping's keys, as a tuple of ints.
+    """Latents given as an int, a list or a tensor, as a tuple of ints.
 
     Raises: LatentError when they are not whole numbers.
     """
+    if isinstance(latents, Mapping):
+        raise LatentError(
+            f"expected latents, as in [1204, 77], got {latents!r}; clamp and steer take a mapping from latent to number"
+        )
     if hasattr(latents, "__array__"):
-        latents = torch.as_tensor(latents).reshape(-1).tolist()
+        given = torch.as_tensor(latents)
+        if given.dtype == torch.bool:
+            raise LatentError("latents must be whole numbers, got a mask: write mask.nonzero()[:, 0]")
+        latents = given.reshape(-1).tolist()
     try:
         listed = [latents] if hasattr(latents, "__index__") else list(latents)
+        if any(isinstance(latent, bool) for latent in listed):
+            raise TypeError
         return tuple(dict.fromkeys(latent.__index__() for latent in listed))
     except (TypeError, AttributeError):
         raise LatentError(f"latents must be whole numbers, as in [1204, 77]; got {latents!r}") from None
@@ -283,8 +298,10 @@ def _listed_with_values(values: Any, example: str) -> tuple[int, ...]:
     """The latents of a mapping, all of whose values are numbers or tensors; ``example`` is shown if they are not."""
     if not isinstance(values, Mapping):
         raise LatentError(f"expected a mapping from latent to number, as in {example}; got {values!r}")
-    chosen = latent_list(values)
+    chosen = latent_list(list(values))
     for latent, value in values.items():
+        if not isinstance(value, Tensor) and hasattr(value, "__float__") and not math.isfinite(value):
+            raise LatentError(f"expected a finite number for latent {latent}, as in {example}; got {value!r}")
         if not isinstance(value, Tensor) and not hasattr(value, "__float__"):
             raise LatentError(f"expected a number or a tensor for latent {latent}, as in {example}; got {value!r}")
     return chosen

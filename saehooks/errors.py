@@ -13,6 +13,10 @@ class UnknownKeywordError(ConfigError, TypeError):
     """A keyword that a function does not have."""
 
 
+class UnknownNameError(SaehooksError, AttributeError):
+    """An attribute that does not exist, or goes by another name here."""
+
+
 class SiteError(SaehooksError, ValueError):
     """A place in a model that does not exist, cannot carry an SAE, or was given twice."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from saehooks.answers import no_attribute
 from saehooks.errors import FormatError
 
 FORMAT = "saehooks"
@@ -36,6 +37,14 @@ class SAEConfig:
     """What the SAE computes in; its file may hold fewer bits."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """hook_name, head, model_name, family, processing, training, metrics: whatever is known."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("hook_"):
+            raise no_attribute(self, name, {name: "write sae.hook_name, or cfg.metadata"})
+        if "settings" in self.__dict__ and (name in self.settings or name in self.metadata):
+            where = "settings" if name in self.settings else "metadata"
+            raise no_attribute(self, name, {name: f"write cfg.{where}[{name!r}]"})
+        raise no_attribute(self, name, {})
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from saehooks import hub, kernels
 from saehooks.activations import ACTIVATIONS, LatentDensity
+from saehooks.answers import no_attribute
 from saehooks.codes import Codes
 from saehooks.dictionaries import DICTIONARIES, Prepared
-from saehooks.errors import ConfigError, FormatError, LatentError, WidthError
+from saehooks.errors import ConfigError, FormatError, LatentError, UnknownKeywordError, WidthError
 from saehooks.kernels import Step, Support
 from saehooks.refinement import Refinement
 from saehooks.sae_config import SAEConfig
@@ -48,6 +49,16 @@ def _in_own_dtype(method: Method) -> Method:
     return called  # type: ignore[return-value]
 
 
+OUTPUT_ANSWERS = {
+    **dict.fromkeys(
+        ("feature_acts", "acts", "latents", "latent_acts", "features", "z"), "write .codes, or .codes.dense()"
+    ),
+    **dict.fromkeys(("sae_out", "x_hat", "recon", "reconstruction", "x_reconstruct", "out"), "write .recons"),
+    **dict.fromkeys(("latent_indices", "latent_acts"), "write .codes.top(k)"),
+    **dict.fromkeys(("loss", "fvu", "mse_loss"), "write sh.measure(model, sae, batches), or saehooks.metrics"),
+}
+
+
 class SAEOutput(NamedTuple):
     """What calling an SAE gives."""
 
@@ -55,6 +66,9 @@ class SAEOutput(NamedTuple):
     """(*shape, d_in), the reconstruction."""
     codes: Codes
     """Codes of shape (*shape): the sparse latent activations."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, OUTPUT_ANSWERS)
 
 
 class Encoded(NamedTuple):
@@ -95,7 +109,70 @@ def _differ(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
     )
 
 
-class SparseCoder(nn.Module):
+ANSWERS = {
+    **dict.fromkeys(("use_error_term", "error_term"), "a block keeps or drops the error: error='keep', error='drop'"),
+    **dict.fromkeys(
+        ("hook_sae_acts_post", "hook_sae_acts_pre", "hook_sae_output", "hook_sae_error", "hook_sae_recons"),
+        "with sh.read(model, sae) as trace: gives trace.codes, trace.recons and trace.error",
+    ),
+    **dict.fromkeys(("layer", "hook_layer", "hook_point", "site", "at"), "write sae.hook_name"),
+    **dict.fromkeys(("n_features", "num_latents", "dict_size", "n_latents", "d_hidden"), "write sae.d_sae"),
+    **dict.fromkeys(("d_model", "activation_dim"), "write sae.d_in"),
+    **dict.fromkeys(("config", "metadata"), "write sae.cfg, sae.cfg.metadata"),
+    **dict.fromkeys(("decoder", "encoder", "W_D", "W_E"), "write sae.directions(latents), sae.dictionary"),
+    **dict.fromkeys(
+        ("fold_W_dec_norm", "set_decoder_norm_to_unit_norm"),
+        "values need no folding: index.typical(latent) is their scale",
+    ),
+    **dict.fromkeys(("save_model", "save_pretrained", "save_to_disk"), "write sae.save(folder)"),
+}
+"""What to write, by the names of other libraries."""
+
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+"""Tensors that a linear dictionary has, also asked of the SAE."""
+
+MEANT = {
+    **dict.fromkeys(("d_model", "d_input", "input_dim", "activation_dim", "in_features", "d_embed"), "d_in"),
+    **dict.fromkeys(
+        (
+            "dict_size",
+            "n_features",
+            "num_features",
+            "n_latents",
+            "num_latents",
+            "dictionary_size",
+            "d_hidden",
+            "n_dict",
+        ),
+        "d_sae",
+    ),
+    **dict.fromkeys(("architecture", "activation_fn", "activation_function", "arch", "act", "kind"), "activation"),
+    **dict.fromkeys(("hook_point", "layer", "at", "site", "hook"), "hook_name"),
+    **dict.fromkeys(("n_active", "topk", "top_k", "num_active"), "k"),
+}
+"""The names of an SAE's settings in other libraries."""
+
+
+class Answering(type(nn.Module)):  # type: ignore[misc]
+    """Classes that answer the names of other libraries: of functions that read SAEs, and of settings."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith(("load", "from_")):
+            raise no_attribute(
+                cls, name, {name: "SAEs are read by sh.load('folder, hub id or release')"}, f"class {cls.__name__!r}"
+            )
+        raise no_attribute(cls, name, {}, f"class {cls.__name__!r}")
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name == "expansion_factor":
+                raise UnknownKeywordError(f"{cls.__name__} has no setting {name}=; write d_sae={settings[name]} * d_in")
+            if MEANT.get(name, name) != name:
+                raise UnknownKeywordError(f"{cls.__name__} has no setting {name}=; did you mean {MEANT[name]}=?")
+        return super().__call__(*args, **settings)
+
+
+class SparseCoder(nn.Module, metaclass=Answering):
     """What an SAE and a transcoder share: activations of width d_in in, sparse codes, a reconstruction out."""
 
     cfg: SAEConfig
@@ -105,6 +182,8 @@ class SparseCoder(nn.Module):
         for name, size in (("d_in", cfg.d_in), ("d_sae", cfg.d_sae)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype={dtype!r}; expected a torch.dtype, such as torch.float16")
         self.cfg = cfg
         kinds = _known("dictionary", cfg.dictionary, DICTIONARIES), _known("activation", cfg.activation, ACTIVATIONS)
         for_dictionary, for_activation, for_density, for_refinement = _route(
@@ -153,6 +232,11 @@ class SparseCoder(nn.Module):
     @_in_own_dtype
     def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
         """Encode activations (*shape, d_in) and keep the stages that losses need."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise WidthError(
+                f"an SAE encodes activations, a floating tensor (..., {self.cfg.d_in}); got {_described(x)}; "
+                "with sh.read(model, sae) as trace: model(tokens) encodes those of a text"
+            )
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
             raise WidthError(
                 f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
@@ -211,6 +295,10 @@ class SparseCoder(nn.Module):
 
     @_in_own_dtype
     def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
+        if not isinstance(codes, Codes):
+            raise ConfigError(
+                f"decode takes Codes, got {_described(codes)}; sh.Codes.from_dense(acts) makes them of a dense tensor"
+            )
         if codes.d_sae != self.cfg.d_sae:
             raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
         decoded = self.dictionary.decode(codes, with_offset, step=step or kernels.DEFAULT)
@@ -250,6 +338,21 @@ class SparseCoder(nn.Module):
         if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.cfg.d_sae):
             raise LatentError(f"latents must lie in 0 .. {self.cfg.d_sae - 1}, got {wanted.tolist()}")
         return wanted
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            dictionary = self.__dict__.get("_modules", {}).get("dictionary")
+            if name in WEIGHTS and hasattr(dictionary, name):
+                return getattr(dictionary, name)
+        lacks = f"a {self.cfg.dictionary!r} dictionary has none; sae.directions(latents) are what latents add"
+        raise no_attribute(self, name, {**ANSWERS, **dict.fromkeys(WEIGHTS, lacks)} if "cfg" in self.__dict__ else {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "use_error_term":  # it would change nothing, and nobody would know
+            raise no_attribute(self, name, ANSWERS)
+        super().__setattr__(name, value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as any module does; the SAE then counts as `finished`."""
@@ -399,6 +502,10 @@ class SparseCoder(nn.Module):
         kind = f"{self.cfg.dictionary!r}, {self.cfg.activation!r}"
         sizes = f"d_in={self.d_in}, d_sae={self.d_sae}"
         return f"{type(self).__name__}({sizes}, {kind}{settings}{site}, dtype={str(self.dtype)[6:]})"
+
+
+def _described(given: Any) -> str:
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:

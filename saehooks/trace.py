@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saehooks import metrics
+from saehooks.answers import no_attribute
 from saehooks.codes import Codes, Top
 from saehooks.errors import ConfigError, NeverFiredError
 from saehooks.hosts.sequences import Columns
@@ -23,6 +24,24 @@ ROWS_SHOWN = 12
 
 TEXTS_SHOWN = 4
 """Rows of a batch in a notebook repr."""
+
+
+ANSWERS = {
+    **dict.fromkeys(
+        ("feature_acts", "latents", "features", "activations", "sae_acts", "hook_sae_acts_post", "latent_acts", "z"),
+        "write trace.codes, trace.codes.dense() or trace.top(k)",
+    ),
+    **dict.fromkeys(("values", "indices", "topk"), "write trace.top(k), or trace.codes.values"),
+    **dict.fromkeys(("sae_out", "x_hat", "reconstruction", "recon", "hook_sae_output"), "write trace.recons"),
+    **dict.fromkeys(("sae_error", "hook_sae_error", "residual"), "write trace.error"),
+    **dict.fromkeys(("input", "sae_in", "x", "hidden_states", "resid"), "write trace.acts"),
+    **dict.fromkeys(("output", "logits", "out"), "the model returns them: logits = model(tokens), inside the block"),
+    **dict.fromkeys(("dense", "of", "counts"), "write trace.codes.dense(), .of(latent), .counts()"),
+    **dict.fromkeys(
+        ("value", "save"), "results are tensors when the call of the model returns: nothing is to be saved"
+    ),
+}
+"""What to write, by the names of other libraries."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,6 +90,16 @@ class Forward:
 
     def __init__(self, record: Record):
         self._kept = record
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, ANSWERS)
+
+    def __getitem__(self, name: Any) -> Any:
+        raise ConfigError(
+            f"this is the trace of one SAE, not a cache: write trace.codes, .recons, .error or .acts; got [{name!r}]"
+        )
+
+    __iter__ = None
 
     @property
     def _record(self) -> Record:
@@ -301,6 +330,12 @@ class Traces(Mapping[str, Trace]):
 
     def __len__(self) -> int:
         return len(self._traces)
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Trace, name) and not name.startswith("_"):
+            first = next(iter(self.__dict__.get("_traces", {})), "site")
+            raise no_attribute(self, name, {name: f"each site has its own: write traces[{first!r}].{name}"})
+        raise no_attribute(self, name, {})
 
     def __repr__(self) -> str:
         return "\n\n".join(map(repr, self._traces.values())) or "Traces()"

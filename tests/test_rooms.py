@@ -14,7 +14,7 @@ import saehooks
 
 PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
-    errors known_bad precision storage hub support codes kernels activations dictionaries refinement sae_config
+    errors answers known_bad precision storage hub support codes kernels activations dictionaries refinement sae_config
     sparse_coder sae ranks metrics formats hosts edits where show trace attachments streams evaluation training
     presets causal latents demo doctor cli
 """

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import wraps
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.foreign import warn, warn_if_foreign
-from saehooks.attachments.resolve import check_width, name_of
+from saehooks.attachments.resolve import check_sae, check_width, name_of
 from saehooks.edits import Edit
 from saehooks.errors import ConfigError, SiteError, UnknownKeywordError
 from saehooks.hosts.site import Site
 from saehooks.hosts.transformer_lens import MISSES_THE_STREAM
 from saehooks.sae import SparseCoder
+
+OPTIONS = ("at", "head", "where", "error", "keep_all", "grads")
+"""What every verb takes beside its own arguments."""
+
+INPUTS = ("tokens", "inputs", "input_ids", "text", "prompt", "batch", "batches", "images")
+"""What people give to a verb for the model."""
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class Request(NamedTuple):
@@ -69,6 +78,18 @@ MEANT = {
     **dict.fromkeys(("all", "keep", "record_all"), "keep_all"),
     **dict.fromkeys(("heads", "hook_head_index"), "head"),
     **dict.fromkeys(("grad", "gradients", "requires_grad", "keep_grads"), "grads"),
+    **dict.fromkeys(
+        ("features", "feature", "latent", "feature_ids", "feature_idx", "latent_ids", "indices", "idx"), "latents"
+    ),
+    **dict.fromkeys(("epochs", "n_epochs", "num_epochs"), "passes"),
+    **dict.fromkeys(("learning_rate", "lr_init"), "lr"),
+    **dict.fromkeys(("n_steps", "num_steps", "max_steps", "training_steps", "total_training_steps"), "steps"),
+    **dict.fromkeys(("train_batch_size", "train_batch_size_tokens", "bs"), "batch_size"),
+    **dict.fromkeys(("warmup", "lr_warm_up_steps", "lr_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("l1_coefficient", "l0_coefficient", "l1", "sparsity", "l1_coeff", "l0_lambda"), "loss"),
+    **dict.fromkeys(("output", "output_dir", "checkpoint_path", "save_path", "folder", "path"), "out"),
+    **dict.fromkeys(("context_size", "seq_len", "context_length", "max_length", "ctx_len"), "context"),
+    **dict.fromkeys(("n_batches_in_buffer", "buffer_size"), "buffer_rows"),
 }
 """The names of our keywords in other libraries."""
 
@@ -90,6 +111,40 @@ def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) 
         raise UnknownKeywordError(f"{function} has no keyword {name}=; {hint}")
 
 
+def answering(usage: str) -> Callable[[Verb], Verb]:
+    """A verb that says, before anything else, how it is called when it was called in another way.
+
+    Args:
+        usage: the call, as one would write it.
+    """
+
+    def decorate(verb: Verb) -> Verb:
+        shape = signature(verb)
+        named = [one.name for one in shape.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        known = [*dict.fromkeys((*named, *OPTIONS))]
+
+        @wraps(verb)
+        def called(*args: Any, **given: Any) -> Any:
+            unknown = [name for name in given if name not in known]
+            if set(unknown) & set(INPUTS):
+                raise UnknownKeywordError(f"{verb.__name__} does not call the model: write {usage}")
+            for name in unknown:
+                near = MEANT.get(name) in known or get_close_matches(name, known, 1)
+                if near:
+                    refuse_unknown(verb.__name__, [name], known)
+            if unknown:
+                raise UnknownKeywordError(f"{verb.__name__} has no keyword {unknown[0]}=; write {usage}")
+            try:
+                shape.bind(*args, **given)
+            except TypeError as error:
+                raise UnknownKeywordError(f"{verb.__name__}: {error}; write {usage}") from None
+            return verb(*args, **given)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
+
+
 def refuse_others(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
     """Refuse what a function collected in its ``**unknown``, by `refuse_unknown`.
 
@@ -105,8 +160,7 @@ def refuse_others(function: Callable[..., Any], unknown: Mapping[str, Any]) -> N
 
 
 def _as_sae(sae: Any) -> SparseCoder:
-    if not isinstance(sae, SparseCoder):
-        raise ConfigError(f"expected an SAE, got {type(sae).__name__}: sh.load(folder) loads one")
+    check_sae(sae)
     return sae
 
 

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from saehooks.errors import SiteError, WidthError
+from typing import Any
+
+from saehooks.errors import ConfigError, SiteError, WidthError
 from saehooks.hosts import Host, Site
 from saehooks.sae import SparseCoder, Transcoder
+
+
+def check_sae(given: Any) -> None:
+    """Refuse what is no SAE, such as a model or batches in its place.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(given, SparseCoder):
+        raise ConfigError(
+            f"expected an SAE, got {type(given).__name__}: sh.load(folder) loads one, and the model comes first, as in "
+            "sh.read(model, sae)"
+        )
 
 
 def name_of(sae: SparseCoder, at: str | None = None, head: int | None = None) -> tuple[str, int | None]:
@@ -13,6 +28,7 @@ def name_of(sae: SparseCoder, at: str | None = None, head: int | None = None) ->
     Raises:
         SiteError: neither says where.
     """
+    check_sae(sae)
     if at is not None:
         return at, head
     if sae.hook_name is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saehooks import edits as edit
 from saehooks.attachments.attachment import Attachment
 from saehooks.attachments.foreign import warn
-from saehooks.attachments.request import check, refuse_unknown, requested, spread
+from saehooks.attachments.request import answering, check, refuse_unknown, requested, spread
 from saehooks.attachments.transcoder import attachment_of
 from saehooks.edits import EditFunction, Value, as_edits
 from saehooks.errors import ConfigError
@@ -47,6 +47,7 @@ SAEs = Mapping[Any, SAE] | Iterable[SAE]
 def read(model: Any, sae: SAE, **options: Unpack[Options]) -> AbstractContextManager[Trace]: ...
 @overload
 def read(model: Any, sae: SAEs, **options: Unpack[Options]) -> AbstractContextManager[Traces]: ...
+@answering("with sh.read(model, sae) as trace: model(tokens)")
 def read(model: Any, sae: Any, **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.read(model, sae) as trace:`` records the codes and changes nothing: outputs are bit-identical.
 
@@ -64,6 +65,7 @@ def splice(
 def splice(
     model: Any, sae: SAEs, edits: EditFunction | Iterable[EditFunction] = (), **options: Unpack[Options]
 ) -> AbstractContextManager[Traces]: ...
+@answering("with sh.splice(model, sae): model(tokens)")
 def splice(
     model: Any, sae: Any, edits: EditFunction | Iterable[EditFunction] = (), **options: Unpack[Options]
 ) -> AbstractContextManager[Any]:
@@ -84,6 +86,7 @@ def ablate(
 def ablate(
     model: Any, sae: SAEs, latents: int | Iterable[int] | Tensor, **options: Unpack[Options]
 ) -> AbstractContextManager[Traces]: ...
+@answering("with sh.ablate(model, sae, [1204, 77]): model(tokens)")
 def ablate(
     model: Any, sae: Any, latents: int | Iterable[int] | Tensor, **options: Unpack[Options]
 ) -> AbstractContextManager[Any]:
@@ -104,6 +107,7 @@ def clamp(
 def clamp(
     model: Any, sae: SAEs, values: Mapping[int, Value], **options: Unpack[Options]
 ) -> AbstractContextManager[Traces]: ...
+@answering("with sh.clamp(model, sae, {901: 8.0}): model(tokens)")
 def clamp(model: Any, sae: Any, values: Mapping[int, Value], **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.clamp(model, sae, {901: 8.0}, where=sh.last):`` sets latents to values, selected there or not.
 
@@ -123,6 +127,7 @@ def scale(
 def scale(
     model: Any, sae: SAEs, factors: Mapping[int, Value], **options: Unpack[Options]
 ) -> AbstractContextManager[Traces]: ...
+@answering("with sh.scale(model, sae, {9: 0.5}): model(tokens)")
 def scale(
     model: Any, sae: Any, factors: Mapping[int, Value], **options: Unpack[Options]
 ) -> AbstractContextManager[Any]:
@@ -143,6 +148,7 @@ def steer(
 def steer(
     model: Any, sae: SAEs, deltas: Mapping[int, Value], **options: Unpack[Options]
 ) -> AbstractContextManager[Traces]: ...
+@answering("with sh.steer(model, sae, {901: 4.0}): model(tokens)")
 def steer(model: Any, sae: Any, deltas: Mapping[int, Value], **options: Unpack[Options]) -> AbstractContextManager[Any]:
     """``with sh.steer(model, sae, {901: +4.0}):`` adds to latents, selected there or not.
 
@@ -166,6 +172,7 @@ class AttachOptions(Options, total=False):
 def attach(model: Any, saes: SAE, **options: Unpack[AttachOptions]) -> AbstractContextManager[Trace]: ...
 @overload
 def attach(model: Any, saes: SAEs, **options: Unpack[AttachOptions]) -> AbstractContextManager[Traces]: ...
+@answering("with sh.attach(model, sae, edits=[sh.edits.zero([3]), my_function]) as trace: model(tokens)")
 @contextmanager
 def attach(
     model: Any,

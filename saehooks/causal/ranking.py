@@ -93,6 +93,14 @@ class Ranking(Table):
         """The best n latents."""
         return self.latents[:n].tolist()
 
+    def __getitem__(self, place: Any) -> Any:
+        raise ConfigError(
+            ".top(n) of a ranking gives the best latents, .rows(n) what is known of them, .of(latent) that of one; "
+            f"got [{place!r}]"
+        )
+
+    __iter__ = None
+
     @property
     def agreement(self) -> Agreement:
         """Attribution against exact ablation, over the latents that were measured exactly.

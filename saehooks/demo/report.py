@@ -46,7 +46,7 @@ class Report:
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
         """A table of rows."""
-        self._add(f'<div class="scroll">{html.table_html(rows, caption=caption)}</div>')
+        self._add(html.table_html(rows, caption=caption))
         self.console.print(terminal.table(rows, title=caption or None))
 
     def tokens(self, tokens: Sequence[str], values: Any, *, top: Any = None, unit: str, caption: str) -> None:

@@ -29,7 +29,7 @@ def as_batches(batches: Any) -> Iterable[Any]:
     """The batches of anything that ``sh.measure(model, sae, batches)`` takes: one tensor alone is cut into some."""
     if isinstance(batches, Tensor):
         return batches.split(rows_at_once(tuple(batches.shape[1:])))
-    return [batches] if isinstance(batches, Mapping) else checked_batches(batches)
+    return checked_batches(batches)
 
 
 def run_batch(model: Any, found: Measurement, batch: Any) -> None:

@@ -56,6 +56,8 @@ def load(
     """
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     known: dict[str, Any] = {"ignore": ignored, "input_scale": input_scale}
+    if not isinstance(source, (str, Path)):
+        raise FormatError(f"load takes a folder, a hub id or a release, got {type(source).__name__}")
     path = Path(source)
     if sae_id is not None and subfolder is not None:
         raise FormatError(f"give sae_id={sae_id!r} or subfolder={subfolder!r}, not both")

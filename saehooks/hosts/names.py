@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from torch.nn import Module
+
 from saehooks.errors import SiteError
 
 SEVERAL = re.compile(r"\{(\d+)[-,\d]*\}")
@@ -22,7 +24,10 @@ def check_name(name: Any) -> None:
         SiteError: ``name`` is not a string.
     """
     if not isinstance(name, str) or not name:
-        raise SiteError(f"a site is a name such as 'blocks.8.hook_resid_pre', got {name!r}")
+        shown = f"a module, {type(name).__name__}" if isinstance(name, Module) else repr(name)
+        raise SiteError(
+            f"a site is a name such as 'blocks.8.hook_resid_pre', got {shown}; sh.sites(model) lists all names"
+        )
     if SEVERAL.search(name):
         one = SEVERAL.sub(r"\1", name)
         raise SiteError(f"'{name}' stands for several sites: take one of its numbers, such as '{one}'")

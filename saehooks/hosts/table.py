@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
+from saehooks.hosts.names import unknown_site
 from saehooks.hosts.site import SiteInfo
 
 COLUMNS = ("site", "width", "axes", "also called", "note")
@@ -37,9 +38,25 @@ class SiteTable(Sequence[SiteInfo]):
     @overload
     def __getitem__(self, index: int) -> SiteInfo: ...
     @overload
+    def __getitem__(self, index: str) -> SiteInfo: ...
+    @overload
     def __getitem__(self, index: slice) -> SiteTable: ...
-    def __getitem__(self, index: int | slice) -> SiteInfo | SiteTable:
+    def __getitem__(self, index: int | str | slice) -> SiteInfo | SiteTable:
+        """A site by its place or by any of its names, or several by a slice.
+
+        Raises:
+            SiteError: no site has this name.
+        """
+        if isinstance(index, str):
+            found = next((info for info in self._infos if index in (info.name, *info.aliases)), None)
+            if found is None:
+                raise unknown_site(index, self.names)
+            return found
         return SiteTable(self._infos[index]) if isinstance(index, slice) else self._infos[index]
+
+    def __contains__(self, site: object) -> bool:
+        """Whether there is such a site, by any of its names."""
+        return any(site in (info.name, *info.aliases) or site is info for info in self._infos)
 
     def __len__(self) -> int:
         return len(self._infos)

@@ -50,6 +50,11 @@ class LatentIndex(SurveyResult):
     _where: Any = field(default=None, init=False)
     _texts: dict[int, list[tuple[str, str | None, float]]] = field(default_factory=dict, init=False)
 
+    def __new__(cls, *given: Any, **parts: Any) -> LatentIndex:
+        if given and isinstance(given[0], (str, Path)):
+            raise ConfigError(f"an index is read by LatentIndex.load({str(given[0])!r})")
+        return super().__new__(cls)
+
     # ------------------------------------------------------------- latents
 
     def __getitem__(self, latent: int) -> Latent:
@@ -73,7 +78,7 @@ class LatentIndex(SurveyResult):
             text: a word or several; upper and lower case are the same. Every word must be found.
             n: at most so many.
         """
-        words = [re.escape(word) for word in text.lower().split()]
+        words = [re.escape(word) for word in text.lower().split()] if isinstance(text, str) else []
         if not words:
             raise ConfigError("give a word to search for, as in index.search('music')")
         scores: dict[int, tuple[float, str]] = {}

@@ -120,13 +120,14 @@ def quantile_svg(quantiles: Sequence[float], *, width: int = 420, height: int = 
         if value
     )
     n = len(quantiles) - 1
-    marks = []
+    marks, taken = [], [(0.0, 7.0 * len(number(low))), (width - 7.0 * len(number(high)), float(width))]
     for q, name in ((0.5, "50%"), (0.95, "95%")):
         x = width * (quantiles[round(q * n)] - low) / (high - low) if high > low else 0.0
-        marks.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 16}" stroke="currentColor" stroke-dasharray="3 2"/>'
-            f'<text x="{min(max(x, 12), width - 14):.1f}" y="{height - 4}" text-anchor="middle">{name}</text>'
-        )
+        line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 16}" '
+        marks.append(line + 'stroke="currentColor" stroke-dasharray="3 2"/>')
+        if all(x + 14 < start or x - 14 > end for start, end in taken):  # where there is room for its name
+            taken.append((x - 14, x + 14))
+            marks.append(f'<text x="{x:.1f}" y="{height - 4}" text-anchor="middle">{name}</text>')
     ends = f'<text x="0" y="{height - 4}">{number(low)}</text>'
     ends += f'<text x="{width}" y="{height - 4}" text-anchor="end">{number(high)}</text>'
     return (

@@ -32,6 +32,8 @@ STYLE = """
 .sh td.n,.sh th.n{text-align:right}
 .sh-at{white-space:pre-wrap;overflow-wrap:anywhere}.sh-at b,.sh-at span{border-radius:3px;padding:.1em 0}
 .sh-at b{font-weight:600;text-decoration:underline}
+.sh-scroll{overflow-x:auto}.sh td:has(.sh-at){min-width:17em}
+@media (max-width:40em){.sh table{font-size:13px}.sh th,.sh td{padding:.25em .4em}.sh td:has(.sh-at){min-width:13em}}
 .sh-picture{display:inline-block;margin:.2em;text-align:center;font-size:12px;vertical-align:top}
 .sh-picture svg{display:block;margin:0 auto}
 """
@@ -143,7 +145,8 @@ def table_html(rows: Sequence[Row], columns: Sequence[str] | None = None, *, cap
         for row in cells
     )
     title = f'<div class="sh-caption">{escape(caption)}</div>' if caption else ""
-    return f'{_styled()}<div class="sh">{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'{_styled()}<div class="sh">{title}<div class="sh-scroll"><table>{table}</table></div></div>'
 
 
 def _cell(value: Any) -> str:

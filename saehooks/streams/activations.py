@@ -173,7 +173,7 @@ def harvest(
     if to is None:
         if dtype is not None or max_norm is not None:
             raise ConfigError("dtype= and max_norm= are for activations written to a folder: give to= too")
-        return batch_by_batch(model, batches, at, head=head, where=where)
+        return batch_by_batch(model, checked_batches(batches), at, head=head, where=where)
     source = host(model)
     site = source.site(at, head)
     rule = past_first if where is None else as_where(where)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from saehooks.errors import ConfigError, NeverFiredError, SaehooksError
 from saehooks.hosts import Host, Site, host
@@ -130,7 +131,12 @@ def _run(source: Host, batch: Any) -> None:
 
 
 def checked_batches(batches: Iterable[Any]) -> Iterable[Any]:
-    """The same batches; one text, whose letters would be taken for them, or activations, are a ConfigError."""
+    """The same batches, or the one that a mapping is; what would be iterated by mistake (one text, activations, a model
+    or an SAE) is a ConfigError."""
+    if isinstance(batches, Mapping):  # what a tokenizer returns
+        return [batches]
+    if isinstance(batches, Module) or not isinstance(batches, Iterable):
+        raise ConfigError(f"expected batches of the model's inputs, got {type(batches).__name__}")
     if isinstance(batches, (str, bytes)):
         raise ConfigError("batches is one text; write sh.TokenBatches(tokenizer, text), or [text] for a single batch")
     if isinstance(batches, Tensor) and batches.dim() == 2 and batches.is_floating_point():

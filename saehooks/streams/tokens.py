@@ -69,6 +69,11 @@ class TokenBatches:
         documents: str = "join",
         bos: str | None = "sequence",
     ) -> None:
+        if (tokenizer is None and bos is not None) or isinstance(tokenizer, (str, Path, list, Tensor)):
+            raise ConfigError(
+                f"TokenBatches(tokenizer, source) begins with a tokenizer, got {type(tokenizer).__name__}; "
+                "write TokenBatches(model.tokenizer, texts), or AutoTokenizer.from_pretrained(name)"
+            )
         if context < 2 or batch_size < 1:
             raise ConfigError(f"need context >= 2 and batch_size >= 1, got context={context}, batch_size={batch_size}")
         if documents not in ("join", "pad") or bos not in ("sequence", "document", None):

@@ -151,9 +151,13 @@ function values(i) {  // a histogram out of evenly spaced quantiles
   const top = Math.max(...bars);
   let svg = `<svg class="values" viewBox="0 0 ${W} ${H}" width="${W}" height="${H}" role="img" aria-label="histogram of its values">`;
   bars.forEach((b, n) => { svg += `<rect x="${n * W / N}" y="${(H - 14) * (1 - b / top)}" width="${W / N - 1}" height="${(H - 14) * b / top}"/>`; });
+  const taken = [[0, 7 * number(low).length], [W - 7 * number(high).length, W]];
   for (const q of [.5, .95]) {
     const x = W * (quantile(i, q) - low) / (high - low);
-    svg += `<line x1="${x}" x2="${x}" y1="0" y2="${H - 14}"/><text x="${Math.min(W - 40, Math.max(38, x))}" y="${H - 2}" text-anchor="middle">${100 * q}%</text>`;
+    svg += `<line x1="${x}" x2="${x}" y1="0" y2="${H - 14}"/>`;
+    if (!taken.every(([start, end]) => x + 14 < start || x - 14 > end)) continue;  // no room for its name
+    taken.push([x - 14, x + 14]);
+    svg += `<text x="${x}" y="${H - 2}" text-anchor="middle">${100 * q}%</text>`;
   }
   return svg + `<text x="0" y="${H - 2}">${number(low)}</text><text x="${W}" y="${H - 2}" text-anchor="end">${number(high)}</text></svg>`;
 }
