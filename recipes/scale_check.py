@@ -5,7 +5,8 @@
     python recipes/scale_check.py --part grid --cells "linear topk" --grids "2 by latents" --steps 20
 
 - grid: each cell with 2 and 4 ranks that split the rows, and with 2 and 4 that split the latents. Losses against those
-  of one process, from the same start on the same rows.
+  of one process, from the same start on the same rows; and those of one process whose rows were all changed in their
+  last bit, which says how far rounding alone carries a cell. With --keep what was found is not run again.
 - bytes: what a rank gave to collectives in a step, counted, and by arithmetic.
 - checkpoints: written by n ranks and gone on with by m, for n and m in 1, 2 and 4.
 - kills: two ranks, one of them killed (SIGKILL) at ten random moments; the restarted training against one that was
@@ -22,10 +23,10 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ SETTINGS: dict[str, dict] = {
     "sparsemax": {},
     "entmax": {},
 }
+NUDGED = "1, rows nudged"
 GRIDS = {"2 by rows": (2, 1), "4 by rows": (4, 1), "2 by latents": (2, 2), "4 by latents": (4, 4)}
+STEADY = 1e-5
+"""Of the loss, relative: what a nudge of the rows may change where no choice of latents changes."""
 LAST = 60
 """Step at which the trainings of the parts "checkpoints" and "kills" end."""
 
@@ -83,6 +87,12 @@ def rows(count: int = 8192) -> torch.Tensor:
     return weights @ directions + 0.02 * torch.randn(count, D_IN, generator=draw) + 0.3
 
 
+def nudged(rows: torch.Tensor) -> torch.Tensor:
+    """Every value changed in its last bit, up or down at random."""
+    up = torch.rand(rows.shape, generator=torch.Generator().manual_seed(8)) < 0.5
+    return torch.nextafter(rows, torch.where(up, torch.inf, -torch.inf))
+
+
 def made(settings: dict, seed: int) -> sh.SAE:
     torch.manual_seed(seed)
     return sh.SAE(D_IN, D_SAE, **settings)
@@ -104,14 +114,14 @@ def work(task: dict, rank: int, options: dict) -> dict:
         settings = {**training(LAST), "checkpoint_every": 3, "passes": 1, **task.get("settings", {})}
         trainer = sh.fit(list(rows().split(128)), sae, out=task["out"], resume=True, **settings, **options)
         return {"state": sae.state_dict(), "history": trainer.history}
-    kept = {}
+    kept, given = {}, nudged(rows()) if task.get("nudged") else rows()
     for name in task["cells"]:
         sae, steps = made(cells()[name], rank), task["steps"]
         loss = LossConfig() if task["kind"] == "bytes" else None
         settings = {**training(steps), **({"loss": loss} if loss else {})}
         if task["kind"] == "bytes":
             settings["log_every"] = 10**6
-        trainer = sh.fit(rows(), sae, **settings, **options)
+        trainer = sh.fit(given, sae, **settings, **options)
         ranks = trainer.ranks
         kept[name] = {
             "history": trainer.history,
@@ -122,10 +132,9 @@ def work(task: dict, rank: int, options: dict) -> dict:
     return kept
 
 
-def worker(told: str) -> None:
+def worker(task: dict, rank: int) -> None:
     """One rank, started by `start`."""
-    torch.set_num_threads(1)
-    task, rank = json.loads(told), int(os.environ["SCALE_RANK"])
+    os.dup2(os.open(Path(task["folder"], f"said.{rank}"), os.O_WRONLY | os.O_CREAT), 2)
     options = {} if task["latents"] == 1 else {"latent_ranks": task["latents"]}
     if task["ranks"] > 1:
         store = f"file://{task['folder']}/store"
@@ -133,25 +142,29 @@ def worker(told: str) -> None:
     torch.save(work(task, rank, options), Path(task["folder"], f"kept.{rank}"))
 
 
-def start(task: dict) -> list[subprocess.Popen]:
-    """All ranks of a task."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    return [
-        subprocess.Popen(command, env={**environment, "SCALE_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(task["ranks"])
-    ]
+def start(task: dict) -> list[BaseProcess]:
+    """All ranks of a task, forks of this process, which has imported everything and started no thread."""
+    processes = [get_context("fork").Process(target=worker, args=(task, rank)) for rank in range(task["ranks"])]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def run(**task) -> list[dict]:
     """What every rank kept."""
     with tempfile.TemporaryDirectory() as folder:
         task = {"folder": folder, "latents": 1, **task}
-        for process in start(task):
-            said = process.communicate(timeout=3600)[1]
-            if process.returncode:
-                raise SystemExit(said)
+        processes = start(task)
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise SystemExit("\n".join(said(folder, rank) for rank in range(task["ranks"])))
         return [torch.load(Path(folder, f"kept.{rank}")) for rank in range(task["ranks"])]
+
+
+def said(folder: str | Path, rank: int) -> str:
+    """What a rank wrote to its standard error."""
+    return Path(folder, f"said.{rank}").read_text()
 
 
 # ----------------------------------------------------------------------- parts
@@ -169,33 +182,57 @@ def worst(one: dict, other: dict) -> tuple[float, float]:
     return loss, weights
 
 
-def grid(names: list[str] | None = None, steps: int = STEPS, grids: list[str] | None = None) -> list[str]:
+def grid(
+    names: list[str] | None = None, steps: int = STEPS, grids: list[str] | None = None, keep: Path | None = None
+) -> list[str]:
     """Losses of cells on grids against one process; of all, if none are named."""
-    names, grids = names or list(cells()), grids or list(GRIDS)
-    (alone,) = run(kind="grid", cells=names, steps=steps, ranks=1)
-    found = {}
-    for grid_name in grids:
-        ranks, latents = GRIDS[grid_name]
-        kept = run(kind="grid", cells=names, steps=steps, ranks=ranks, latents=latents)
-        for name in names:
+    names, grids = names or list(cells()), [*(grids or GRIDS), NUDGED]
+    found = json.loads(keep.read_text()) if keep and keep.exists() else {}
+    for name in names:
+        missing = [grid_name for grid_name in grids if f"{name}; {steps}; {grid_name}" not in found]
+        if not missing:
+            continue
+        (alone,) = run(kind="grid", cells=[name], steps=steps, ranks=1)
+        found[f"{name}; {steps}"] = alone[name]["history"][-1]["loss"]
+        for grid_name in missing:
+            ranks, latents = GRIDS.get(grid_name, (1, 1))
+            kept = run(kind="grid", cells=[name], steps=steps, ranks=ranks, latents=latents, nudged=grid_name == NUDGED)
             each = [worst(alone[name], one[name]) for one in kept]
-            found[name, grid_name] = tuple(max(values) for values in zip(*each, strict=True))
-        print(grid_name, "done", flush=True)
+            found[f"{name}; {steps}; {grid_name}"] = [max(values) for values in zip(*each, strict=True)]
+            if keep:
+                keep.write_text(json.dumps(found, indent=1))
+        print(name, "done", flush=True)
+    return grid_table(names, steps, grids, found)
+
+
+def grid_table(names: list[str], steps: int, grids: list[str], found: dict) -> list[str]:
+    """A line for each cell."""
     lines = [
         f"## {steps} steps on several ranks against one process",
         "",
         f"Largest relative difference of the loss, over the records of every {EVERY} steps and all ranks (float32; in "
-        "brackets: of a weight at the end, in units of the largest weight of its tensor).",
+        "brackets: of a weight at the end, in units of the largest weight of its tensor). The last column is one "
+        "process, all of whose rows were changed in their last bit.",
         "",
         f"| cell | loss at step {steps} | " + " | ".join(grids) + " |",
         "|---|---|" + "---|" * len(grids),
     ]
     for name in names:
-        last = alone[name]["history"][-1]["loss"]
-        shown = (f"{found[name, one][0]:.0e} ({found[name, one][1]:.0e})" for one in grids)
-        lines.append(f"| {name} | {last:.4f} | " + " | ".join(shown) + " |")
-    largest = max(value[0] for value in found.values())
-    lines += ["", f"Largest of all: {largest:.1e}."]
+        each = (found[f"{name}; {steps}; {one}"] for one in grids)
+        shown = (f"{loss:.0e} ({weights:.0e})" for loss, weights in each)
+        lines.append(f"| {name} | {found[f'{name}; {steps}']:.4f} | " + " | ".join(shown) + " |")
+    largest = {name: max(found[f"{name}; {steps}; {one}"][0] for one in grids if one != NUDGED) for name in names}
+    rounding = {name: found[f"{name}; {steps}; {NUDGED}"][0] for name in names}
+    steady = [name for name in names if rounding[name] < STEADY]
+    lines += [
+        "",
+        f"In {len(steady)} of {len(names)} cells rounding stays rounding (a nudge moves the loss by less than "
+        f"{STEADY:.0e}): several ranks differ from one by {max(map(largest.get, steady), default=0):.1e} at most. "
+        "In the others a latent at its threshold, chosen on one side and not on the other, sets the trainings apart: "
+        "several ranks and a nudge differ from one process alike, at most "
+        + (", ".join(f"{largest[n]:.0e} and {rounding[n]:.0e} ({n})" for n in names if n not in steady) or "nowhere")
+        + ".",
+    ]
     return lines
 
 
@@ -290,13 +327,12 @@ def kills(times: int = 10) -> list[str]:
             Path(root, f"f{number}").mkdir()
             processes = start({**task, "out": f"{root}/killed", "folder": f"{root}/f{number}"})
             victim = draw.randrange(2)
-            try:
-                processes[victim].wait(timeout=draw.uniform(0.3, 1.0) * lasts)
-            except subprocess.TimeoutExpired:
-                processes[victim].kill()
-            said = processes[1 - victim].communicate(timeout=600)[1]
-            processes[victim].communicate()
-            told.append(next((line for line in said.splitlines() if "RankError" in line), said.strip()[-120:]))
+            processes[victim].join(draw.uniform(0.0, 1.0) * lasts)
+            processes[victim].kill()
+            for process in processes:
+                process.join()
+            text = said(f"{root}/f{number}", 1 - victim)
+            told.append(next((line for line in text.splitlines() if "RankError" in line), text.strip()[-120:]))
             file = Path(root, "killed", "checkpoint.safetensors")
             reached.append(_step(file) if file.exists() else 0)
         again = run(**task, out=f"{root}/killed")[0]
@@ -327,19 +363,20 @@ PARTS = {"grid": grid, "bytes": counted, "checkpoints": checkpoints, "kills": ki
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; all if left out")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cells", nargs="+", choices=cells(), help="of the part grid, only these")
     parser.add_argument("--grids", nargs="+", choices=GRIDS, help="of the part grid, only these")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the part grid (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="of the part grid, a file of what was found before")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the page goes (%(default)s)")
     chosen = parser.parse_args()
-    if chosen.worker:
-        worker(chosen.worker)
-        return
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for settings in cells().values():  # loads what is compiled at its first use: forks have it then
+        sh.fit(rows(2 * BATCH), made(settings, 0), **training(1))
     known = chosen.out.read_text().split("\n\n## ") if chosen.out.exists() else []
     sections = {text.splitlines()[0]: text for text in known[1:]}
     for name in chosen.part or PARTS:
-        asked = (chosen.cells, chosen.steps, chosen.grids) if name == "grid" else ()
+        asked = (chosen.cells, chosen.steps, chosen.grids, chosen.keep) if name == "grid" else ()
         text = "\n".join(PARTS[name](*asked)).removeprefix("## ")
         sections = {title: one for title, one in sections.items() if title != text.splitlines()[0]}
         sections[text.splitlines()[0]] = text

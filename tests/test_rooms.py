@@ -16,7 +16,7 @@ PACKAGE = Path(saehooks.__file__).parent
 TABLE = """
     errors answers known_bad precision storage hub support codes kernels activations dictionaries refinement sae_config
     sparse_coder sae ranks metrics formats hosts edits where show trace attachments streams evaluation training
-    presets causal latents demo doctor cli
+    presets causal latents demo doctor cli __main__
 """
 ROOMS = TABLE.split()
 HEAVY = [

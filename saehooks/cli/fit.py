@@ -10,6 +10,7 @@ from saehooks.cli.arguments import MODELS, add_data, command, open_as_asked
 from saehooks.cli.plan import Plan, plans
 from saehooks.cli.settings import add_settings
 from saehooks.errors import ConfigError
+from saehooks.ranks import Ranks
 from saehooks.training.losses import LossConfig
 from saehooks.training.trainer import TrainConfig
 
@@ -81,13 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.model is None) == (arguments.activations is None):
         raise ConfigError("give --model NAME, or --activations FOLDER that 'saehooks harvest' wrote")
-    wanted = plans(arguments)
-    if arguments.activations is not None:
-        model: Any = sh.Activations(arguments.activations)
-        made = {name: plan.make(model.d_in, arguments.device) for name, plan in wanted.items()}
-        data: dict[str, Any] = {}
-    else:
-        model, made, data = _for_model(arguments, wanted)
+    # What only one process meets, such as a file that it cannot read, every process is told.
+    ranks = Ranks.joined(arguments.latent_ranks)
+    model, made, data = ranks.agree(lambda: _opened(arguments))
     saes = {name: sae for name, (sae, _) in made.items()}
     options = {"out": arguments.out, "resume": arguments.resume, "progress": True, **data}
     options["latent_ranks"] = arguments.latent_ranks
@@ -103,9 +100,21 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.out}; next: saehooks measure {arguments.out / first} --model {arguments.model or 'NAME'}")
 
 
-def _for_model(
-    arguments: argparse.Namespace, wanted: dict[str, Plan]
-) -> tuple[Any, dict[str, tuple[Any, TrainConfig]], dict[str, Any]]:
+Opened = tuple[Any, dict[str, tuple[Any, TrainConfig]], dict[str, Any]]
+
+
+def _opened(arguments: argparse.Namespace) -> Opened:
+    """The model or its activations, the SAEs with how they are trained, and the batches."""
+    import saehooks as sh
+
+    wanted = plans(arguments)
+    if arguments.activations is None:
+        return _for_model(arguments, wanted)
+    model = sh.Activations(arguments.activations)
+    return model, {name: plan.make(model.d_in, arguments.device) for name, plan in wanted.items()}, {}
+
+
+def _for_model(arguments: argparse.Namespace, wanted: dict[str, Plan]) -> Opened:
     """The model, the SAEs at its sites with how they are trained, and the batches."""
     from saehooks.hosts import host
 

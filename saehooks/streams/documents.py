@@ -1,7 +1,7 @@
 """Where texts and tokens come from: strings, files of any size, datasets and arrays, entered at any place.
 
-A source gives *pieces*: texts, or tokens. A document of a text file is given in pieces of about 64,000 characters, cut
-at the end of a line, so that memory does not grow with the file. Every piece has a place, by which it is entered again.
+A source gives *pieces*: texts, or tokens. A long document is given in pieces of about 64,000 characters, cut at the end
+of a line, so that memory does not grow with it. Every piece has a place, by which it is entered again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from saehooks.errors import ConfigError
 
 PIECE = 65_536
 """Characters of a text, or tokens of an array, that are taken at once."""
+ROWS = 64
+"""Rows of a Parquet file that are taken at once."""
 COLUMNS = ("text", "input_ids", "tokens", "content")
 """Names under which a row of a dataset may hold its text or tokens; the first that is there."""
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
@@ -38,6 +40,11 @@ class Piece(NamedTuple):
     """Text or tokens."""
     begins: bool
     """Whether a document begins here."""
+
+
+def _place(place: list[int], length: int) -> list[int]:
+    """The numbers of a place; one written before documents were given in pieces ends earlier."""
+    return [*place, *[0] * (length - len(place))]
 
 
 class Source(Protocol):
@@ -65,11 +72,7 @@ class Texts:
     def pieces(self, place: list[int]) -> Iterator[Piece]:
         document, offset = place or (0, 0)
         for number in range(document, len(self._texts)):
-            text = self._texts[number]
-            while offset < len(text):
-                end = _cut(text, offset)
-                yield Piece([number, offset], text[offset:end], offset == 0)
-                offset = end
+            yield from _in_pieces([number], self._texts[number], offset)
             offset = 0
 
 
@@ -81,6 +84,18 @@ def _cut(text: str, start: int) -> int:
         text, start + PIECE, start + 2 * PIECE
     )
     return found.end() if found else start + PIECE
+
+
+def _in_pieces(place: list[int], content: Any, start: int) -> Iterator[Piece]:
+    """A document from a character on; tokens as they are. An empty one gives nothing, thus no BOS either."""
+    if not isinstance(content, str):
+        if len(content):
+            yield Piece([*place, 0], content, True)
+        return
+    while start < len(content):
+        end = _cut(content, start)
+        yield Piece([*place, start], content[start:end], start == 0)
+        start = end
 
 
 class TextFiles:
@@ -131,7 +146,7 @@ class JsonLines:
         self.name = f"{_names(files)}, column {column}"
 
     def pieces(self, place: list[int]) -> Iterator[Piece]:
-        number, offset = place or (0, 0)
+        number, offset, start = _place(place, 3)
         for one in range(number, len(self._files)):
             with self._files[one].open("rb") as file:
                 file.seek(offset)
@@ -142,13 +157,14 @@ class JsonLines:
                             row = json.loads(line)
                         except ValueError as error:
                             raise ConfigError(f"{where}: not a line of JSON ({error})") from error
-                        yield Piece([one, offset], _content(row, self._column, where), True)
+                        yield from _in_pieces([one, offset], _content(row, self._column, where), start)
+                        start = 0
                     offset += len(line)
             offset = 0
 
 
 class Parquet:
-    """Parquet files, each row a document; row groups are read one by one."""
+    """Parquet files, each row a document; a row group, which may be the whole file, is read a few rows at a time."""
 
     characters = None
 
@@ -164,20 +180,24 @@ class Parquet:
 
     def _opened(self, file: Path) -> Any:
         try:
-            return self._open(file)
+            return self._open(file, buffer_size=2**20, pre_buffer=False)  # else a row group's column is held whole
         except Exception as error:  # of pyarrow
             raise ConfigError(f"{file} cannot be read as Parquet: {error}") from error
 
     def pieces(self, place: list[int]) -> Iterator[Piece]:
-        number, group, row = place or (0, 0, 0)
+        number, group, row, start = _place(place, 4)
         for one in range(number, len(self._files)):
             file = self._opened(self._files[one])
             column = _column(file.schema_arrow.names, self._column, str(self._files[one]))
             for part in range(group, file.num_row_groups):
-                values = file.read_row_group(part, columns=[column])[column]
-                for index in range(row, len(values)):
-                    value = values[index].as_py()
-                    yield Piece([one, part, index], _checked(value, f"{self._files[one]}, row {index}"), True)
+                first = 0
+                for batch in file.iter_batches(ROWS, row_groups=[part], columns=[column]):
+                    for index in range(max(first, row), first + len(batch)):
+                        value = batch.column(column)[index - first].as_py()
+                        content = _checked(value, f"{self._files[one]}, row {index} of row group {part}")
+                        yield from _in_pieces([one, part, index], content, start)
+                        start = 0
+                    first += len(batch)
                 row = 0
             group = 0
 
@@ -198,14 +218,15 @@ class Rows:
         self.name += f", {fingerprint}" if fingerprint else ""
 
     def pieces(self, place: list[int]) -> Iterator[Piece]:
-        first = place[0] if place else 0
+        first, start = _place(place, 2)
         if hasattr(self._rows, "__getitem__") and hasattr(self._rows, "__len__"):
             rows: Iterable[Any] = (self._rows[index] for index in range(first, len(self._rows)))
         else:
             stream = self._rows.skip(first) if hasattr(self._rows, "skip") else self._rows
             rows = stream if hasattr(self._rows, "skip") else _after(stream, first)
         for number, row in enumerate(rows, first):
-            yield Piece([number], _content(row, self._column, f"row {number}"), True)
+            yield from _in_pieces([number], _content(row, self._column, f"row {number}"), start)
+            start = 0
 
 
 def _after(rows: Iterable[Any], first: int) -> Iterator[Any]:
@@ -249,6 +270,9 @@ def source_of(given: Any, column: str | None = None) -> Source:
         return _of_files(files, column)
     if isinstance(given, (list, tuple)) and given and all(isinstance(one, str) for one in given):
         return Texts(given)
+    if isinstance(given, Mapping) and given and all(hasattr(one, "column_names") for one in given.values()):
+        names = list(map(repr, given))
+        raise ConfigError(f"these are several datasets, {', '.join(names)}: give one, dataset[{names[0]}]")
     indexed = hasattr(given, "__getitem__") and hasattr(given, "__len__")
     if (indexed or isinstance(given, Iterable)) and not isinstance(given, (Iterator, Mapping)):
         return Rows(given, column)

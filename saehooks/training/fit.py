@@ -164,21 +164,13 @@ def fit(
         StorageError: the folder cannot be written to, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
-    _refuse_unknown(settings)
-    if not isinstance(sae, (SparseCoder, Mapping)):
-        raise ConfigError(f"expected an SAE, or several by name, after the model; got {type(sae).__name__}")
-    saes = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
-    if not saes:
-        raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
     ranks = Ranks.joined(latent_ranks)
-    if ranks.size > 1 and len(saes) > 1:
-        raise ConfigError("several SAEs at once are trained by one process: leave out torchrun, or give one SAE")
+    saes, configs = ranks.agree(lambda: _asked(sae, config, settings, ranks))
     targets = ranks.agree(lambda: {name: _target(model, one, at, head, where) for name, one in saes.items()})
     jobs = {}
     for name, one in saes.items():
-        own = _config(config, settings, name)
-        _begin_together(ranks, one, {"config": asdict(own), "out": str(out), "resume": resume})
-        trainer = Trainer(shard(one, ranks), own, _named(on_record, name), ranks)
+        _begin_together(ranks, one, {"config": asdict(configs[name]), "out": str(out), "resume": resume})
+        trainer = _trainer(one, configs[name], _named(on_record, name), ranks)
         jobs[name] = Job(trainer, targets[name].key, None if out is None else Path(out, name), resume, one)
     data = ranks.agree(lambda: _data(model, batches, min(one.d_in for one in saes.values()), targets.values(), ranks))
     if eval_batches is not None:
@@ -188,6 +180,25 @@ def fit(
     run_jobs(jobs, data, progress, {name: targets[name].remember for name in jobs})
     trainers = {name: job.trainer for name, job in jobs.items()}
     return trainers[""] if isinstance(sae, SparseCoder) else trainers
+
+
+def _asked(
+    sae: Any, config: Any, settings: dict[str, Any], ranks: Alone
+) -> tuple[dict[str, SAE], dict[str, TrainConfig]]:
+    """The SAEs by name, and how each is to be trained."""
+    _refuse_unknown(settings)
+    if not isinstance(sae, (SparseCoder, Mapping)):
+        raise ConfigError(f"expected an SAE, or several by name, after the model; got {type(sae).__name__}")
+    saes: dict[str, Any] = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
+    if not saes:
+        raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
+    if ranks.size > 1 and len(saes) > 1:
+        raise ConfigError("several SAEs at once are trained by one process: leave out torchrun, or give one SAE")
+    return saes, {name: _config(config, settings, name) for name in saes}
+
+
+def _trainer(sae: SAE, config: TrainConfig, on_record: Any, ranks: Alone) -> Trainer:
+    return ranks.agree(lambda: Trainer(shard(sae, ranks), config, on_record, ranks))
 
 
 def _data(model: Any, batches: Any, d_in: int, targets: Iterable[Target], ranks: Alone) -> Data:

@@ -396,8 +396,8 @@ class Trainer:
         return found
 
     def _hand_on(self, record: dict[str, Any]) -> None:
-        if self._on_record is not None:
-            self._on_record(dict(record))
+        given = self._on_record
+        self.ranks.agree(lambda: None if given is None else given(dict(record)))
 
     def latest(self, name: str) -> float | None:
         """The last recorded value of a column of the history."""

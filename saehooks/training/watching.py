@@ -1,7 +1,8 @@
 """Following a training elsewhere: its records in TensorBoard, Weights & Biases or trackio.
 
 Each function gives what ``on_record=`` of `fit`, `train` and `Trainer` takes, and imports its package only when it is
-called. A resumed training goes on with the same step numbers, thus with the same curve.
+called. Runs begin with the first record: of several processes only the first one, which gets the records, makes one.
+A resumed training goes on with the same step numbers, thus with the same curve.
 
 >>> import torch
 >>> seen = []
@@ -53,12 +54,21 @@ def wandb(**settings: Any) -> OnRecord:
     """A run of Weights & Biases, made with ``wandb.init(**settings)``.
 
     To go on with the curve of an interrupted training give it the same ``id=`` and ``resume="allow"``.
+
+    Raises:
+        ConfigError: the package is not installed.
     """
     return _logged(_package("wandb"), settings)
 
 
 def trackio(**settings: Any) -> OnRecord:
-    """A run of trackio, made with ``trackio.init(**settings)``."""
+    """A run of trackio, made with ``trackio.init(**settings)``: ``project=`` at least.
+
+    To go on with the curve of an interrupted training give it the same ``name=`` and ``resume="allow"``.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
     return _logged(_package("trackio"), settings)
 
 
@@ -72,11 +82,13 @@ def _package(name: str) -> ModuleType:
 
 
 def _logged(package: ModuleType, settings: dict[str, Any]) -> OnRecord:
-    run = package.init(**settings)
+    runs: list[Any] = []
 
     def on_record(record: Record) -> None:
+        if not runs:
+            runs.append(package.init(**settings))
         prefix = f"{record['sae']}/" if "sae" in record else ""
-        run.log({f"{prefix}{column}": value for column, value in figures(record).items()}, step=record["step"])
+        runs[0].log({f"{prefix}{column}": value for column, value in figures(record).items()}, step=record["step"])
 
     return on_record
 

@@ -89,6 +89,47 @@ def test_any_batch_can_be_entered(tiny_tokenizer, tmp_path, large):
                         assert bool(same.all()), (name, options, number)
 
 
+@pytest.mark.parametrize("options", [{"bos": "document"}, {"documents": "pad"}, {}])
+def test_long_documents_of_any_form_are_read_in_pieces(tiny_tokenizer, tmp_path, large, options):
+    """A row longer than a piece gives the sequences of its whole text, an empty one none, and any can be entered."""
+    lengths = (5, 900, 0, 40, 333)
+    texts = [words(n, n) for n in lengths]
+    datasets = pytest.importorskip("datasets")
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parquet.write_table(table({"text": texts}), tmp_path / "a.parquet")
+    rows = datasets.Dataset.from_dict({"text": texts})
+    form = {"context": 8, "batch_size": 4, **options}
+    wanted = list(sh.TokenBatches(tiny_tokenizer, [right_ids(tiny_tokenizer, text) for text in texts], **form))
+    for source in (texts, tmp_path / "a.jsonl", tmp_path / "a.parquet", rows, rows.to_iterable_dataset()):
+        made = sh.TokenBatches(tiny_tokenizer, source, **form)
+        got = list(made)
+        assert printed(got) == printed(wanted)
+        for number in (3, len(got) // 2, len(got) - 1):
+            assert printed(made.from_batch(number, made.position_of(number))) == printed(wanted[number:])
+
+
+def printed(batches):
+    """Batches by value."""
+    plain = [batch if isinstance(batch, dict) else {"input_ids": batch} for batch in batches]
+    return [{name: value.tolist() for name, value in batch.items()} for batch in plain]
+
+
+def test_a_parquet_file_of_one_row_group_is_not_held(tmp_path):
+    """pyarrow's default is a million rows to a group: 20 MB of them are read in a few."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    draw = np.random.default_rng(0)
+    texts = ["".join(map(chr, draw.integers(97, 123, 2000))) for _ in range(250)]
+    parquet.write_table(pyarrow.table({"text": [one[i:] for one in texts for i in range(40)]}), tmp_path / "a.parquet")
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    before, held = pyarrow.total_allocated_bytes(), []
+    for number, piece in enumerate(documents.source_of(tmp_path / "a.parquet").pieces([])):
+        assert piece.content == texts[number // 40][number % 40 :]
+        held.append(pyarrow.total_allocated_bytes() - before)
+    assert len(held) == 10_000
+    assert max(held) < 7 * 2**20
+
+
 def test_documents_may_be_kept_apart(tiny_tokenizer):
     """Padded, a sequence holds one document or a part of it, and its mask says how much."""
     texts = [words(3), words(12, 1), words(1, 2), words(5, 3)]
@@ -190,6 +231,11 @@ def test_a_resumed_training_refuses_another_source(tiny_tokenizer, tiny_bridge, 
             sh.fit(tiny_bridge, sh.SAE(32, 64), other, SITE, out=tmp_path, steps=8, resume=True, **settings)
 
 
+def splits():
+    datasets = pytest.importorskip("datasets")
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["w1"]}))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -200,6 +246,7 @@ def test_a_resumed_training_refuses_another_source(tiny_tokenizer, tiny_bridge, 
         (lambda at: [{"text": 3}], "a text or a list of tokens is expected, got int"),
         (lambda at: (row for row in ["w1"]), "read again"),
         (lambda at: 3, "no texts or tokens can be read from int"),
+        (lambda at: splits(), r"several datasets, 'train': give one, dataset\['train'\]"),
         (lambda at: np.zeros((3, 4)), "tokens are integers"),
         (lambda at: at / "latin.txt", "is not UTF-8"),
         (lambda at: at / "broken.jsonl", "at byte 14: not a line of JSON"),

@@ -1,23 +1,18 @@
-"""Run by test_killed_ranks.py: trains with two ranks again and again, of which one kills itself where it is told to.
-
-Ranks are forks of this process, which has imported everything and started no thread: each costs next to nothing.
-"""
+"""Run by test_killed_ranks.py: trains with two ranks again and again, of which one kills itself where it is told to."""
 
 import json
 import os
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 
 import saehooks as sh
 
-torch.set_num_threads(1)
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 MOMENTS = {"reduce": (dist, "all_reduce"), "fsync": (os, "fsync"), "replace": (os, "replace")}
 
 
@@ -34,41 +29,25 @@ def die_at(module: object, name: str, count: int) -> None:
     setattr(module, name, counted)
 
 
-def train(rank: int, store: Path, out: Path, kill: dict) -> None:
+def train(rank: int, out: Path, kill: dict, latent_ranks: int = 2) -> None:
     """One rank's part of a training that goes on from what is there."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if rank == kill.get("victim"):
         die_at(*MOMENTS[kill["moment"]], kill["count"])
     torch.manual_seed(rank)
     sae = sh.SAE(16, 64, "linear", "topk", k=4)
     rows = list(torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)).split(40))
     settings = {"batch_size": 32, "buffer_rows": 128, "warmup_steps": 2, "steps": 20, "checkpoint_every": 4}
-    sh.fit(rows, sae, out=out, resume=True, latent_ranks=2, progress=False, **settings)
+    sh.fit(rows, sae, out=out, resume=True, latent_ranks=latent_ranks, progress=False, **settings)
 
 
 def run(folder: Path, number: int, out: str, kill: dict) -> dict:
     """Exit status and what was said, of both ranks."""
-    said = [folder / f"said.{number}.{rank}" for rank in range(2)]
-    processes = []
-    for rank in range(2):
-        process = os.fork()
-        if not process:
-            status = 1
-            try:
-                os.dup2(os.open(said[rank], os.O_WRONLY | os.O_CREAT), 2)
-                train(rank, folder / f"store.{number}", folder / out, kill)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        processes.append(process)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    return {"statuses": statuses, "said": [file.read_text() for file in said]}
+    statuses, said = run_ranks(2, lambda rank: train(rank, folder / out, kill), folder, number)
+    return {"statuses": statuses, "said": said}
 
 
 def main(folder: Path, kills: list[dict]) -> None:
+    train(0, folder / "alone", {}, 1)  # loads what is compiled at its first use: forks have it then
     found = [run(folder, 0, "whole", {})]
     for number, kill in enumerate([*kills, {}], 1):
         found.append(run(folder, number, "killed", kill))

@@ -1,18 +1,20 @@
-"""Run by test_ranks.py, alone or under torchrun: trains small SAEs and keeps what became of them."""
+"""Run by test_ranks.py: trains small SAEs, alone and by several ranks, and keeps what became of them."""
 
-import json
-import os
+import resource
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from forked import run_ranks
 from torch import nn
 
 import saehooks as sh
 from saehooks import ranks
 from saehooks.training.losses import LossConfig
 
-torch.set_num_threads(1)
+STEPS = 12
 AUX = LossConfig(aux_k=1 / 32, dead_after=60)
 NONE = LossConfig()
 CELLS = {
@@ -58,6 +60,24 @@ CELLS = {
 }
 
 
+FEW = ["sparsemax", "jumprelu", "batchtopk", "feature choice"]
+GRIDS = {
+    "four": {"ranks": 4, "latents": 4, "cells": FEW[:1], "from": ["c1"], "checkpoint": "c4"},
+    "latents": {
+        "ranks": 2,
+        "latents": 2,
+        "cells": FEW,
+        "from": ["c1", "c4"],
+        "checkpoint": "c2",
+        "wrong": True,
+        "use": "sae four",
+    },
+    "both": {"ranks": 4, "latents": 2, "cells": list(CELLS), "from": ["c2"]},
+    "rows": {"ranks": 2, "latents": 1, "cells": FEW, "from": ["c4"], "wrong": True},
+}
+"""In this order: later ones go on from checkpoints of earlier ones."""
+
+
 def fresh(name, seed=0):
     dictionary, activation, settings, _ = CELLS[name]
     torch.manual_seed(seed)
@@ -65,7 +85,7 @@ def fresh(name, seed=0):
 
 
 def training(name, steps):
-    fast = {"batch_size": 32, "buffer_rows": 128, "warmup_steps": 2, "log_every": 1, "progress": False}
+    fast = {"batch_size": 32, "buffer_rows": 128, "warmup_steps": 2, "log_every": 2, "progress": False}
     return {**fast, "steps": steps, **CELLS[name][3]}
 
 
@@ -117,45 +137,114 @@ def count_bytes(rank, options):
     return (sent[1] - sent[0]) / 5
 
 
-def what_goes_wrong(rank, options):
-    """What each rank is told, for trainings that cannot be made: by what is wrong with them."""
+def what_goes_wrong(folder, rank, options):
+    """What each rank is told, for trainings that cannot be made: by what is wrong with them, often on one rank only."""
     plain = {**training("topk", 5), **options}
     latents = options.get("latent_ranks", 1)
     other = rows() if rank == 0 else rows() + 1
-    unreadable = Breaks() if rank == 1 else Whole()
+    model = model_and_batches()[0]
+    frozen = fresh("topk").requires_grad_(rank == 0)
     wrong = {
         "another rate": lambda: sh.fit(rows(), fresh("topk"), **{**plain, "lr": 1e-3 * (1 + rank)}),
         "another SAE": lambda: sh.fit(rows(), sh.SAE(16, 64, "linear", "topk", k=3 + rank), **plain),
         "other activations": lambda: sh.fit(other, fresh("topk"), **plain),
         "fewer activations": lambda: sh.fit(rows()[: 4000 - 2000 * rank], fresh("topk"), **{**plain, "steps": 500}),
-        "unreadable": lambda: sh.fit(unreadable, fresh("topk"), **plain),
+        "altered": lambda: sh.fit(sh.Activations(folder / f"acts {rank}"), fresh("topk"), **{**plain, "steps": 500}),
+        "no column": lambda: sh.fit(model, fresh("topk"), texts("words" if rank else "text"), "0", **plain),
+        "tokenizer": lambda: sh.fit(model, fresh("topk"), texts("text", 50 * rank), "0", **plain),
         "too few": lambda: sh.fit(rows()[:20], fresh("topk"), **plain),
         "another split": lambda: sh.fit(rows(), fresh("topk"), **{**plain, "latent_ranks": latents if rank else 1}),
+        "no such setting": lambda: sh.fit(rows(), fresh("topk"), **plain, **({"learning_rate": 1.0} if rank else {})),
+        "frozen": lambda: sh.fit(rows(), frozen, **plain),
+        "several": lambda: sh.fit(rows(), {"a": fresh("topk"), **({"b": fresh("topk")} if rank else {})}, **plain),
+        "on_record": lambda: sh.fit(rows(), fresh("topk"), on_record=fails, **plain),
     }
-    told = {}
-    for name, make in wrong.items():
-        try:
-            make()
-            told[name] = "nothing"
-        except Exception as error:
-            told[name] = f"{type(error).__name__}: {error}"
-    return told
+    return {name: what_was_told(make) for name, make in wrong.items()}
 
 
-class Whole:
-    """Activations of one's own, in two parts."""
-
-    holds_activations = True
-
-    def __iter__(self):
-        yield rows()[:200]
-        yield rows()[200:400]
+def what_was_told(make):
+    try:
+        make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
-class Breaks(Whole):
-    def __iter__(self):
-        yield rows()[:200]
-        raise sh.errors.FormatError("shard-000001.safetensors was cut short")
+def fails(record):
+    raise OSError(28, "No space left on device")
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    bos_token_id, pad_token_id, name_or_path = 0, 0, "letters"
+
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[self.first + ord(letter) % 50 for letter in text] for text in texts]}
+
+
+def texts(column, first=0):
+    rows = [{column: f"some words of text number {i}"} for i in range(200)]
+    return sh.TokenBatches(Letters(first), rows, column="text", context=9, batch_size=4)
+
+
+def activations(folder):
+    """The same activations for two ranks, those of the second altered in the last block after they were written."""
+    model, batches = model_and_batches()
+    sh.harvest(model, batches * 8, "0", to=folder / "acts 0", shard_bytes=64_000)
+    shutil.copytree(folder / "acts 0", folder / "acts 1")
+    last = sorted((folder / "acts 1").glob("shard-*"))[-1]
+    data = bytearray(last.read_bytes())
+    data[-3] ^= 1
+    last.write_bytes(data)
+
+
+@contextmanager
+def files_end_at(size):
+    """No file of this process becomes longer: what a full disk is to a rank that has a disk of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk(folder, rank, options):
+    """What each rank is told when one cannot write its part of the fifth checkpoint, and the SAE of going on later."""
+
+    class Parts:
+        holds_activations = True
+
+        def __init__(self, at_last):
+            self.at_last = at_last
+
+        def __iter__(self):
+            for number, part in enumerate(rows()[:960].split(40)):
+                if number == 16:
+                    self.at_last()
+                yield part
+
+    def fit(sae, then, **more):
+        settings = {**training("topk", 24), "checkpoint_every": 4, **options}
+        return sh.fit(Parts(then), sae, **settings, **more)
+
+    victim = 1 if options else 0  # of ranks that split the rows, the first one writes alone
+    with files_end_at(4096) as limit:
+        told = what_was_told(lambda: fit(fresh("topk", rank), limit if rank == victim else int, out=folder))
+    torch.distributed.barrier()  # the first rank has cleared up
+    left = sorted(file.name for file in folder.iterdir())
+    again, whole = fresh("topk", rank), fresh("topk", rank)
+    begun = fit(again, int, out=folder, resume=True).history
+    wanted = fit(whole, int).history
+    return {
+        "told": told,
+        "left": left,
+        "same": all(torch.equal(t, whole.state_dict()[name]) for name, t in again.state_dict().items()),
+        "steps": [[record["step"] for record in history] for history in (begun, wanted)],
+    }
 
 
 def use(sae):
@@ -181,32 +270,46 @@ def use(sae):
     return made
 
 
-def run(task, folder, rank, size, options):
-    """What one process keeps of what it was asked for."""
-    made = train_cells(task["cells"], task["steps"], rank, options)
-    if "save" in task:
-        made["model"] = train_on_a_model(folder / task["save"], rank, options)
-    if size > 1:
-        made["bytes"] = count_bytes(rank, options)
+def run(name, folder, rank):
+    """What one rank of a grid keeps of what it was asked for."""
+    task = GRIDS[name]
+    options = {} if task["latents"] == 1 else {"latent_ranks": task["latents"]}
+    made = train_cells(task["cells"], STEPS, rank, options)
+    made["model"] = train_on_a_model(folder / f"sae {name}", rank, options)
+    made["bytes"] = count_bytes(rank, options)
     if task.get("wrong"):
-        made["wrong"] = what_goes_wrong(rank, options)
+        made["wrong"] = what_goes_wrong(folder, rank, options)
+        made["full disk"] = full_disk(folder / f"full {name}", rank, options)
     if "use" in task:
         made["use"] = use(ranks.load(folder / task["use"], task["latents"]))
         made["use split"] = use(ranks.split(sh.load(folder / task["use"])))
-    for name in task.get("from", ()):
-        made[f"from {name}"] = go_on(folder / name / task["name"], rank, 24, options)
+    for before in task["from"]:
+        made[f"from {before}"] = go_on(folder / before / name, rank, 24, options)
     if "checkpoint" in task:
-        go_on(folder / task["checkpoint"], rank, 12, options)
-    return made
+        go_on(folder / task["checkpoint"] / "made", rank, 12, options)
+    torch.save(made, folder / f"{name}.{rank}")
 
 
-def main(told: str) -> None:
-    task = json.loads(told)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    options = {} if task["latents"] == 1 else {"latent_ranks": task["latents"]}
-    made = run(task, Path(task["folder"]), rank, size, options)
-    torch.save(made, Path(task["folder"], f"{task['name']}.{rank}"))
+def run_alone(folder):
+    """All cells by one process, and a checkpoint to go on from."""
+    made = train_cells(list(CELLS), STEPS, 0, {})
+    made["model"] = train_on_a_model(folder / "alone", 0, {})
+    go_on(folder / "c1" / "made", 0, 12, {})
+    shutil.copytree(folder / "c1" / "made", folder / "kept")
+    made["24 steps"] = go_on(folder / "kept", 0, 24, {})
+    torch.save(made, folder / "alone.0")
+
+
+def main(folder):
+    run_alone(folder)
+    activations(folder)
+    for name, grid in GRIDS.items():
+        for before in grid["from"]:
+            shutil.copytree(folder / before / "made", folder / before / name)
+        statuses, said = run_ranks(grid["ranks"], lambda rank, name=name: run(name, folder, rank), folder, name)
+        if any(statuses):
+            sys.exit("\n".join(said))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

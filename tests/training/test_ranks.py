@@ -1,79 +1,49 @@
 """Several processes train one SAE as one process would: split by rows, by latents, and by both."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import ranks_child as child
 import torch
+from ranks_child import GRIDS
 
 import saehooks as sh
+from saehooks.cli import main
 from saehooks.errors import ConfigError
 from saehooks.ranks import Alone, Ranks, shard
 from saehooks.ranks.splitting import check_splits
 
-pytestmark = pytest.mark.slow
-STEPS = 12
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and gloo over the loopback device"),
+]
 TOLERANCE = 1e-4
 """Of losses, relative: sums of float32 in another order, over all steps. Measured: 2e-7."""
-FEW = ["sparsemax", "jumprelu", "batchtopk", "feature choice"]
-GRIDS = {
-    "four": {"ranks": 4, "latents": 4, "cells": FEW[:1], "from": ["c1"], "checkpoint": "c4"},
-    "latents": {
-        "ranks": 2,
-        "latents": 2,
-        "cells": FEW,
-        "from": ["c1", "c4"],
-        "checkpoint": "c2",
-        "wrong": True,
-        "use": "sae four",
-    },
-    "both": {"ranks": 4, "latents": 2, "cells": list(child.CELLS), "from": ["c2"]},
-    "rows": {"ranks": 2, "latents": 1, "cells": FEW, "from": ["c4"], "wrong": True},
-}
-"""In this order: later ones go on from checkpoints of earlier ones."""
-
-
-def torchrun(name, folder):
-    """What each rank of a real torchrun kept."""
-    grid = GRIDS[name]
-    for before in grid["from"]:
-        shutil.copytree(folder / before / "made", folder / before / name)
-    task = {**grid, "name": name, "folder": str(folder), "steps": STEPS, "save": f"sae {name}"}
-    if "checkpoint" in grid:
-        task["checkpoint"] = f"{grid['checkpoint']}/made"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    # --standalone: the operating system picks a free port.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(grid["ranks"])]
-    command = [sys.executable, *launcher, child.__file__, json.dumps(task)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{name}.{rank}") for rank in range(grid["ranks"])]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
+    """Where one process, and then ranks that are its forks, have trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, child.__file__, str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(root):
-    """One process: all cells, and a checkpoint to go on from."""
-    made = child.train_cells(list(child.CELLS), STEPS, 0, {})
-    made["model"] = child.train_on_a_model(root / "alone", 0, {})
-    child.go_on(root / "c1" / "made", 0, 12, {})
-    shutil.copytree(root / "c1" / "made", root / "kept")
-    made["24 steps"] = child.go_on(root / "kept", 0, 24, {})
-    return made
+    """What one process kept."""
+    return torch.load(root / "alone.0")
 
 
 @pytest.fixture(scope="module")
-def together(alone, root):
-    """The same by several processes."""
-    return {name: torchrun(name, root) for name in GRIDS}
+def together(root):
+    """What every rank kept, by grid."""
+    return {name: [torch.load(root / f"{name}.{rank}") for rank in range(GRIDS[name]["ranks"])] for name in GRIDS}
 
 
 def close(one, other):
@@ -164,21 +134,60 @@ def test_an_sae_split_over_ranks_is_used_as_any(together, root, made_by):
 
 @pytest.mark.parametrize("grid", ["rows", "latents"])
 def test_every_rank_is_told_what_is_wrong(together, grid):
-    """Ranks that disagree, data that differ, end early, cannot be read or are too few: one error, on every rank."""
+    """Ranks that disagree, and what only one of them meets: one error, on every rank, naming the rank it is of."""
+    ours, theirs = "ConfigError: ", "ConfigError: on rank 1: "
+    disagree = "ConfigError: the ranks disagree"
     expected = {
-        "another rate": ("ConfigError: the ranks disagree", "lr"),
-        "another SAE": ("ConfigError: the ranks disagree", "'k': 4"),
-        "other activations": ("ConfigError: the ranks disagree", "content of the batches"),
-        "fewer activations": ("ConfigError: the ranks disagree", "batches"),
-        "unreadable": ("FormatError: ", "shard-000001.safetensors was cut short"),
-        "too few": ("ConfigError: 20 activations do not fill a batch of 32",),
+        "another rate": ((disagree, disagree), "lr"),
+        "another SAE": ((disagree, disagree), "'k': 4"),
+        "other activations": ((disagree, disagree), "content of the batches"),
+        "fewer activations": ((disagree, disagree), "batches"),
+        "several": ((theirs, ours), "several SAEs at once are trained by one process"),
+        "too few": ((ours, ours), "20 activations do not fill a batch of 32"),
+        "no such setting": (("UnknownKeywordError: on rank 1: ", "UnknownKeywordError: "), "learning_rate="),
+        "frozen": ((theirs, ours), "all parameters of the SAE are frozen"),
+        "no column": ((theirs, ours), "no column 'text'; it has words"),
+        "tokenizer": ((theirs, ours), "the largest token is 99, which the model does not know"),
+        "altered": (("FormatError: on rank 1: ", "FormatError: "), "were altered after they were written"),
+        "on_record": (("OSError: ", "OSError: [Errno 28] on rank 0: "), "No space left on device"),
     }
     for rank, made in enumerate(together[grid]):
-        for name, parts in expected.items():
-            assert all(part in made["wrong"][name] for part in parts), (name, made["wrong"][name])
-        assert ("on rank 1" in made["wrong"]["unreadable"]) == (rank == 0)
+        for name, (beginnings, part) in expected.items():
+            told = made["wrong"][name]
+            assert told.startswith(beginnings[rank]), (name, told)
+            assert part in told, (name, told)
         if grid == "latents":
             assert "latent_ranks: ['1', '2']" in made["wrong"]["another split"]
+
+
+@pytest.mark.parametrize("grid", ["rows", "latents"])
+def test_a_full_disk_of_one_rank_is_said_by_all_and_loses_nothing(together, grid):
+    """The last checkpoint stays, nothing half-written does; with room again the training ends as an undisturbed one."""
+    victim = int(grid == "latents")
+    for rank, made in enumerate(together[grid]):
+        found = made["full disk"]
+        assert found["told"].startswith("StorageError: step 20 could not be saved"), found
+        assert "File too large" in found["told"], found
+        assert ("on rank" in found["told"]) == (rank != victim), found
+        assert found["left"] == ["checkpoint.safetensors"]
+        assert found["same"]
+        assert found["steps"][0] == found["steps"][1]
+
+
+def test_torchrun_runs_the_command_as_it_is(root, tmp_path):
+    """Two processes, latents split: the folder they leave is the one that the same command alone leaves."""
+    command = ["-m", "saehooks", "fit", "--activations", str(root / "acts 0"), "--d-sae", "64", "--steps", "12"]
+    command += ["--batch-size", "64", "--buffer-rows", "256", "--log-every", "2", "--k", "4", "--activation", "topk"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = [*torchrun, *command, "--latent-ranks", "2", "--out", str(tmp_path / "both")]
+    done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == 1, "the first process alone says what was made"
+    assert main([*command[2:], "--out", str(tmp_path / "one")]) == 0
+    wanted, found = (sh.load(tmp_path / name).state_dict() for name in ("one", "both"))
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Records of a training, handed on as they are made."""
 
+import sys
+import types
+
 import pytest
 import torch
 
 import saehooks as sh
+from saehooks.errors import ConfigError
 from saehooks.training import watching
 
 SETTINGS = {"batch_size": 16, "buffer_rows": 64, "log_every": 2, "eval_every": 4, "progress": False}
@@ -86,3 +90,40 @@ def test_wandb_offline_gets_every_record(tmp_path, monkeypatch):
     assert summary["nmse"] == pytest.approx(trainer.history[-1]["nmse"])
     assert summary["_step"] == trainer.steps
     assert list(tmp_path.rglob("run-*.wandb"))
+
+
+def test_trackio_holds_every_figure(tmp_path, monkeypatch):
+    """What trackio stored is the history, and a resumed training goes on in the same run."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    out, asked = tmp_path / "sae", {"project": "saehooks", "name": "one", "resume": "allow"}
+    asked |= {"auto_log_gpu": False, "auto_log_cpu": False}
+    sh.fit(rows(), fresh(), steps=10, out=out, on_record=watching.trackio(**asked), **SETTINGS)
+    trackio.finish()
+    trainer = sh.fit(rows(), fresh(), out=out, resume=True, on_record=watching.trackio(**asked), **SETTINGS)
+    trackio.finish()
+    logs = SQLiteStorage.get_logs("saehooks", "one")
+    for name in ("loss", "nmse", "l0", "lr"):
+        curve = {log["step"]: log[name] for log in logs if name in log}
+        assert curve == pytest.approx({record["step"]: record[name] for record in trainer.history})
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_begins_with_the_first_record_and_what_is_missing_is_said_at_once(name, monkeypatch):
+    """Of several processes only the one that gets records makes a run."""
+    made = types.ModuleType(name)
+    made.init = lambda **settings: made.runs.append(settings) or made
+    made.log = lambda figures, step: made.logged.append((step, figures))
+    made.runs, made.logged = [], []
+    monkeypatch.setitem(sys.modules, name, made)
+    on_record = getattr(watching, name)(project="p")
+    assert made.runs == []
+    on_record({"step": 3, "loss": 1, "sae": "a"})
+    on_record({"step": 4, "loss": 2})
+    assert made.runs == [{"project": "p"}]
+    assert made.logged == [(3, {"a/loss": 1.0}), (4, {"loss": 2.0})]
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=f"pip install {name}"):
+        getattr(watching, name)(project="p")
