@@ -68,6 +68,8 @@ def elsewhere(built, tmp_path_factory):
         ).stdout.strip()
     )
     (own / "others.pth").write_text(sysconfig.get_path("purelib"))  # .pth files there, as of a checkout, do not count
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:  # `make coverage` counts what runs here, too
+        (own / "those_of_coverage.pth").write_text("import coverage; coverage.process_startup()\n")
     wheel = next(built.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:  # what an installer does with a wheel of pure Python
         archive.extractall(own)
