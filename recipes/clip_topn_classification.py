@@ -40,7 +40,25 @@ from saehooks.show import figures
 
 CELLS: dict[str, dict[str, Any]] = {
     "sparsemax": {"dictionary": "concepts", "activation": "sparsemax", "key_scale": 2.0},
+    "sparsemax-refined": {
+        "dictionary": "concepts",
+        "activation": "sparsemax",
+        "key_scale": 1.4,
+        "value_scale": 0.7,
+        "refine": 1,
+        "refine_rate": 0.3,
+    },
+    "sparsemax-twice": {
+        "dictionary": "concepts",
+        "activation": "sparsemax",
+        "key_scale": 1.6,
+        "value_scale": 0.625,
+        "refine": 2,
+        "refine_rate": 0.4,
+        "reselect": 0.8,
+    },
     "topk": {"dictionary": "linear", "activation": "topk", "k": 24},
+    "topk-refined": {"dictionary": "linear", "activation": "topk", "k": 24, "refine": 1, "refine_rate": 0.3},
     "relu": {"dictionary": "linear", "activation": "relu"},
     "mlp-sparsemax": {"dictionary": "linear", "activation": "sparsemax"},
     "transformer-relu": {"dictionary": "concepts", "activation": "relu"},
@@ -115,7 +133,7 @@ def load_or_train(clip: Any, train: Photos, args: argparse.Namespace) -> dict[st
         if (folder / "cfg.json").exists():
             saes[name] = sh.load(folder)
             continue
-        settings = CELLS[name] | ({"k": args.k} if name == "topk" else {})
+        settings = CELLS[name] | ({"k": args.k} if name.startswith("topk") else {})
         torch.manual_seed(0)
         saes[name] = new[name] = sh.SAE(width, args.d_sae, hook_name=args.at, **settings)
     if new:

@@ -45,7 +45,8 @@ def test_notebooks_run(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
     notebook = nbformat.read(file, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    patient = {"timeout": 600, "iopub_timeout": 600}  # a busy machine may take its time to tell what a cell printed
+    client = nbclient.NotebookClient(notebook, **patient, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
