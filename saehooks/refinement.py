@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saehooks import kernels
 from saehooks.activations import Activation
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
@@ -21,8 +20,12 @@ class Refined(NamedTuple):
     """The latents that are left."""
     values: Tensor
     """(nnz,) their refined values, differentiable in everything."""
-    kept: Tensor | None
+    kept: Tensor | None = None
     """(nnz before,) bool, which latents were left; None for all."""
+    unscaled: Tensor | None = None
+    """(rows, d_out) ``values @ directions``, where refining has made it."""
+    first_unscaled: Tensor | None = None
+    """(rows, d_out) that of the values it was given."""
 
 
 class Refinement(nn.Module):
@@ -76,6 +79,8 @@ class Refinement(nn.Module):
         values: Tensor,
         active: Tensor | None = None,
         *,
+        sums: Tensor | None = None,
+        decoding: bool = False,
         step: Step = DEFAULT,
     ) -> Refined:
         """Refine, and choose again where `reselect` says so.
@@ -88,23 +93,30 @@ class Refinement(nn.Module):
             support: the selected latents.
             values: (nnz,) their values.
             active: (nnz,) bool, the latents whose values may move; None for all.
+            sums: (rows, d) what the values weigh out of the table, where it is at hand.
+            decoding: whether what comes out is decoded next.
             step: what the kernels know beside these.
         """
-        kept = None
+        kept = first = None
         if not self.steps:
-            return Refined(support, values, kept)
-        table = dictionary.table
+            return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
         target = dictionary.target(x, prepared)
         for i, rate in enumerate(self.rates):
-            missed = target - dictionary.project(dictionary.weighted_sums(values, support, step=step))
-            change = kernels.sddmm(dictionary.shared(dictionary.project_adjoint(missed)), table, support, step=step)
+            sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
+            unscaled = dictionary.project(sums)
+            first = unscaled if i == 0 else first
+            missed, choosing = target - unscaled, i == 0 and self.reselect is not None
+            if active is None and not choosing and (decoding or i + 1 < self.steps):
+                values, sums = dictionary.moved_sums(missed, values, rate, support, step=step)
+                continue
+            change = dictionary.alignments(missed, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
-            values = values + dictionary.shared(rate) * change
-            if i == 0 and self.reselect is not None:
+            values, sums = values + dictionary.shared(rate) * change, None
+            if choosing:
                 kept = activation.reselect(values.detach(), support, self.reselect)
                 support, values = support.keep(kept), values[kept]
                 active = None if active is None else active[kept]
-        return Refined(support, values, kept)
+        return Refined(support, values, kept, None if sums is None else dictionary.project(sums), first)
 
     def extra_repr(self) -> str:
         return f"refine={self.steps}" + ("" if self.reselect is None else f", reselect={self.reselect}")

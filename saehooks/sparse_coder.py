@@ -86,6 +86,10 @@ class Encoded(NamedTuple):
     """(*shape) codes of what is active; the same as ``candidates`` but for jumprelu in train mode."""
     first_pass: Codes | None = None
     """(*shape) codes before refinement, of all that was selected first; None without refinement."""
+    unscaled: Tensor | None = None
+    """(rows, d_out) ``values @ directions`` of the candidates, where encoding has made it."""
+    first_unscaled: Tensor | None = None
+    """(rows, d_out) that of the first pass."""
 
 
 def _glance(module: nn.Module) -> dict[str, Tensor]:
@@ -230,8 +234,14 @@ class SparseCoder(nn.Module, metaclass=Answering):
         return self.encode_stages(x, step=step).codes
 
     @_in_own_dtype
-    def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
-        """Encode activations (*shape, d_in) and keep the stages that losses need."""
+    def encode_stages(self, x: Tensor, *, decoding: bool = False, step: Step | None = None) -> Encoded:
+        """Encode activations (*shape, d_in) and keep the stages that losses need.
+
+        Args:
+            x: (*shape, d_in), floating.
+            decoding: whether `decode_stages` follows: both then share passes over the dictionary.
+            step: what the kernels know beside the tensors.
+        """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise WidthError(
                 f"an SAE encodes activations, a floating tensor (..., {self.cfg.d_in}); got {_described(x)}; "
@@ -253,19 +263,31 @@ class SparseCoder(nn.Module, metaclass=Answering):
                 support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)
             else:
                 support = self.dictionary.select_ranked(prepared, rule.k, rank, silenced)
-        scores = self.dictionary.scores(prepared, support, step=step)
+        if decoding and self.activation.carries_scores and silenced is None:
+            scores, sums = self.dictionary.scored_sums(prepared, support, step=step)
+        else:
+            scores, sums = self.dictionary.scores(prepared, support, step=step), None
         if silenced is not None:
             scores = scores.masked_fill(silenced[support.indices], 0.0)
         values, active = self.activation.values(scores, support), self.activation.active(scores, support)
         shape, first_pass = tuple(x.shape[:-1]), None
         if self.refinement.steps:
             first_pass = self._codes(prepared, support, values, shape)
-            refined = self.refinement(
-                self.dictionary, self.activation, flat, prepared, support, values, active, step=step
-            )
-            support, values = refined.support, refined.values
-            if refined.kept is not None:
-                scores, active = scores[refined.kept], None if active is None else active[refined.kept]
+        refined = self.refinement(
+            self.dictionary,
+            self.activation,
+            flat,
+            prepared,
+            support,
+            values,
+            active,
+            sums=sums,
+            decoding=decoding,
+            step=step,
+        )
+        support, values = refined.support, refined.values
+        if refined.kept is not None:
+            scores, active = scores[refined.kept], None if active is None else active[refined.kept]
         codes = candidates = self._codes(prepared, support, values, shape)
         if active is not None:
             codes = candidates.keep(active)
@@ -273,7 +295,9 @@ class SparseCoder(nn.Module, metaclass=Answering):
             self.activation.observe(scores.detach(), support)
             if self.density.tracked:
                 self.density.update(codes.counts(), flat.shape[0])
-        return Encoded(prepared, support, scores, candidates, codes, first_pass)
+        return Encoded(
+            prepared, support, scores, candidates, codes, first_pass, refined.unscaled, refined.first_unscaled
+        )
 
     def _codes(self, prepared: Prepared, support: Support, values: Tensor, shape: tuple[int, ...]) -> Codes:
         """Codes of a batch of some shape, from the values (nnz,) of a support."""
@@ -293,21 +317,32 @@ class SparseCoder(nn.Module, metaclass=Answering):
         """(*shape, d_out) what the codes add to a reconstruction: `decode` without the constant offset, so linear."""
         return self._decode(codes, with_offset=False)
 
+    def decode_stages(self, stages: Encoded, *, first_pass: bool = False, step: Step | None = None) -> Tensor:
+        """(*shape, d_out) reconstruction of the candidates, or of the first pass, of `encode_stages`."""
+        codes, unscaled = stages.candidates, stages.unscaled
+        if first_pass:
+            if stages.first_pass is None:
+                raise ConfigError("there is no first pass without refinement: write refine=1 or more")
+            codes, unscaled = stages.first_pass, stages.first_unscaled
+        return self._decode(codes, with_offset=True, unscaled=unscaled, step=step)
+
     @_in_own_dtype
-    def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
+    def _decode(
+        self, codes: Codes, with_offset: bool, unscaled: Tensor | None = None, step: Step | None = None
+    ) -> Tensor:
         if not isinstance(codes, Codes):
             raise ConfigError(
                 f"decode takes Codes, got {_described(codes)}; sh.Codes.from_dense(acts) makes them of a dense tensor"
             )
         if codes.d_sae != self.cfg.d_sae:
             raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
-        decoded = self.dictionary.decode(codes, with_offset, step=step or kernels.DEFAULT)
+        decoded = self.dictionary.decode(codes, with_offset, unscaled=unscaled, step=step or kernels.DEFAULT)
         return decoded.reshape(*codes.shape, self.d_out)
 
     def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
         """Encode and decode activations (*shape, d_in)."""
-        stages = self.encode_stages(x, step=step)
-        return SAEOutput(self.decode(stages.candidates, step=step), stages.codes)
+        stages = self.encode_stages(x, decoding=True, step=step)
+        return SAEOutput(self.decode_stages(stages, step=step), stages.codes)
 
     @torch.no_grad()
     @_in_own_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_grid import CELLS, cell, rows
@@ -44,6 +46,37 @@ def test_refined_values_follow_the_formula_in_every_cell(dictionary, activation)
     codes, before = sae.eval().encode(x), plain(sae, x)
     assert torch.equal(codes.indices, before.indices)
     torch.testing.assert_close(codes.dense(), refined_densely(sae, x, before), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("refine", [0, 1, 2])
+@pytest.mark.parametrize(("dictionary", "activation"), CELLS)
+def test_encoding_that_is_decoded_next_gives_the_same(dictionary, activation, refine):
+    """Passes that encoding and decoding share change neither values, reconstructions nor gradients."""
+    settings = {"refine": refine} if refine else {}
+    start, x = cell(dictionary, activation, **settings), rows(40)
+    start.initialise(x)
+    found = []
+    for shared in (False, True):
+        sae = copy.deepcopy(start)  # encoding in train mode counts what fires
+        stages = sae.encode_stages(x, decoding=shared)
+        recons = sae.decode_stages(stages) if shared else sae.decode(stages.candidates)
+        total = recons.sin().sum() + stages.candidates.values.square().sum()
+        if stages.first_pass is not None:
+            first = sae.decode_stages(stages, first_pass=True) if shared else sae.decode(stages.first_pass)
+            total = total + first.cos().sum()
+        total.backward()
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        found.append({"values": stages.candidates.values.detach(), "recons": recons.detach(), **gradients})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_first_pass_is_there_only_with_refinement():
+    """Without refinement there is nothing to decode."""
+    sae = cell("concepts", "sparsemax")
+    with pytest.raises(ConfigError, match="refine=1"):
+        sae.decode_stages(sae.encode_stages(rows(4)), first_pass=True)
 
 
 def test_no_refinement_leaves_no_trace():

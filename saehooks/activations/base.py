@@ -61,6 +61,11 @@ class Activation(nn.Module):
         """(nnz,) activations of the selected scores (nnz,), differentiable in them."""
         return scores.relu()
 
+    @property
+    def carries_scores(self) -> bool:
+        """Whether `values` are the selected scores themselves, so that both can be made at once."""
+        return False
+
     def active(self, scores: Tensor, support: Support) -> Tensor | None:
         """(nnz,) bool, which of the selected scores count as active; None for all.
 

@@ -59,8 +59,12 @@ class EntmaxActivation(Activation):
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Entmax:
         return Entmax(self._number())
 
+    @property
+    def carries_scores(self) -> bool:
+        return self.value_kind == "score"
+
     def values(self, scores: Tensor, support: Support) -> Tensor:
-        if self.value_kind == "score":
+        if self.carries_scores:
             return scores
         alpha = self.alpha
         if not isinstance(alpha, Tensor):

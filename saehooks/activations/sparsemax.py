@@ -36,8 +36,12 @@ class SparsemaxActivation(Activation):
     def rule(self, rows: int = 1, density: Tensor | None = None) -> Sparsemax:
         return Sparsemax()
 
+    @property
+    def carries_scores(self) -> bool:
+        return self.value_kind == "score"
+
     def values(self, scores: Tensor, support: Support) -> Tensor:
-        if self.value_kind == "score":
+        if self.carries_scores:
             return scores
         return simplex_weights(scores, support.offsets)
 

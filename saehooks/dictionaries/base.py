@@ -187,9 +187,36 @@ class Dictionary(nn.Module):
         queries = self.shared(prepared.queries)
         return kernels.sddmm(queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
 
-    def decode(self, codes: Codes, with_offset: bool = True, *, step: Step = DEFAULT) -> Tensor:
-        """(rows, d_out) reconstruction of codes, flattened; without the offset it is linear in the values."""
-        recons = self.project(self.sums(codes, step=step))
+    def scored_sums(
+        self, prepared: Prepared, support: Support, *, step: Step = DEFAULT
+    ) -> tuple[Tensor, Tensor | None]:
+        """`scores`, and the `weighted_sums` of them where both together cost less than one after the other."""
+        return self.scores(prepared, support, step=step), None
+
+    def alignments(self, errors: Tensor, support: Support, *, step: Step = DEFAULT) -> Tensor:
+        """(nnz,) products of each latent's direction with its row's error, errors (rows, d_out)."""
+        return kernels.sddmm(self.shared(self.project_adjoint(errors)), self.table, support, step=step)
+
+    def moved_sums(
+        self, errors: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> tuple[Tensor, Tensor]:
+        """(nnz,) ``values + rate * alignments(errors)``, and the `weighted_sums` of these; values (nnz,), rate ()."""
+        left, rate = self.shared(self.project_adjoint(errors)), self.shared(rate)
+        moved, sums = kernels.sddmm_spmm(left, self.table, support, values=values, rate=rate, step=step)
+        return moved, self.whole(sums)
+
+    def decode(
+        self, codes: Codes, with_offset: bool = True, *, unscaled: Tensor | None = None, step: Step = DEFAULT
+    ) -> Tensor:
+        """(rows, d_out) reconstruction of codes, flattened; without the offset it is linear in the values.
+
+        Args:
+            codes: what is decoded.
+            with_offset: add what no latent carries.
+            unscaled: (rows, d_out) ``values @ directions``, where it is at hand already.
+            step: what the kernels know beside these.
+        """
+        recons = self.project(self.sums(codes, step=step)) if unscaled is None else unscaled
         offset = self.offset if with_offset else None
         if offset is not None and self.scales_offset:
             recons = recons + offset
@@ -208,13 +235,17 @@ class Dictionary(nn.Module):
         """A tensor that all latents read: processes that share a dictionary add up what their latents say of it."""
         return tensor
 
+    def whole(self, sums: Tensor) -> Tensor:
+        """Sums over latents (rows, d); processes that share a dictionary add up those over their own latents."""
+        return sums
+
     def sums(self, codes: Codes, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d) sums of the table's rows, weighed by codes."""
         return self.weighted_sums(codes.values, codes.support or Support(codes.indices, codes.offsets), step=step)
 
     def weighted_sums(self, values: Tensor, support: Support, *, step: Step = DEFAULT) -> Tensor:
         """(rows, d) sums of the table's rows, weighed by values (nnz,)."""
-        return kernels.spmm(values, support, self.table, step=step)
+        return self.whole(kernels.spmm(values, support, self.table, step=step))
 
     def forward(self, codes: Codes) -> Tensor:
         """Decode to (rows, d_out), as a module call, so that `torch.func.functional_call` can swap the parameters."""
@@ -273,7 +304,10 @@ def massive_directions(x: Tensor) -> Tensor:
 
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """(rows,) sums of ``left * right`` of each row of two (rows, d), which are not multiplied out."""
+    """(rows,) sums of ``left * right`` of each row of two (rows, d)."""
+    if left.device.type == "cpu" and left.dtype.itemsize >= 4:
+        return torch.linalg.vecdot(left, right)
+    # Narrow products are rounded to their own type only once they are summed.
     return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from saehooks import kernels
 from saehooks.dictionaries.base import Dictionary, Prepared, row_products, unit_rows
 from saehooks.errors import ConfigError
+from saehooks.kernels import DEFAULT, Step, Support
 
 
 class ConceptDictionary(Dictionary):
@@ -61,6 +63,13 @@ class ConceptDictionary(Dictionary):
     @property
     def table(self) -> Tensor:
         return self.C
+
+    def scored_sums(
+        self, prepared: Prepared, support: Support, *, step: Step = DEFAULT
+    ) -> tuple[Tensor, Tensor | None]:
+        queries = self.shared(prepared.queries)
+        scores, sums = kernels.sddmm_spmm(queries, self.C, support, known=support.scores, step=step)
+        return scores, self.whole(sums)
 
     def project(self, sums: Tensor) -> Tensor:
         return sums @ self.W_v

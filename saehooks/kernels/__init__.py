@@ -6,7 +6,7 @@ a step knows beside its tensors.
 """
 
 from saehooks.kernels.backend import BACKENDS, Backend, backend_for
-from saehooks.kernels.ops import entmax_weights, sddmm, select, select_rows, simplex_weights, spmm
+from saehooks.kernels.ops import entmax_weights, sddmm, sddmm_spmm, select, select_rows, simplex_weights, spmm
 from saehooks.kernels.reference.across_rows import batch_topk
 from saehooks.kernels.reference.select import score_chunks
 from saehooks.kernels.rules import (
@@ -44,6 +44,7 @@ __all__ = [
     "entmax_weights",
     "score_chunks",
     "sddmm",
+    "sddmm_spmm",
     "select",
     "select_rows",
     "simplex_weights",

@@ -53,6 +53,20 @@ class Backend(Protocol):
     def spmm(self, values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) -> Tensor:
         """(rows, d) sums ``values @ table[indices]`` of each row; values (nnz,), table (d_sae, d)."""
 
+    def sddmm_spmm(
+        self,
+        left: Tensor,
+        table: Tensor,
+        support: Support,
+        values: Tensor | None,
+        rate: Tensor | None,
+        step: Step = DEFAULT,
+    ) -> tuple[Tensor, Tensor]:
+        """(nnz,) ``values + rate * sddmm(left, table)``, and (rows, d) the sums `spmm` of these.
+
+        ``values`` (nnz,) None counts as 0, ``rate`` () as 1. Together they gather the table's rows once.
+        """
+
     def spmm_transposed(self, values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
         """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
 

@@ -123,6 +123,42 @@ def spmm(values: Tensor, support: Support, table: Tensor, *, step: Step = DEFAUL
     return _Spmm.apply(values, table, support, gradient, backend, step)
 
 
+def sddmm_spmm(
+    left: Tensor,
+    table: Tensor,
+    support: Support,
+    *,
+    values: Tensor | None = None,
+    rate: Tensor | None = None,
+    known: Tensor | None = None,
+    step: Step = DEFAULT,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable ``moved = values + rate * sddmm(left, table)`` and ``spmm(moved, table)``, for less than the two.
+
+    Forward and backward each gather the table's rows once, not twice.
+
+    Args:
+        left: (rows, d).
+        table: (d_sae, d), one row a latent.
+        support: of the rows.
+        values: (nnz,) what the product is added to; None for 0.
+        rate: () what it is multiplied by; None for 1.
+        known: (nnz,) the product, where selection had it at hand; only without values and rate.
+        step: what the kernels know beside these.
+    Returns:
+        (nnz,) moved values and (rows, d) their sums.
+    Raises:
+        LatentError: a support with a latent that the table does not have.
+        WidthError: tensors that do not fit each other.
+    """
+    check_widths(left, table, None)
+    for entries in (values, known):
+        _check_product(left.shape[0], entries, support, table)
+    backend = backend_for(left, step)
+    table, gradient = _shared(table, support, backend)
+    return _SddmmSpmm.apply(left, table, values, rate, support, known, gradient, backend, step)
+
+
 # ------------------------------------------------------------ gradients of tables
 
 
@@ -232,6 +268,56 @@ class _Spmm(torch.autograd.Function):
         if ctx.needs_input_grad[1] and not ctx.step.keeps_gradient(table, values, support, grad):
             ctx.gradient.add(Contribution(values, support, grad))
         return d_values, None, None, None, None, None
+
+
+class _SddmmSpmm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, left, table, values, rate, support: Support, known, gradient: _TableGradient | None, backend, step: Step
+    ):
+        if known is None:
+            moved, sums = backend.sddmm_spmm(left, table, support, values, rate, step)
+        else:
+            moved = known.detach().to(left.dtype, copy=True)
+            sums = backend.spmm(moved, support, table, step)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(left, table, rate, moved)
+        ctx.support, ctx.gradient, ctx.backend, ctx.step = support.pattern(), gradient, backend, step
+        return moved, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_moved, d_sums):
+        (left, table, rate, moved), support, backend = ctx.saved_tensors, ctx.support, ctx.backend
+        if d_moved is None and d_sums is None:
+            return (None,) * 9
+        needs_sums = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        weighed = None
+        if d_sums is None:
+            d_moved = d_moved.contiguous()
+            weighed = backend.spmm(d_moved, support, table, ctx.step) if needs_sums else None
+        elif needs_sums:
+            d_sums = d_sums.contiguous()
+            d_moved, weighed = backend.sddmm_spmm(d_sums, table, support, d_moved, None, ctx.step)
+        else:
+            d_sums = d_sums.contiguous()
+            found = backend.sddmm(d_sums, table, support, ctx.step)
+            d_moved = found if d_moved is None else found + d_moved
+        d_left = d_rate = None
+        if ctx.needs_input_grad[0]:
+            d_left = weighed if rate is None else rate * weighed
+        if ctx.needs_input_grad[3]:
+            d_rate = (left * weighed).sum()
+        if ctx.needs_input_grad[1]:
+            scaled = d_moved if rate is None else rate * d_moved
+            parts = [Contribution(scaled, support, left)]
+            if d_sums is not None:
+                parts.append(Contribution(moved, support, d_sums))
+            for part in parts:
+                if not ctx.step.keeps_gradient(table, *part):
+                    ctx.gradient.add(part)
+        d_values = d_moved if ctx.needs_input_grad[2] else None
+        return d_left, None, d_values, d_rate, None, None, None, None, None
 
 
 # --------------------------------------------------------- weights on the simplex

@@ -33,8 +33,8 @@ class ShardedDictionary(Dictionary):
     def shared(self, tensor: Tensor) -> Tensor:
         return sum_of_gradients(tensor, self.ranks)
 
-    def weighted_sums(self, values: Tensor, support: Support, *, step: Step = DEFAULT) -> Tensor:
-        return sum_of_parts(super().weighted_sums(values, support, step=step), self.ranks)
+    def whole(self, sums: Tensor) -> Tensor:
+        return sum_of_parts(sums, self.ranks)
 
     def select(
         self,

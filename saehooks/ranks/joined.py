@@ -91,13 +91,15 @@ class JoinedSAE(SparseCoder):
     def encode(self, x: Tensor, *, step: Step | None = None) -> Codes:
         return all_codes(self.local.encode(x, step=step), self.ranks)
 
-    def encode_stages(self, x: Tensor, *, step: Step | None = None) -> Encoded:
+    def encode_stages(self, x: Tensor, *, decoding: bool = False, step: Step | None = None) -> Encoded:
         raise ConfigError("an SAE that is split over processes is trained by sh.fit(..., latent_ranks=N), not here")
 
-    def _decode(self, codes: Codes, with_offset: bool, step: Step | None = None) -> Tensor:
+    def _decode(
+        self, codes: Codes, with_offset: bool, unscaled: Tensor | None = None, step: Step | None = None
+    ) -> Tensor:
         if codes.d_sae != self.cfg.d_sae:
             raise WidthError(f"codes over {codes.d_sae} latents were given to an SAE of {self.cfg.d_sae}")
-        return self.local._decode(own_codes(codes, self.ranks), with_offset, step)
+        return self.local._decode(own_codes(codes, self.ranks), with_offset, unscaled, step)
 
     def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
         codes = self.encode(x, step=step)

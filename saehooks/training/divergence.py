@@ -175,8 +175,8 @@ class DivergenceTraining:
         if not sae.finished:
             sae.initialise(rows)
         with autocast_off(rows.device):
-            stages = sae.encode_stages(rows, step=now.step)
-            recons = sae.decode(stages.candidates, step=now.step)
+            stages = sae.encode_stages(rows, decoding=True, step=now.step)
+            recons = sae.decode_stages(stages, step=now.step)
             if not columns.again:
                 self.came.add(columns)
                 own = loss_of(

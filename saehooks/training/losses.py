@@ -126,8 +126,8 @@ def training_loss(
     Raises:
         ConfigError: a term that this SAE cannot have.
     """
-    stages = sae.encode_stages(x, step=kernel_step)
-    recons = sae.decode(stages.candidates, step=kernel_step)
+    stages = sae.encode_stages(x, decoding=True, step=kernel_step)
+    recons = sae.decode_stages(stages, step=kernel_step)
     return loss_of(sae, x, stages, recons, config, idle=idle, step=step, kernel_step=kernel_step, ranks=ranks)
 
 
@@ -164,7 +164,7 @@ def loss_of(
             raise ConfigError(
                 "first_pass= is a loss of codes before refinement: write refine=1 or more, or leave it out"
             )
-        unrefined = sae.decode(stages.first_pass, step=kernel_step)
+        unrefined = sae.decode_stages(stages, first_pass=True, step=kernel_step)
         missed = reconstruction(x, unrefined, config.reconstruction, center, ranks)
         terms["first_pass"] = config.first_pass * missed
     if config.prefix:

@@ -69,6 +69,54 @@ def test_gradcheck(path, device):
     assert torch.autograd.gradcheck(lambda a, b: kernels.spmm(a, Support(indices, offsets), b), (values, table))
 
 
+@pytest.mark.parametrize("share", [2.0, 0.0])
+@pytest.mark.parametrize("with_values", [True, False])
+def test_both_products_in_one_equal_dense_algebra_with_gradients(path, device, share, with_values, monkeypatch):
+    """`sddmm_spmm` moves values by a rate and sums them; so do dense products, in value and gradient."""
+    if path == "cpu":
+        monkeypatch.setattr("saehooks.kernels.cpu.products.MAX_SHARE", share)
+    left, table, indices, offsets = case(device)
+    rows = rows_of(offsets, indices.numel())
+    made = torch.Generator().manual_seed(5)
+    weights = torch.randn(indices.numel(), generator=made).to(device)
+    inputs = [left.requires_grad_(), table.requires_grad_()]
+    values = rate = None
+    if with_values:
+        values = torch.randn(indices.numel(), generator=made).to(device).requires_grad_()
+        rate = torch.tensor(0.3, device=device, requires_grad=True)
+        inputs += [values, rate]
+    moved, sums = kernels.sddmm_spmm(left, table, Support(indices, offsets), values=values, rate=rate)
+    dense = (left @ table.T)[rows, indices]
+    dense = values + rate * dense if values is not None and rate is not None else dense
+    codes = torch.zeros(left.shape[0], table.shape[0], device=device)
+    dense_sums = codes.index_put((rows, indices), dense) @ table
+    torch.testing.assert_close(moved, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, dense_sums, rtol=1e-4, atol=1e-3)
+    for loss in (
+        lambda moved, sums: (moved.square() * weights).sum() + sums.sin().sum(),
+        lambda moved, sums: sums.sin().sum(),
+        lambda moved, sums: (moved.square() * weights).sum(),
+    ):
+        found = torch.autograd.grad(loss(moved, sums), inputs, retain_graph=True)
+        expected = torch.autograd.grad(loss(dense, dense_sums), inputs, retain_graph=True)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-3)
+
+
+def test_gradcheck_of_both_products_in_one(path, device):
+    """Numerical derivatives agree in float64, also where only some inputs ask for a gradient."""
+    left, table, indices, offsets = case(device, rows=4, d_sae=9, width=3, dtype=torch.float64, sizes=[2, 0, 9, 1])
+    values, rate = torch.randn(12, dtype=torch.float64, device=device), torch.tensor(0.7, dtype=torch.float64)
+    tensors = [left, table, values, rate.to(device)]
+
+    def both(left, table, values, rate):
+        return kernels.sddmm_spmm(left, table, Support(indices, offsets), values=values, rate=rate)
+
+    for asking in ((0, 1, 2, 3), (1,), (0,), (2,), (3,)):
+        given = [tensor.detach().requires_grad_(i in asking) for i, tensor in enumerate(tensors)]
+        assert torch.autograd.gradcheck(both, given, raise_exception=True)
+
+
 def test_known_scores_are_passed_through_and_still_carry_gradients(path, device):
     """With the result at hand only the gradient is computed."""
     left, table, indices, offsets = case(device)
@@ -168,12 +216,17 @@ def test_tables_larger_than_the_cache_are_gathered_from_in_tiles(monkeypatch, so
             support = Support(indices, offsets)
             picked = kernels.sddmm(*inputs, support)
             sums = kernels.spmm(values * picked, support, inputs[1])
-            found = torch.autograd.grad(sums.sin().sum(), inputs)
+            moved, moved_sums = kernels.sddmm_spmm(*inputs, support, values=values)
+            found = torch.autograd.grad(sums.sin().sum() + moved_sums.cos().sum(), inputs)
         own = [tensor.double().requires_grad_() for tensor in (left, table)]
-        codes = torch.zeros(len(left), len(table), dtype=torch.float64)
-        dense = codes.index_put((rows, indices), values * (own[0] @ own[1].T)[rows, indices]) @ own[1]
+        codes, exact = torch.zeros(len(left), len(table), dtype=torch.float64), (own[0] @ own[1].T)[rows, indices]
+        dense = codes.index_put((rows, indices), values * exact) @ own[1]
+        dense_moved = codes.index_put((rows, indices), values + exact) @ own[1]
         torch.testing.assert_close(sums.double(), dense, rtol=1e-4, atol=1e-4)
-        for mine, other in zip(found, torch.autograd.grad(dense.sin().sum(), own), strict=True):
+        torch.testing.assert_close(moved.double(), values + exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moved_sums.double(), dense_moved, rtol=1e-4, atol=1e-4)
+        expected = torch.autograd.grad(dense.sin().sum() + dense_moved.cos().sum(), own)
+        for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-3)
 
 

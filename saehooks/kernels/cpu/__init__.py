@@ -1,6 +1,6 @@
 """The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
 
-from saehooks.kernels.cpu.products import sddmm, spmm, spmm_transposed, table_gradient
+from saehooks.kernels.cpu.products import sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.reference.adam import adam_step
@@ -18,6 +18,7 @@ __all__ = [
     "entmax_gradient",
     "entmax_weights",
     "sddmm",
+    "sddmm_spmm",
     "select_products",
     "select_rows",
     "spmm",

@@ -7,6 +7,7 @@ faster. They are bounded: rows x d_sae is not kept here either.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.threads import BLOCKS_PER_THREAD, GRAIN, blocks, spread
 from saehooks.kernels.memory import reusable_empty
+from saehooks.kernels.reference.products import moved_by
 from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
@@ -58,6 +60,30 @@ def spmm(values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) 
     return out
 
 
+def sddmm_spmm(
+    left: Tensor, table: Tensor, support: Support, values: Tensor | None, rate: Tensor | None, step: Step = DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """(nnz,) ``values + rate * sddmm(left, table)``, and (rows, d) the sums `spmm` of these.
+
+    A row of the table is still in the cache when it is added, so the second product costs a quarter of the first.
+    """
+    served = all(serves(tensor) for tensor in (left, table, values, rate) if tensor is not None)
+    if not served or dense_is_faster(support, table.shape[0]):
+        moved = moved_by(values, rate, sddmm(left, table, support))
+        return moved, spmm(moved, support, table)
+    moved = torch.empty(support.indices.numel(), dtype=torch.float32, device="cpu")
+    out = reusable_empty(support.n_rows, table.shape[1])
+    base = np.zeros(0, np.float32) if values is None else _arrays(values)[0]
+    factor = np.float32(1.0) if rate is None else np.float32(rate.detach())
+    arrays = _arrays(left, table, support.indices, support.offsets)
+    tile = _tile(table, support.indices.numel(), support.n_rows)
+    spread(
+        lambda start, stop: _sddmm_spmm_rows(*arrays, base, factor, start, stop, tile, moved.numpy(), out.numpy()),
+        _row_blocks(support, table, tile),
+    )
+    return moved, out
+
+
 def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
     return table_gradient([Contribution(values, support, left)], d_sae)
@@ -69,27 +95,58 @@ def table_gradient(parts: list[Contribution], d_sae: int) -> Tensor:
         return reference.table_gradient(parts, d_sae)
     width = parts[0].left.shape[1]
     out = reusable_empty(d_sae, width)
-    begun, jobs = False, []
+    begun = False
+    jobs: list[_Gathered] = []
     for values, support, left in parts:
         if dense_is_faster(support, d_sae, left.detach()):
             _dense_spmm_transposed(values.detach(), support, left.detach(), out if begun else out.zero_())
             begun = True
             continue
-        starts, rows, places = support.by_latent(sort_by_latent, d_sae)
-        sorted_values, matrix = values.detach()[places].numpy(), left.detach().contiguous()
-        tile = _tile(matrix, rows.numel(), d_sae)
-        jobs.append((sorted_values, rows.numpy(), starts.numpy(), matrix.numpy(), tile))
+        index = support.by_latent(sort_by_latent, d_sae)
+        if not jobs or jobs[-1].index is not index or len(jobs[-1].terms) == 2:
+            jobs.append(_Gathered(index, [], d_sae))
+        jobs[-1].add(values, left)
     # Blocks that stay in the cache from one part to the next, unless what is gathered from comes in tiles.
-    untiled = all(tile >= len(matrix) for *_, matrix, tile in jobs)
+    untiled = all(job.tile >= job.rows for job in jobs)
     pieces = max(BLOCKS_PER_THREAD, d_sae // tile_rows(out)) if untiled else 1
 
     def work(start: int, stop: int) -> None:
-        for i, (sorted_values, rows, starts, matrix, tile) in enumerate(jobs):
-            _spmm_rows(sorted_values, rows, starts, matrix, start, stop, tile, out.numpy(), begun or i > 0)
+        for i, job in enumerate(jobs):
+            job.write(start, stop, out.numpy(), begun or i > 0)
 
     if jobs:
         spread(work, blocks(d_sae, max(1, GRAIN // width), pieces))
     return out
+
+
+@dataclass
+class _Gathered:
+    """One part of a table's gradient, or two of one support, whose entries are then gone through once."""
+
+    index: ByLatent
+    terms: list[tuple[np.ndarray, np.ndarray]]
+    """Values (nnz,) by latent, and what they multiply, (rows, d)."""
+    d_sae: int
+
+    def add(self, values: Tensor, left: Tensor) -> None:
+        """Add a part: values (nnz,), left (rows, d)."""
+        self.terms.append((values.detach()[self.index.places].numpy(), *_arrays(left)))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the product."""
+        return len(self.terms[0][1])
+
+    @property
+    def tile(self) -> int:
+        """Rows that stay in the cache, of all that is gathered from."""
+        return _tile(self.terms[0][1], self.index.rows.numel(), self.d_sae, len(self.terms))
+
+    def write(self, start: int, stop: int, out: np.ndarray, add: bool) -> None:
+        """Write rows start to stop of the gradient (d_sae, d), or add them."""
+        values, left, *more = [array for term in self.terms for array in term]
+        loop = _spmm_rows_twice if more else _spmm_rows
+        loop(values, self.index.rows.numpy(), self.index.starts.numpy(), left, start, stop, self.tile, out, add, *more)
 
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
@@ -103,15 +160,15 @@ MIN_REUSE = 4
 """Entries of a row in a tile of the table, from which on going through the rows once a tile is faster."""
 
 
-def tile_rows(table: Tensor) -> int:
+def tile_rows(table: Tensor | np.ndarray) -> int:
     """Rows of a float32 table that stay in the cache."""
     return max(1, TILE_BYTES // (4 * max(1, table.shape[1])))
 
 
-def _tile(table: Tensor, entries: int, rows: int) -> int:
+def _tile(table: Tensor | np.ndarray, entries: int, rows: int, tables: int = 1) -> int:
     """Rows of a table that are gathered from at a time: all of them, or as many as stay in the cache while all rows
-    of the product pass by, if those have enough entries there."""
-    size, tile = table.shape[0], tile_rows(table)
+    of the product pass by, if those have enough entries there. Several tables of one size share the cache."""
+    size, tile = table.shape[0], max(1, tile_rows(table) // tables)
     return tile if tile < size and entries * tile >= MIN_REUSE * rows * size else max(1, size)
 
 
@@ -270,6 +327,23 @@ def _spmm_rows(values, indices, offsets, table, start, stop, tile, out, add):
 
 
 @numba_jit
+def _sddmm_spmm_rows(left, table, indices, offsets, base, rate, start, stop, tile, moved, out):
+    """`sddmm_rows` and, of each entry's ``base + rate *`` that, `_spmm_rows`, of rows start to stop."""
+    after = offsets[start:stop].copy()
+    for limit in range(tile, table.shape[0] + tile, tile):
+        for r in range(start, stop):
+            if limit == tile:
+                out[r][:] = 0
+            first = after[r - start]
+            last = _below(indices, first, offsets[r + 1], limit)
+            dots(left[r], table, indices[first:last], last - first, moved[first:last])
+            for p in range(first, last):
+                moved[p] = rate * moved[p] + (base[p] if base.size else np.float32(0.0))
+            _add_rows(moved, indices, first, last, table, out[r])
+            after[r - start] = last
+
+
+@numba_jit
 def _add_rows(values, indices, first, last, table, into):
     """Add ``value * table[index]`` of entries first to last, four at a time."""
     width = into.size
@@ -292,6 +366,39 @@ def _add_rows(values, indices, first, last, table, into):
         t0 = table[indices[p]]
         for j in range(width):
             into[j] += v0 * t0[j]
+
+
+@numba_jit
+def _spmm_rows_twice(values, indices, offsets, table, start, stop, tile, out, add, values2, table2):
+    """As `_spmm_rows`, of the sums of ``value * table[index] + value2 * table2[index]``."""
+    after = offsets[start:stop].copy()
+    for limit in range(tile, table.shape[0] + tile, tile):
+        for r in range(start, stop):
+            if limit == tile and not add:
+                out[r][:] = 0
+            first = after[r - start]
+            last = _below(indices, first, offsets[r + 1], limit)
+            _add_rows_twice(values, values2, indices, first, last, table, table2, out[r])
+            after[r - start] = last
+
+
+@numba_jit
+def _add_rows_twice(values, values2, indices, first, last, table, table2, into):
+    """Add ``value * table[index] + value2 * table2[index]`` of entries first to last, two at a time."""
+    width = into.size
+    p = first
+    while p + 2 <= last:
+        v0, v1, w0, w1 = values[p], values[p + 1], values2[p], values2[p + 1]
+        t0, t1 = table[indices[p]], table[indices[p + 1]]
+        u0, u1 = table2[indices[p]], table2[indices[p + 1]]
+        for j in range(width):
+            into[j] += (v0 * t0[j] + w0 * u0[j]) + (v1 * t1[j] + w1 * u1[j])
+        p += 2
+    if p < last:
+        v0, w0 = values[p], values2[p]
+        t0, u0 = table[indices[p]], table2[indices[p]]
+        for j in range(width):
+            into[j] += v0 * t0[j] + w0 * u0[j]
 
 
 @numba_jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saehooks.kernels import reference
 from saehooks.kernels.gpu.launch import on, product_plan
+from saehooks.kernels.reference.products import moved_by
 from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support, rows_of
 
@@ -88,6 +89,14 @@ def spmm(values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) 
             WIDTH=plan.width, ENTRIES=plan.entries, num_warps=plan.warps,
         )  # fmt: skip
     return out
+
+
+def sddmm_spmm(
+    left: Tensor, table: Tensor, support: Support, values: Tensor | None, rate: Tensor | None, step: Step = DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """(nnz,) ``values + rate * sddmm(left, table)``, and (rows, d) the sums `spmm` of these."""
+    moved = moved_by(values, rate, sddmm(left, table, support, step))
+    return moved, spmm(moved, support, table, step)
 
 
 class ColumnSum(NamedTuple):

@@ -1,7 +1,14 @@
 """The reference backend: every operation in plain torch, on any device and dtype."""
 
 from saehooks.kernels.reference.adam import adam_step
-from saehooks.kernels.reference.products import sddmm, spmm, spmm_transposed, sum_by_latent, table_gradient
+from saehooks.kernels.reference.products import (
+    sddmm,
+    sddmm_spmm,
+    spmm,
+    spmm_transposed,
+    sum_by_latent,
+    table_gradient,
+)
 from saehooks.kernels.reference.select import select_products, select_rows
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
 
@@ -16,6 +23,7 @@ __all__ = [
     "entmax_gradient",
     "entmax_weights",
     "sddmm",
+    "sddmm_spmm",
     "select_products",
     "select_rows",
     "spmm",

@@ -39,6 +39,20 @@ def spmm(values: Tensor, support: Support, table: Tensor, step: Step = DEFAULT) 
     )
 
 
+def sddmm_spmm(
+    left: Tensor, table: Tensor, support: Support, values: Tensor | None, rate: Tensor | None, step: Step = DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """(nnz,) ``values + rate * sddmm(left, table)``, and (rows, d) the sums `spmm` of these."""
+    moved = moved_by(values, rate, sddmm(left, table, support))
+    return moved, spmm(moved, support, table)
+
+
+def moved_by(values: Tensor | None, rate: Tensor | None, change: Tensor) -> Tensor:
+    """(nnz,) ``values + rate * change``; no values count as 0, no rate as 1."""
+    change = change if rate is None else rate * change
+    return change if values is None else values + change
+
+
 def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
     rows, indices = support.rows, support.indices
