@@ -251,7 +251,8 @@ class SparseCoder(nn.Module, metaclass=Answering):
             raise WidthError(
                 f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
             )
-        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        own = next(self.parameters())
+        flat = x.reshape(-1, self.cfg.d_in).to(own.device, own.dtype)
         prepared = self.dictionary.prepare(flat)
         step = step or kernels.DEFAULT
         with torch.no_grad():

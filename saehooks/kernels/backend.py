@@ -107,6 +107,11 @@ def backend_for(tensor: Tensor, step: Step = DEFAULT) -> Backend:
     name = step.backend or FORCED or _fastest(tensor)
     if name not in BACKENDS:
         raise ConfigError(f"no kernel backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return _module(name)
+
+
+@cache
+def _module(name: str) -> Backend:
     return cast(Backend, import_module(f"saehooks.kernels.{name}"))
 
 

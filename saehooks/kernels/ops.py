@@ -98,6 +98,8 @@ def sddmm(
     """
     check_widths(left, table, bias)
     _check_product(left.shape[0], known, support, table)
+    if known is not None and not torch.is_grad_enabled():
+        return known.detach().to(left.dtype, copy=True)
     backend = backend_for(left, step)
     table, gradient = _shared(table, support, backend)
     return _Sddmm.apply(left, table, bias, support, known, gradient, backend, step)
