@@ -3,9 +3,10 @@
     .venv-peers/bin/python recipes/benchmark/table.py                # all of it, about an hour; --quick: ten minutes
     .venv-peers/bin/python recipes/benchmark/table.py --threads 1 --clock cpu    # on a machine that does more besides
 
-Selection, encoding, forward and backward (sparsemax, top-k, batch top-k, jumprelu), and reads of 1 to 512 rows, by the
-number of latents and the support. Medians of interleaved rounds. Each row is written to table.json as it is done, and a
-run that was stopped goes on where it was (``--anew`` starts again). Peers take part where they are installed.
+Selection, encoding, forward and backward (sparsemax, also with refine=1, top-k, batch top-k, jumprelu), and reads of 1
+to 512 rows, by the number of latents and the support. Medians of interleaved rounds. Each row is written to table.json
+as it is done, and a run that was stopped goes on where it was (``--anew`` starts again). Peers take part where they are
+installed.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from peers import PACKAGES, PLAIN, published_sparsemax
 from selection import sort_sparsemax
 from train_step import LINEAR, forward_backward, linear, ours
 
-from saehooks import kernels
+from saehooks import SAE, kernels
 from saehooks.kernels import BatchTopK, RowRule, Sparsemax, Step, Threshold, TopK
 from saehooks.kernels.step import ScreenTables
 
-LATENTS = (3072, 24576, 49152, 262144)
+LATENTS = (24576, 49152, 3072, 262144)
 SUPPORTS = (64, 16, 200)
 READS = (1, 16, 128, 512)
-QUICK = {"latents": (3072, 24576), "supports": (64,), "reads": (1, 16, 512), "repeats": 3}
+QUICK = {"latents": (24576, 49152, 3072), "supports": (64,), "reads": (1, 16, 512), "repeats": 3}
 
 
 class Row(NamedTuple):
@@ -75,11 +76,20 @@ def read(case: Case) -> dict[str, Job]:
     several = torch.randn(256, case.d_in, generator=torch.Generator().manual_seed(1))  # b_dec is not the row itself
     topk = linear(case, several, activation="topk").eval().requires_grad_(False)
     jobs = dense_products(x, sae.dictionary.C)
-    jobs |= {"sparsemax, concepts": lambda: sae.encode(x), "topk, linear": lambda: topk.encode(x)}
+    again = refined(sae).eval().requires_grad_(False)
+    jobs |= {"sparsemax, concepts": lambda: sae.encode(x), "sparsemax, refined": lambda: again.encode(x)}
+    jobs |= {"topk, linear": lambda: topk.encode(x)}
     for name, make in (PACKAGES if case.d_sae <= 49152 else {}).items():
         if name in ("SAELens TopK", "sparsify TopK"):
             jobs[name] = _encode_of(make, case, k, x)
     return jobs
+
+
+def refined(sae: SAE) -> SAE:
+    """The same SAE with one refinement of its values."""
+    found = SAE(sae.d_in, sae.d_sae, sae.cfg.dictionary, sae.cfg.activation, **sae.cfg.settings, refine=1)
+    found.load_state_dict(sae.state_dict(), strict=False)
+    return found
 
 
 def _encode_of(make: Callable[..., Any], case: Case, k: int, x: torch.Tensor) -> Job:
@@ -99,7 +109,7 @@ def step(case: Case, with_peers: bool = False) -> dict[str, Job]:
     x = torch.randn(case.rows, case.d_in, generator=torch.Generator().manual_seed(0))
     sae, scale = concept_sae(case, x)
     keys, k = sae.dictionary.C.detach(), min(case.support, case.d_sae)
-    jobs = dense_products(x, keys) | {"sparsemax, concepts": ours(sae, x)}
+    jobs = dense_products(x, keys) | {"sparsemax, concepts": ours(sae, x), "sparsemax, refined": ours(refined(sae), x)}
     jobs |= {f"{name}, linear": ours(linear(case, x, **settings), x) for name, settings in LINEAR.items()}
     others = {**PACKAGES, **PLAIN} if with_peers else {}
     for name, make in others.items():
@@ -129,7 +139,7 @@ def rows(quick: bool) -> Iterator[Row]:
     for support in supports:
         for d_sae in latents:
             many = 2048 if d_sae <= 24576 else 512
-            with_peers = support == 64 and d_sae <= (4608 if quick else 24576)  # the others' steps take minutes
+            with_peers = support == 64 and d_sae <= 24576  # the others' steps take minutes
             yield Row("forward and backward", Case(many, d_sae, support=support), partial(step, with_peers=with_peers))
             yield Row("encode", Case(many, d_sae, support=support), encode)
         if support == 64:
@@ -138,7 +148,7 @@ def rows(quick: bool) -> Iterator[Row]:
             for d_sae in latents:
                 for few in reads:
                     yield Row("read", Case(few, d_sae), read)
-        for d_sae in latents:
+        for d_sae in latents if not quick else (24576, 3072):
             yield Row("selection", Case(512 if d_sae <= 49152 else 128, d_sae, support=support), selection)
 
 
