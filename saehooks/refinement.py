@@ -101,11 +101,19 @@ class Refinement(nn.Module):
         if not self.steps:
             return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
         target = dictionary.target(x, prepared)
+        inputs = (values, target, self.rates, *dictionary.parameters())
+        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         for i, rate in enumerate(self.rates):
+            choosing = i == 0 and self.reselect is not None
+            if active is None and not (decoding or choosing or tracked):
+                moved = dictionary.refined(target, values, rate, support, step=step)
+                if moved is not None:
+                    values, sums = moved, None
+                    continue
             sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
             unscaled = dictionary.project(sums)
             first = unscaled if i == 0 else first
-            missed, choosing = target - unscaled, i == 0 and self.reselect is not None
+            missed = target - unscaled
             if active is None and not choosing and (decoding or i + 1 < self.steps):
                 values, sums = dictionary.moved_sums(missed, values, rate, support, step=step)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -70,6 +71,36 @@ def test_encoding_that_is_decoded_next_gives_the_same(dictionary, activation, re
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("refine", [1, 2])
+@pytest.mark.parametrize(("dictionary", "activation"), CELLS)
+def test_reading_without_gradients_gives_the_same(dictionary, activation, refine):
+    """What is refined in one pass, in use, is what is refined with gradients."""
+    sae, x = cell(dictionary, activation, refine=refine), rows(40)
+    sae.initialise(x)
+    sae.eval()
+    with torch.no_grad():
+        read = sae.encode(x)
+    torch.testing.assert_close(read.dense(), sae.encode(x).dense().detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_kept_directions_follow_the_tables():
+    """A table changed in place is never read through the directions of before; copies keep none."""
+    sae, x = cell("concepts", "sparsemax", refine=1), rows(40)
+    sae.initialise(x)
+    sae.eval().requires_grad_(False)
+    sae.encode(x)
+    kept = sae.dictionary._kept_directions
+    assert kept.nbytes == sae.dictionary.C.numel() * 4 or sae.device.type != "cpu"
+    assert sae.frozen().dictionary._kept_directions is kept
+    for table in (sae.dictionary.W_v, sae.dictionary.C):
+        table.mul_(1.3)
+        torch.testing.assert_close(sae.encode(x).dense(), refined_densely(sae, x, plain(sae, x)), rtol=1e-3, atol=1e-4)
+    assert copy.deepcopy(sae).dictionary._kept_directions.nbytes == 0
+    assert pickle.loads(pickle.dumps(sae)).dictionary._kept_directions.nbytes == 0
+    with torch.inference_mode():
+        torch.testing.assert_close(sae.encode(x).dense(), refined_densely(sae, x, plain(sae, x)), rtol=1e-3, atol=1e-4)
 
 
 def test_a_first_pass_is_there_only_with_refinement():

@@ -197,6 +197,13 @@ class Dictionary(nn.Module):
         """(nnz,) products of each latent's direction with its row's error, errors (rows, d_out)."""
         return kernels.sddmm(self.shared(self.project_adjoint(errors)), self.table, support, step=step)
 
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        """(nnz,) what `moved_sums` makes of values (nnz,) and their errors, without gradient, in one pass; target
+        (rows, d_out), rate (). None where the directions of all latents are not at hand."""
+        return None
+
     def moved_sums(
         self, errors: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
     ) -> tuple[Tensor, Tensor]:
@@ -275,6 +282,11 @@ class RowDecoder(Dictionary):
     @property
     def offset(self) -> Tensor:
         return self.b_dec
+
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        return kernels.refine(target, self.W_dec, support, values, rate, step=step)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

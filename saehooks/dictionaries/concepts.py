@@ -14,13 +14,15 @@ from saehooks import kernels
 from saehooks.dictionaries.base import Dictionary, Prepared, row_products, unit_rows
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support
+from saehooks.kernels.step import KeptProduct
 
 
 class ConceptDictionary(Dictionary):
     """``scores = (q @ W_k.T) @ C.T`` with q the direction of x; ``recons = |x| * (values @ C) @ W_v``.
 
     With ``center`` (the default) x is taken relative to a learned b_dec, started at the mean of the data: where much
-    of the energy of an activation is its mean, latents die without it. The keys C W_k and values C W_v are never made.
+    of the energy of an activation is its mean, latents die without it. The keys C W_k are never made, the values C W_v
+    only where values are refined in use.
 
     Args:
         center: learn b_dec and subtract it before the direction and norm are taken.
@@ -48,6 +50,7 @@ class ConceptDictionary(Dictionary):
         if key_scale <= 0 or eps < 0:
             raise ConfigError(f"key_scale must be positive and eps not negative, got key_scale={key_scale}, eps={eps}")
         self.eps = eps
+        self._kept_directions = KeptProduct()
         self.C = nn.Parameter(unit_rows(d_sae, d_in, dtype))
         self.W_k = nn.Parameter(torch.eye(d_in, dtype=dtype) * key_scale)
         self.W_v = nn.Parameter(torch.eye(d_in, dtype=dtype) * value_scale)
@@ -70,6 +73,16 @@ class ConceptDictionary(Dictionary):
         queries = self.shared(prepared.queries)
         scores, sums = kernels.sddmm_spmm(queries, self.C, support, known=support.scores, step=step)
         return scores, self.whole(sums)
+
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        """In use on CPU the directions ``C W_v`` are kept, so that a step costs no products of matrices."""
+        changing = self.training or self.C.is_inference() or self.W_v.is_inference()  # those do not say if they change
+        if changing or self.C.device.type != "cpu" or self.C.dtype.itemsize < 4:
+            return None
+        directions = self._kept_directions.of(torch.mm, self.C, self.W_v)
+        return kernels.refine(target, directions, support, values, rate, step=step)
 
     def project(self, sums: Tensor) -> Tensor:
         return sums @ self.W_v

@@ -67,6 +67,11 @@ class Backend(Protocol):
         ``values`` (nnz,) None counts as 0, ``rate`` () as 1. Together they gather the table's rows once.
         """
 
+    def refine(
+        self, target: Tensor, table: Tensor, support: Support, values: Tensor, rate: Tensor, step: Step = DEFAULT
+    ) -> Tensor:
+        """(nnz,) ``values + rate * sddmm(target - spmm(values, table), table)``; target (rows, d), rate ()."""
+
     def spmm_transposed(self, values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
         """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
 

@@ -98,7 +98,8 @@ def sddmm(
     """
     check_widths(left, table, bias)
     _check_product(left.shape[0], known, support, table)
-    if known is not None and not torch.is_grad_enabled():
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (left, table, bias))
+    if known is not None and not tracked:
         return known.detach().to(left.dtype, copy=True)
     backend = backend_for(left, step)
     table, gradient = _shared(table, support, backend)
@@ -159,6 +160,30 @@ def sddmm_spmm(
     backend = backend_for(left, step)
     table, gradient = _shared(table, support, backend)
     return _SddmmSpmm.apply(left, table, values, rate, support, known, gradient, backend, step)
+
+
+@torch.no_grad()
+def refine(
+    target: Tensor, table: Tensor, support: Support, values: Tensor, rate: Tensor, *, step: Step = DEFAULT
+) -> Tensor:
+    """One step of size ``rate`` down the squared error of ``spmm(values, table)``, on the support; without gradient.
+
+    Args:
+        target: (rows, d) what the sums should equal.
+        table: (d_sae, d), one row a latent.
+        support: of the rows.
+        values: (nnz,) of its entries.
+        rate: ().
+        step: what the kernels know beside these.
+    Returns:
+        (nnz,) values, moved.
+    Raises:
+        LatentError: a support with a latent that the table does not have.
+        WidthError: tensors that do not fit each other.
+    """
+    check_widths(target, table, None)
+    _check_product(target.shape[0], values, support, table)
+    return backend_for(table, step).refine(target, table, support, values, rate, step)
 
 
 # ------------------------------------------------------------ gradients of tables

@@ -223,6 +223,36 @@ class ScreenTables:
         return ScreenTables, ()
 
 
+class KeptProduct:
+    """What was made of some tables, kept while they lie where they lay, unchanged as far as torch counts changes.
+
+    The tables are held, so that no others can take their place. Copies, and pickles, start without any.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[list, tuple[Tensor, ...], Tensor] | None = None
+
+    def of(self, make: Callable[..., Tensor], *tables: Tensor) -> Tensor:
+        """``make(*tables)``, made anew if a table has changed."""
+        seen = [(*_place(table), table._version) for table in tables]
+        kept = self._kept
+        if kept is None or kept[0] != seen:
+            held = tuple(table.detach() for table in tables)
+            kept = self._kept = seen, held, make(*held)
+        return kept[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held beyond the tables."""
+        return 0 if self._kept is None else self._kept[-1].nbytes
+
+    def __deepcopy__(self, memo: dict) -> KeptProduct:
+        return KeptProduct()
+
+    def __reduce__(self) -> tuple:
+        return KeptProduct, ()
+
+
 # ------------------------------------------------------------ sizes of codes to come
 
 LAG = 2

@@ -36,6 +36,12 @@ class ShardedDictionary(Dictionary):
     def whole(self, sums: Tensor) -> Tensor:
         return sum_of_parts(sums, self.ranks)
 
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        """Of no use here: between its two products the sums of all ranks meet."""
+        return None
+
     def select(
         self,
         prepared: Prepared,

@@ -103,6 +103,21 @@ def test_both_products_in_one_equal_dense_algebra_with_gradients(path, device, s
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize("share", [2.0, 0.0])
+def test_a_step_of_refinement_equals_dense_algebra(path, device, share, monkeypatch):
+    """`refine` moves values against what their sums miss, on the support alone."""
+    if path == "cpu":
+        monkeypatch.setattr("saehooks.kernels.cpu.products.MAX_SHARE", share)
+    target, table, indices, offsets = case(device)
+    rows, rate = rows_of(offsets, indices.numel()), torch.tensor(0.3, device=device)
+    values = torch.randn(indices.numel(), generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
+    moved = kernels.refine(target, table, Support(indices, offsets), values, rate)
+    codes = torch.zeros(target.shape[0], table.shape[0], device=device).index_put((rows, indices), values)
+    expected = values + rate * ((target - codes @ table) @ table.T)[rows, indices]
+    torch.testing.assert_close(moved, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert not moved.requires_grad
+
+
 def test_gradcheck_of_both_products_in_one(path, device):
     """Numerical derivatives agree in float64, also where only some inputs ask for a gradient."""
     left, table, indices, offsets = case(device, rows=4, d_sae=9, width=3, dtype=torch.float64, sizes=[2, 0, 9, 1])

@@ -1,6 +1,6 @@
 """The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
 
-from saehooks.kernels.cpu.products import sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
+from saehooks.kernels.cpu.products import refine, sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.reference.adam import adam_step
@@ -17,6 +17,7 @@ __all__ = [
     "center",
     "entmax_gradient",
     "entmax_weights",
+    "refine",
     "sddmm",
     "sddmm_spmm",
     "select_products",

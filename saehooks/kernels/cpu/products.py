@@ -84,6 +84,27 @@ def sddmm_spmm(
     return moved, out
 
 
+def refine(
+    target: Tensor, table: Tensor, support: Support, values: Tensor, rate: Tensor, step: Step = DEFAULT
+) -> Tensor:
+    """(nnz,) ``values + rate * sddmm(target - spmm(values, table), table)``; target (rows, d), rate ().
+
+    Row by row: what a row gathers for the first product is in the cache for the second.
+    """
+    served = all(serves(tensor) for tensor in (target, table, values, rate))
+    if not served or dense_is_faster(support, table.shape[0]):
+        missed = target - spmm(values, support, table)
+        return moved_by(values, rate, sddmm(missed, table, support))
+    moved = torch.empty(support.indices.numel(), dtype=torch.float32, device="cpu")
+    arrays = _arrays(target, table, support.indices, support.offsets, values)
+    factor = np.float32(rate.detach())
+    spread(
+        lambda start, stop: _refine_rows(*arrays, factor, start, stop, moved.numpy()),
+        _row_blocks(support, table, len(table)),
+    )
+    return moved
+
+
 def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
     return table_gradient([Contribution(values, support, left)], d_sae)
@@ -341,6 +362,21 @@ def _sddmm_spmm_rows(left, table, indices, offsets, base, rate, start, stop, til
                 moved[p] = rate * moved[p] + (base[p] if base.size else np.float32(0.0))
             _add_rows(moved, indices, first, last, table, out[r])
             after[r - start] = last
+
+
+@numba_jit
+def _refine_rows(target, table, indices, offsets, values, rate, start, stop, moved):
+    """Write ``value + rate * missed . table[index]`` of rows start to stop; missed: target less what values sum to."""
+    missed = np.empty(target.shape[1], np.float32)
+    for r in range(start, stop):
+        first, last = offsets[r], offsets[r + 1]
+        missed[:] = 0
+        _add_rows(values, indices, first, last, table, missed)
+        for j in range(missed.size):
+            missed[j] = target[r, j] - missed[j]
+        dots(missed, table, indices[first:last], last - first, moved[first:last])
+        for p in range(first, last):
+            moved[p] = values[p] + rate * moved[p]
 
 
 @numba_jit

@@ -10,7 +10,15 @@ import torch
 from saehooks.errors import ConfigError
 from saehooks.kernels.gpu.adam import adam_step
 from saehooks.kernels.gpu.launch import LEAST_CAPABILITY
-from saehooks.kernels.gpu.products import sddmm, sddmm_spmm, spmm, spmm_transposed, sum_by_latent, table_gradient
+from saehooks.kernels.gpu.products import (
+    refine,
+    sddmm,
+    sddmm_spmm,
+    spmm,
+    spmm_transposed,
+    sum_by_latent,
+    table_gradient,
+)
 from saehooks.kernels.gpu.scores import select_products
 from saehooks.kernels.gpu.select import select_rows
 from saehooks.kernels.gpu.weights import center, entmax_gradient, entmax_weights
@@ -27,6 +35,7 @@ __all__ = [
     "entmax_gradient",
     "entmax_weights",
     "probe",
+    "refine",
     "sddmm",
     "sddmm_spmm",
     "select_products",

@@ -99,6 +99,14 @@ def sddmm_spmm(
     return moved, spmm(moved, support, table, step)
 
 
+def refine(
+    target: Tensor, table: Tensor, support: Support, values: Tensor, rate: Tensor, step: Step = DEFAULT
+) -> Tensor:
+    """(nnz,) ``values + rate * sddmm(target - spmm(values, table), table)``; target (rows, d), rate ()."""
+    missed = target - spmm(values, support, table, step)
+    return moved_by(values, rate, sddmm(missed, table, support, step))
+
+
 class ColumnSum(NamedTuple):
     """One contribution to a table's gradient: its long columns' segments summed, the rest still to be."""
 

@@ -2,6 +2,7 @@
 
 from saehooks.kernels.reference.adam import adam_step
 from saehooks.kernels.reference.products import (
+    refine,
     sddmm,
     sddmm_spmm,
     spmm,
@@ -22,6 +23,7 @@ __all__ = [
     "center",
     "entmax_gradient",
     "entmax_weights",
+    "refine",
     "sddmm",
     "sddmm_spmm",
     "select_products",

@@ -53,6 +53,13 @@ def moved_by(values: Tensor | None, rate: Tensor | None, change: Tensor) -> Tens
     return change if values is None else values + change
 
 
+def refine(
+    target: Tensor, table: Tensor, support: Support, values: Tensor, rate: Tensor, step: Step = DEFAULT
+) -> Tensor:
+    """(nnz,) ``values + rate * sddmm(target - spmm(values, table), table)``; target (rows, d), rate ()."""
+    return moved_by(values, rate, sddmm(target - spmm(values, support, table), table, support))
+
+
 def spmm_transposed(values: Tensor, support: Support, left: Tensor, d_sae: int) -> Tensor:
     """(d_sae, d) gradient of a table: row ``i`` sums ``value * left[row]`` over the entries with index ``i``."""
     rows, indices = support.rows, support.indices
