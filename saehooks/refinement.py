@@ -104,8 +104,8 @@ class Refinement(nn.Module):
         inputs = (values, target, self.rates, *dictionary.parameters())
         tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         for i, rate in enumerate(self.rates):
-            choosing = i == 0 and self.reselect is not None
-            if active is None and not (decoding or choosing or tracked):
+            again = self.reselect if i == 0 else None
+            if active is None and again is None and not (decoding or tracked):
                 moved = dictionary.refined(target, values, rate, support, step=step)
                 if moved is not None:
                     values, sums = moved, None
@@ -114,14 +114,14 @@ class Refinement(nn.Module):
             unscaled = dictionary.project(sums)
             first = unscaled if i == 0 else first
             missed = target - unscaled
-            if active is None and not choosing and (decoding or i + 1 < self.steps):
+            if active is None and again is None and (decoding or i + 1 < self.steps):
                 values, sums = dictionary.moved_sums(missed, values, rate, support, step=step)
                 continue
             change = dictionary.alignments(missed, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
             values, sums = values + dictionary.shared(rate) * change, None
-            if choosing:
-                kept = activation.reselect(values.detach(), support, self.reselect)
+            if again is not None:
+                kept = activation.reselect(values.detach(), support, again)
                 support, values = support.keep(kept), values[kept]
                 active = None if active is None else active[kept]
         return Refined(support, values, kept, None if sums is None else dictionary.project(sums), first)

@@ -203,3 +203,25 @@ def test_a_wrong_number_of_steps_is_refused(settings, word):
         sh.SAE(16, 64, **settings)
     with pytest.raises(ConfigError, match="refine_rate"):
         sh.SAE(16, 64, refine=1, refine_rate=0.0)
+
+
+@pytest.mark.parametrize("dictionary", ["concepts", "linear"])
+def test_values_are_refined_by_the_directions_there_are_now(dictionary):
+    """In use directions are kept; what is written past torch's count of changes, or one row alone, is seen as well."""
+    torch.manual_seed(0)
+    settings = {"activation": "topk", "k": 8, "refine": 1}
+    sae, x = sh.SAE(12, 300, dictionary, **settings).eval().requires_grad_(False), torch.randn(20, 12)
+    sae.encode(x)
+    for change in (
+        lambda p: p.data.mul_(1.5),
+        lambda p: p.detach().numpy().__imul__(0.5),
+        lambda p: p.data[len(p) // 2].mul_(-3) if p.ndim else None,
+        lambda p: setattr(p, "data", p.data + 0.1),
+    ):
+        for p in sae.parameters():
+            change(p)
+            fresh = sh.SAE(12, 300, dictionary, **settings).eval().requires_grad_(False)
+            fresh.load_state_dict(sae.state_dict())
+            found, wanted = sae.encode(x), fresh.encode(x)
+            assert torch.equal(found.indices, wanted.indices)
+            torch.testing.assert_close(found.values, wanted.values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,22 @@ class SparseGradients:
         return taken
 
 
+FEW_MARKS = 2048
+"""Marks that are looked at where a product costs little more than reading its table."""
+
+
+def marks(table: Tensor, most: int | None = None) -> Tensor:
+    """One number of each row of a table (rows, d), or of ``most``: what tells of changes that torch does not count,
+    those through ``.data``, through numpy or in another process."""
+    return table[_marked(*table.shape, most)]
+
+
+@lru_cache(maxsize=16)
+def _marked(rows: int, width: int, most: int | None) -> tuple[Tensor, Tensor]:
+    found = torch.arange(0, rows, 1 if most is None else max(1, rows // most))
+    return found, torch.arange(len(found)) % width  # all columns in turn
+
+
 def _place(table: Tensor) -> tuple:
     """Where a table lies in memory and how: a part of it, or its transpose, is another table."""
     return table.data_ptr(), tuple(table.shape), table.stride()
@@ -187,19 +204,26 @@ class Bfloat16Tables:
 class ScreenTables:
     """The CPU screens' rounded copies of one table, kept while the table is the same.
 
-    A table is the same if it lies where it lay, unchanged as far as torch counts changes; it is held, so that no other
-    can take its place. Copies of an SAE, and its pickle, start without one.
+    A table is the same if it lies where it lay, unchanged as far as torch counts changes and its `marks` tell; it is
+    held, so that no other can take its place. Copies of an SAE, and its pickle, start without one.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[Tensor, int, Tensor | None, Any]] = {}
+        self._kept: dict[Any, tuple[Tensor, int, Tensor, Tensor | None, Any]] = {}
 
-    def of(self, keys: Tensor, bias: Tensor | None, make: Callable[[Tensor, Tensor | None], Any]) -> Any:
+    def of(
+        self,
+        keys: Tensor,
+        bias: Tensor | None,
+        make: Callable[[Tensor, Tensor | None], Any],
+        most_marks: int | None = None,
+    ) -> Any:
         """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed."""
         kept = self._kept.get(make)
         if kept is not None:
-            held, version, held_bias, rounded = kept
+            held, version, held_marks, held_bias, rounded = kept
             unchanged = _place(held) == _place(keys) and not keys.is_inference() and keys._version == version
+            unchanged = unchanged and torch.equal(held_marks, marks(keys, most_marks))
             if held_bias is None or bias is None:
                 unchanged = unchanged and held_bias is bias
             elif unchanged:
@@ -208,7 +232,8 @@ class ScreenTables:
                 return rounded
         rounded = make(keys, bias)
         if not keys.is_inference():
-            self._kept[make] = keys, keys._version, None if bias is None else bias.clone(), rounded
+            held_bias = None if bias is None else bias.clone()
+            self._kept[make] = keys, keys._version, marks(keys, most_marks), held_bias, rounded
         return rounded
 
     @property
@@ -224,21 +249,22 @@ class ScreenTables:
 
 
 class KeptProduct:
-    """What was made of some tables, kept while they lie where they lay, unchanged as far as torch counts changes.
+    """What was made of some tables, kept while they lie where they lay, unchanged as far as torch and `marks` tell.
 
     The tables are held, so that no others can take their place. Copies, and pickles, start without any.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[list, tuple[Tensor, ...], Tensor] | None = None
+        self._kept: tuple[list, list[Tensor], tuple[Tensor, ...], Tensor] | None = None
 
     def of(self, make: Callable[..., Tensor], *tables: Tensor) -> Tensor:
         """``make(*tables)``, made anew if a table has changed."""
         seen = [(*_place(table), table._version) for table in tables]
+        marked = [marks(table.detach()) for table in tables]
         kept = self._kept
-        if kept is None or kept[0] != seen:
+        if kept is None or kept[0] != seen or not all(map(torch.equal, kept[1], marked)):
             held = tuple(table.detach() for table in tables)
-            kept = self._kept = seen, held, make(*held)
+            kept = self._kept = seen, marked, held, make(*held)
         return kept[-1]
 
     @property

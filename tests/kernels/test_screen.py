@@ -251,6 +251,13 @@ def test_a_copy_of_a_table_is_never_stale(dictionary, rows, rounding, monkeypatc
     sae.load_state_dict({name: t.flip(0) if t.shape == table.shape else t for name, t in sae.state_dict().items()})
     check(1)
     check(0)
+    for p in sae.dictionary.parameters():  # none of these is counted by torch
+        p.data.mul_(-1)
+    check(1)
+    for p in sae.dictionary.parameters():
+        p.detach().numpy()[:] *= -1
+    check(1)
+    check(0)
     assert sae.frozen().dictionary._screen_tables is sae.dictionary._screen_tables
     assert sae.dictionary._screen_tables.nbytes >= (2 if rows == 40 else 1) * table.numel()
     for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):

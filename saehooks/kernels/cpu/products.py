@@ -151,7 +151,8 @@ class _Gathered:
 
     def add(self, values: Tensor, left: Tensor) -> None:
         """Add a part: values (nnz,), left (rows, d)."""
-        self.terms.append((values.detach()[self.index.places].numpy(), *_arrays(left)))
+        (matrix,) = _arrays(left)
+        self.terms.append((values.detach()[self.index.places].numpy(), matrix))
 
     @property
     def rows(self) -> int:

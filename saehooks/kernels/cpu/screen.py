@@ -48,7 +48,7 @@ from saehooks.kernels.reference.across_rows import largest
 from saehooks.kernels.reference.select import CPU_SCORE_BYTES, join
 from saehooks.kernels.reference.select import select_products as select_in_chunks
 from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule, Sparsemax, Threshold
-from saehooks.kernels.step import DEFAULT, Step
+from saehooks.kernels.step import DEFAULT, FEW_MARKS, Step
 from saehooks.support import Support, offsets_of
 
 MODES = ("on", "off", "check")
@@ -92,7 +92,7 @@ def select_products(
     if MODE is None and not is_faster(queries.shape[0], keys.shape[0], keys.shape[1], kept=kept, by_row=by_row):
         return exactly()
     if step.screen_tables is not None and by_row and queries.shape[0] <= MOST_ROWS:
-        table = step.screen_tables.of(keys.detach(), None, int8_keys)
+        table = step.screen_tables.of(keys.detach(), None, int8_keys, FEW_MARKS)
         found = select_few(queries.detach(), keys.detach(), rule, bias, table) or exactly()  # type: ignore[arg-type]
     else:
         found = _screened(queries.detach(), keys.detach(), rule, bias, step)
