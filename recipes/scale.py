@@ -14,9 +14,11 @@ sheet at a plausible share (they are assumptions, not measurements: give what yo
 - sent by each rank: rows * d floats forward, the same backward, and per row two float64 sums for each Newton step of
   sparsemax, or k candidates for top-k. It does not depend on M.
 
-Data-parallel ranks instead send the gradients of all tables. For a top-k on scores that are a DTensor split over ranks
-(as llamascopium's) it is assumed that the scores of all latents are gathered on every rank before they are sorted, in
-float32, and that reconstruction and gradient are summed as ours are. Both grow with M.
+Data-parallel ranks instead send the gradients of all tables. Two other ways to a top-k of scores that are a DTensor
+split over ranks; reconstruction and gradient are summed as ours are. llamascopium bisects each row's threshold: every
+round sums a float32 threshold and an int64 count of each row. It sends little more than ours, in more rounds, and holds
+rows * M / R dense scores and codes on each rank (see "scores held"). A plain torch.topk gathers the scores of all
+latents on every rank, in float32: like the gradients of data-parallel ranks that grows with M.
 
 Not in the tables: `fit` begins from an SAE that every process has whole, and gives each the whole one back, so that
 the host of each process holds M * d floats a table (16M latents of width 4,096: 275 GB); between these moments a rank
@@ -33,6 +35,9 @@ from dataclasses import dataclass
 NEWTON = 8
 """Newton steps of a sparsemax threshold, from the largest threshold of the parts: 4 to 9 for normally distributed
 scores of 65,536 latents in 2 to 64 parts, with supports of 3 to 170."""
+BISECTIONS = 25
+"""Rounds of a bisection until each of 8,192 rows of a million normally distributed scores has exactly 64 above its
+threshold (15 where 63 to 65 will do)."""
 GB = 1e9
 
 
@@ -82,9 +87,15 @@ class Plan:
         return {
             "sparsemax, split latents": joined + self.rows * (NEWTON * 16 + 8),
             "top-k, split latents": joined + self.rows * self.k * 4,
-            "top-k on DTensor's scores": joined + self.rows * self.latents / self.ranks * 4,
+            "top-k by bisection (llamascopium)": joined + self.rows * BISECTIONS * (4 + 8),
+            "torch.topk of a DTensor": joined + self.rows * self.latents / self.ranks * 4,
             "data-parallel": self.tables * self.latents * self.d_in * 4,
         }[way]
+
+    def scores_held(self, way: str) -> float:
+        """Bytes of dense scores that a rank holds at once."""
+        kept = {"top-k by bisection (llamascopium)": self.latents / self.ranks, "torch.topk of a DTensor": self.latents}
+        return self.rows * kept.get(way, 0) * 4
 
     def seconds(self, machine: Machine, way: str = "sparsemax, split latents") -> dict[str, float]:
         """Of a step, by what they are spent on; nothing is taken to overlap."""
@@ -99,17 +110,26 @@ class Plan:
         return {"scores": scored, "update": updated, "sparse": sparse, "sent": sent}
 
 
-WAYS = ("sparsemax, split latents", "top-k, split latents", "top-k on DTensor's scores", "data-parallel")
+WAYS = (
+    "sparsemax, split latents",
+    "top-k, split latents",
+    "top-k by bisection (llamascopium)",
+    "torch.topk of a DTensor",
+    "data-parallel",
+)
 
 
 def bytes_table(plan: Plan) -> list[str]:
     """One line for each way of sharing a step."""
     ours = plan.sent(WAYS[0])
     lines = [
-        f"| {plan.latents:,} latents, d = {plan.d_in:,}, {plan.rows:,} rows, {plan.ranks} ranks | sent | against ours |"
+        f"| {plan.latents:,} latents, d = {plan.d_in:,}, {plan.rows:,} rows, {plan.ranks} ranks | sent | against ours "
+        "| scores held |"
     ]
-    lines.append("|---|---|---|")
-    lines += [f"| {way} | {plan.sent(way) / GB:.3f} GB | {plan.sent(way) / ours:.1f} |" for way in WAYS]
+    lines.append("|---|---|---|---|")
+    for way in WAYS:
+        kept = f"{plan.scores_held(way) / GB:.1f} GB" if plan.scores_held(way) else "none"
+        lines.append(f"| {way} | {plan.sent(way) / GB:.3f} GB | {plan.sent(way) / ours:.1f} | {kept} |")
     return lines
 
 

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from multiprocessing import get_context
@@ -52,7 +53,7 @@ NUDGED = "1, rows nudged"
 GRIDS = {"2 by rows": (2, 1), "4 by rows": (4, 1), "2 by latents": (2, 2), "4 by latents": (4, 4)}
 STEADY = 1e-5
 """Of the loss, relative: what a nudge of the rows may change where no choice of latents changes."""
-LAST = 60
+LAST = 80
 """Step at which the trainings of the parts "checkpoints" and "kills" end."""
 
 
@@ -298,14 +299,14 @@ def checkpoints() -> list[str]:
         "|---|" + "---|" * len(sizes),
     ]
     with tempfile.TemporaryDirectory() as root:
-        (whole,) = run(kind="train", out=f"{root}/whole", ranks=1)
+        rate = {"decay": 0.0}  # so that the first half has the learning rates of the whole
+        (whole,) = run(kind="train", out=f"{root}/whole", ranks=1, settings=rate)
         for n in sizes:
-            half = {"steps": LAST // 2, "decay": 0.3}
-            run(kind="train", out=f"{root}/{n}", ranks=n, latents=n, settings=half)
+            run(kind="train", out=f"{root}/{n}", ranks=n, latents=n, settings={"steps": LAST // 2, **rate})
             row = []
             for m in sizes:
                 shutil.copytree(f"{root}/{n}", f"{root}/{n} {m}")
-                kept = run(kind="train", out=f"{root}/{n} {m}", ranks=m, latents=m, settings={"steps": LAST})
+                kept = run(kind="train", out=f"{root}/{n} {m}", ranks=m, latents=m, settings=rate)
                 loaded = sh.load(f"{root}/{n} {m}").state_dict()
                 if not all(torch.equal(loaded[name], value) for name, value in kept[0]["state"].items()):
                     raise SystemExit(f"{n} to {m}: the saved SAE is not the one in memory")
@@ -315,40 +316,47 @@ def checkpoints() -> list[str]:
 
 
 def kills(times: int = 10) -> list[str]:
-    """Two ranks, one killed at random moments, and the restarted training against one that was never killed."""
+    """Two ranks, one killed at a random moment, and the restarted training against one that was never killed."""
     draw = random.Random(0)
+    lines = [
+        f"## One of two ranks killed (SIGKILL) at {times} random moments",
+        "",
+        f"Each time a new training of {LAST} steps with a checkpoint every 3, latents split; then the same call again, "
+        "whose weights at the end are compared with those of one that was never killed.",
+        "",
+        "| killed | after | checkpoint of step | the other rank said | restarted, the weights are the same |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as root:
         task = {"kind": "train", "ranks": 2, "latents": 2}
         began = time.monotonic()
         whole = run(**task, out=f"{root}/whole")[0]
         lasts = time.monotonic() - began
-        told, reached = [], []
-        for number in range(times):
-            Path(root, f"f{number}").mkdir()
-            processes = start({**task, "out": f"{root}/killed", "folder": f"{root}/f{number}"})
-            victim = draw.randrange(2)
-            processes[victim].join(draw.uniform(0.0, 1.0) * lasts)
+        tries = 0
+        while len(lines) < times + 6:
+            tries += 1
+            folder, out = f"{root}/f{tries}", Path(root, f"killed{tries}")
+            Path(folder).mkdir()
+            processes = start({**task, "out": str(out), "folder": folder})
+            victim, after = draw.randrange(2), draw.random() * lasts
+            processes[victim].join(after)
             processes[victim].kill()
             for process in processes:
                 process.join()
-            text = said(f"{root}/f{number}", 1 - victim)
-            told.append(next((line for line in text.splitlines() if "RankError" in line), text.strip()[-120:]))
-            file = Path(root, "killed", "checkpoint.safetensors")
-            reached.append(_step(file) if file.exists() else 0)
-        again = run(**task, out=f"{root}/killed")[0]
-        left = sorted(one.name for one in Path(root, "killed").iterdir())
-    lines = [
-        f"## One of two ranks killed (SIGKILL) at {times} random moments",
-        "",
-        f"Step of the checkpoint after each kill: {', '.join(map(str, reached))} of {LAST}. After the last one the "
-        "training was started once more; against one that was never killed its weights are the same: "
-        f"**{same(whole, again)}**.",
-        f"Left in the folder at the end: {', '.join(left)}.",
-        "",
-        "What the other rank said (the beginning, once each):",
-        "",
-    ]
-    return lines + [f"- {line[:230]}" for line in dict.fromkeys(line or "ended before the kill" for line in told)]
+            if processes[victim].exitcode != -signal.SIGKILL:
+                continue  # it had ended
+            file = out / "checkpoint.safetensors"
+            reached = _step(file) if file.exists() else "none"
+            text = said(folder, 1 - victim).splitlines()
+            told = next((line.split(" (")[0] for line in text if "RankError: " in line), "nothing: it had ended")
+            again = run(**task, out=str(out))[0]
+            if left := [one.name for one in out.iterdir() if one.name.startswith(".")]:
+                raise SystemExit(f"left behind in the folder: {', '.join(left)}")
+            lines.append(
+                f"| rank {victim} | {after / lasts:.0%} of the time | {reached} | {told.split('errors.')[-1]} "
+                f"| {same(whole, again)} |"
+            )
+    return lines
 
 
 def _step(file: Path) -> int:

@@ -19,6 +19,10 @@ def test_bytes_of_a_million_latents_by_hand():
     assert plan.sent("top-k, split latents") == rows + 8192 * 64 * 4
     assert plan.sent("sparsemax, split latents") == rows + 8192 * (NEWTON * 16 + 8)
     assert plan.sent("data-parallel") == 2**20 * 4096 * 4
+    assert plan.sent("torch.topk of a DTensor") == rows + 8192 * 2**17 * 4
+    assert plan.sent("top-k by bisection (llamascopium)") == rows + 8192 * 25 * 12
+    assert plan.scores_held("top-k by bisection (llamascopium)") == 8192 * 2**17 * 4
+    assert plan.scores_held("sparsemax, split latents") == 0
     assert plan.sent("data-parallel") / plan.sent("sparsemax, split latents") == pytest.approx(63.8, abs=0.2)
 
 
