@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -82,24 +82,24 @@ class ModelData:
 
     def _parts_of_all(self, marks: Iterable[Mark]) -> Iterator[Part]:
         """Each rank runs one batch of a group and sends its rows to the others."""
-        ((key, wanted),), ranks = self._sites.items(), self._ranks
+        sites, ranks = self._sites, self._ranks
         groups = _groups(ranks.size, unseen(self._batches, marks))
 
-        def read() -> tuple[list[tuple[int, Any]], Tensor | None]:
+        def read() -> tuple[list[tuple[int, Any]], Sequence[Tensor | None]]:
             group = next(groups, [])
             if ranks.rank >= len(group):
-                return group, None
-            (rows,) = next(harvest_sites(self._source, [group[ranks.rank][1]], [wanted]))
-            return group, rows
+                return group, [None] * len(sites)
+            return group, next(harvest_sites(self._source, [group[ranks.rank][1]], list(sites.values())))
 
         while True:
             group, rows = ranks.agree(read)
             _check_same_data(ranks, [batch for _, batch in group])
             if not group:
                 return
-            for (number, batch), found in zip(group, ranks.exchange(rows), strict=False):
-                if found is not None:
-                    yield Part(number, batch, {key: found}, position_of(self._batches, number))
+            found = [ranks.exchange(one) for one in rows]  # by site, then by rank
+            for rank, (number, batch) in enumerate(group):
+                own = {key: one for key, each in zip(sites, found, strict=True) if (one := each[rank]) is not None}
+                yield Part(number, batch, own, position_of(self._batches, number))
 
     def parts(self, marks: Iterable[Mark]) -> Iterator[Part]:
         if self._ranks.size > 1:

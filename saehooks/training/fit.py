@@ -165,7 +165,8 @@ def fit(
         KeyboardInterrupt: interrupted; the message says where the checkpoint is and how to go on.
     """
     ranks = Ranks.joined(latent_ranks)
-    saes, configs = ranks.agree(lambda: _asked(sae, config, settings, ranks))
+    saes, configs = ranks.agree(lambda: _asked(sae, config, settings))
+    ranks.check_agreement({"SAEs": list(saes)})
     targets = ranks.agree(lambda: {name: _target(model, one, at, head, where) for name, one in saes.items()})
     jobs = {}
     for name, one in saes.items():
@@ -182,9 +183,7 @@ def fit(
     return trainers[""] if isinstance(sae, SparseCoder) else trainers
 
 
-def _asked(
-    sae: Any, config: Any, settings: dict[str, Any], ranks: Alone
-) -> tuple[dict[str, SAE], dict[str, TrainConfig]]:
+def _asked(sae: Any, config: Any, settings: dict[str, Any]) -> tuple[dict[str, SAE], dict[str, TrainConfig]]:
     """The SAEs by name, and how each is to be trained."""
     _refuse_unknown(settings)
     if not isinstance(sae, (SparseCoder, Mapping)):
@@ -192,8 +191,6 @@ def _asked(
     saes: dict[str, Any] = {"": sae} if isinstance(sae, SparseCoder) else dict(sae)
     if not saes:
         raise ConfigError("no SAE to train: give one, or several by name as in {'small': a, 'large': b}")
-    if ranks.size > 1 and len(saes) > 1:
-        raise ConfigError("several SAEs at once are trained by one process: leave out torchrun, or give one SAE")
     return saes, {name: _config(config, settings, name) for name in saes}
 
 

@@ -121,6 +121,19 @@ def train_on_a_model(folder, rank, options):
     return kept(sh.fit(model, sae, batches, "0", out=folder, **training("sparsemax", None), **options), sae)
 
 
+def train_several(folder, rank, options):
+    """Two SAEs at two sites from the same forwards, stopped after 4 steps and gone on with."""
+    model, batches = model_and_batches()
+    settings = {**training("sparsemax", None), "decay": 0.0}
+    for steps in (4, None):
+        saes = {"a": fresh("sparsemax", rank), "b": fresh("topk", rank)}
+        for site, sae in zip("01", saes.values(), strict=True):
+            sae.cfg.metadata["hook_name"] = site
+        options_now = {**settings, "steps": steps, "out": folder, "resume": steps is None, **options}
+        trainers = sh.fit(model, saes, batches, **options_now)
+    return {name: kept(trainer, saes[name]) for name, trainer in trainers.items()}
+
+
 def go_on(folder, rank, steps, options):
     """From the checkpoint in a folder, whichever number of ranks wrote it."""
     sae = fresh("topk", rank)
@@ -278,6 +291,8 @@ def run(name, folder, rank):
     made["model"] = train_on_a_model(folder / f"sae {name}", rank, options)
     made["bytes"] = count_bytes(rank, options)
     if task.get("wrong"):
+        made["several"] = train_several(folder / f"several {name}", rank, options)
+    if task.get("wrong"):
         made["wrong"] = what_goes_wrong(folder, rank, options)
         made["full disk"] = full_disk(folder / f"full {name}", rank, options)
     if "use" in task:
@@ -294,6 +309,7 @@ def run_alone(folder):
     """All cells by one process, and a checkpoint to go on from."""
     made = train_cells(list(CELLS), STEPS, 0, {})
     made["model"] = train_on_a_model(folder / "alone", 0, {})
+    made["several"] = train_several(folder / "several", 0, {})
     go_on(folder / "c1" / "made", 0, 12, {})
     shutil.copytree(folder / "c1" / "made", folder / "kept")
     made["24 steps"] = go_on(folder / "kept", 0, 24, {})
