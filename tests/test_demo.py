@@ -18,6 +18,7 @@ from saehooks.demo.run import CLIP_SAE_FOLDER, SAE_FOLDER, run
 from saehooks.demo.vision import class_shares
 from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import load
+from saehooks.show.values import Markup
 from saehooks.streams import TokenBatches
 
 needs_wheel = pytest.mark.skipif(
@@ -167,6 +168,18 @@ def test_report_tells_the_same_in_terminal_and_page(tmp_path):
     for part in ("A part", "with this:", "0.25", "a caption", "shaded", "clean"):
         assert part in page
         assert part in out.getvalue()
+
+
+def test_a_column_for_the_page_alone(tmp_path):
+    """Contexts, which are HTML, stand in the page's table as they are, and not in the terminal's."""
+    out = io.StringIO()
+    report = Report(Console(file=out, width=80))
+    report.begin("A part", "Words.")
+    report.table([{"latent": "7"}, {"latent": "9"}], on_page={"strongest at": [Markup("<b>x</b>"), Markup("<i>y</i>")]})
+    page = report.write(tmp_path / "page.html", "T", "Lead.").read_text()
+    assert "<td>7</td><td><b>x</b></td>" in page
+    assert "<td>9</td><td><i>y</i></td>" in page
+    assert "strongest at" not in out.getvalue()
 
 
 def test_class_shares_say_which_class_a_latent_keeps_to():

@@ -177,6 +177,7 @@ class Language:
         calls = [row["calls"] for row in live.history]
         lines = {run: (calls, [row[f"ce_{run}"] for row in live.history]) for run in ("clean", "spliced")}
         curve = figures.effect_curves(lines, xlabel="calls of the model", ylabel="cross-entropy so far (nats)")
+        curve.axes[0].xaxis.get_major_locator().set_params(integer=True)
         self.report.figure(curve, "running cross-entropy, clean and spliced")
 
     def index(self) -> LatentIndex:
@@ -216,7 +217,8 @@ class Language:
             }
             for latent in worst[:8]
         ]
-        self.report.table(rows, "one latent ablated at a time")
+        contexts = [index.context_html(latent) for latent in worst[:8]]
+        self.report.table(rows, "one latent ablated at a time", on_page={"strongest at": contexts})
         together = [latent for latent in worst if effects[latent] < 0][:5] or worst[:1]
         with ablate(self.model, self.sae, together):
             after = self.next_probs(tokens)

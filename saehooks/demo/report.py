@@ -44,9 +44,13 @@ class Report:
         self._add(html.paragraph(words))
         self.console.print(Text(words.replace("`", "")))
 
-    def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
-        """A table of rows."""
-        self._add(html.table_html(rows, caption=caption))
+    def table(
+        self, rows: Sequence[Mapping[str, Any]], caption: str = "", on_page: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        """A table of rows; ``on_page`` are further columns, of HTML, that a terminal cannot show."""
+        more = (on_page or {}).items()
+        full = [{**row, **{name: column[i] for name, column in more}} for i, row in enumerate(rows)]
+        self._add(html.table_html(full, caption=caption))
         self.console.print(terminal.table(rows, title=caption or None))
 
     def tokens(self, tokens: Sequence[str], values: Any, *, top: Any = None, unit: str, caption: str) -> None:

@@ -444,3 +444,14 @@ def test_what_is_rare_was_seen(model, sae, batches):
     assert dead == sorted(dead)
     shares = [row["density"] for row in found if row["density"]]
     assert shares[0] <= shares[-1]
+
+
+def test_what_a_tokenizer_returns_is_one_batch(model, sae, batches):
+    """A mapping of arguments is one batch: its keys are not the texts."""
+    index = sh.survey(model, sae, {"input_ids": batches[0], "attention_mask": torch.ones_like(batches[0])})
+    assert torch.equal(index.counts, sh.survey(model, sae, batches[:1]).counts)
+    assert index.sequences == len(batches[0])
+    rows = list(sh.harvest(model, {"input_ids": batches[0]}, SITE))
+    assert torch.equal(torch.cat(rows), torch.cat(list(sh.harvest(model, batches[:1], SITE))))
+    with pytest.raises(ConfigError, match="expected batches of the model's inputs, got SAE"):
+        sh.survey(model, sae, sae)
