@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -72,7 +73,30 @@ def write_tables(rows: list[dict], facts: dict, folder: Path) -> None:
         writer.writerows(rows)
     told = "".join(f"{name}: {value}\n" for name, value in facts.items())
     cells = ([form.format(row.get(name, math.nan)) for name, form in COLUMNS.items()] for row in rows)
-    (folder / "table.md").write_text(f"{told}\n{markdown_table(COLUMNS, cells)}")
+    text = f"{told}\n{beside_topk(rows)}\nAll figures, each seed by itself:\n\n{markdown_table(COLUMNS, cells)}"
+    (folder / "table.md").write_text(text)
+
+
+BESIDE = {"token_nmse": "NMSE by token", "ce_degradation": "CE +", "nmse": "NMSE"}
+"""Figures of `beside_topk`, by the heads of their columns."""
+
+
+def beside_topk(rows: list[dict]) -> str:
+    """A table in Markdown of each arm at each site and size, mean over seeds: its errors, and by what share they are
+    above or below TopK's at the same L0."""
+    lines: dict[tuple, list[dict]] = {}
+    for row in rows:
+        lines.setdefault((row["at"], row["d_sae"], row["arm"]), []).append(row)
+    heads = ["at", "d_sae", "arm", "seeds", "lr", "L0", "dead"]
+    cells = []
+    for (at, d_sae, arm), own in lines.items():
+        line = [at, str(d_sae), arm, str(len(own)), "{:g}".format(own[0]["lr"])]
+        line += [f"{mean(row['l0'] for row in own):.1f}", f"{mean(row['dead'] for row in own):.0f}"]
+        for key in BESIDE:
+            change = mean(row[key] / row[f"topk_{key}"] for row in own) - 1
+            line += [f"{mean(row[key] for row in own):.4f}", "" if math.isnan(change) else f"{change:+.0%}"]
+        cells.append(line)
+    return markdown_table([*heads, *(one for head in BESIDE.values() for one in (head, "beside TopK"))], cells)
 
 
 def markdown_table(columns: Collection[str], rows: Iterable[Iterable[str]]) -> str:

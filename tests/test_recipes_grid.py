@@ -15,7 +15,7 @@ sys.path.insert(0, str(RECIPES))
 
 import compare_architectures as compare  # noqa: E402
 import stability  # noqa: E402
-from compare_table import at_same_l0, draw, write_tables  # noqa: E402
+from compare_table import at_same_l0, beside_topk, draw, write_tables  # noqa: E402
 
 
 def made_up():
@@ -36,6 +36,7 @@ def made_up():
             }
         )
         rows[-1]["ce_degradation"] = 1 / l0
+        rows[-1] |= {"lr": 1e-3, "dead": 2}
         rows[-1] |= {"l0_q05": l0 - 5, "l0_median": l0, "l0_q95": l0 + 9}
     return rows
 
@@ -68,6 +69,18 @@ def test_topk_of_the_same_site_size_and_seed():
     at_same_l0(rows := [*rows, *({**row, "seed": 1, "nmse": 2 * row["nmse"]} for row in rows)])
     for row in rows:
         assert row["topk_nmse"] == pytest.approx((1 + row["seed"]) * row["l0"] ** -0.5)
+
+
+def test_what_a_reader_looks_for_first():
+    """Beside TopK at the same L0, mean over seeds: twice its error at one and as much at the other are half more."""
+    one = made_up()
+    other = [{**row, "seed": 1, "nmse": row["nmse"] * (2 if row["arm"] == "sparsemax" else 1)} for row in one]
+    at_same_l0(rows := [*one, *other])
+    head, _, *lines = (line.split(" | ") for line in beside_topk(rows).splitlines())
+    found = {line[head.index("arm")]: line for line in lines}
+    assert found["sparsemax"][3] == "2"
+    assert found["sparsemax"][-1].strip(" |") == "+50%"
+    assert found["jumprelu"][-1].strip(" |") in ("+0%", "-0%")
 
 
 def test_each_arm_keeps_the_rate_that_is_best_on_validation_text(tmp_path):
