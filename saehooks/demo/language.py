@@ -177,7 +177,7 @@ class Language:
         calls = [row["calls"] for row in live.history]
         lines = {run: (calls, [row[f"ce_{run}"] for row in live.history]) for run in ("clean", "spliced")}
         curve = figures.effect_curves(lines, xlabel="calls of the model", ylabel="cross-entropy so far (nats)")
-        curve.axes[0].xaxis.get_major_locator().set_params(integer=True)
+        curve.axes[0].locator_params(axis="x", integer=True)
         self.report.figure(curve, "running cross-entropy, clean and spliced")
 
     def index(self) -> LatentIndex:
