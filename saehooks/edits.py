@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from saehooks.answers import no_attribute
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError, LatentError, WidthError
 from saehooks.support import offsets_of
@@ -158,6 +160,21 @@ def scale(factors: Mapping[int, Value]) -> Edit:
         return codes.with_values(codes.values.index_put((entries,), codes.values[entries] * factor))
 
     return _edit("scale", chosen, function)
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise no_attribute(
+        sys.modules[__name__],
+        name,
+        {
+            **dict.fromkeys(("ablate", "remove", "drop"), "write edits.zero([1204, 77])"),
+            **dict.fromkeys(("set", "fix"), "write edits.clamp({901: 8.0})"),
+            **dict.fromkeys(("steer", "shift"), "write edits.add({901: 4.0})"),
+            **dict.fromkeys(("multiply", "amplify"), "write edits.scale({9: 0.5})"),
+            **dict.fromkeys(("topk", "top_k", "top"), "write edits.keep_top(k)"),
+        },
+        f"module {__name__!r}",
+    )
 
 
 MAKERS = (zero, keep, keep_top, clamp, add, scale)

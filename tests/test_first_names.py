@@ -209,6 +209,9 @@ NAMES = [
     (lambda m, s: sh.attach(m, s, sh.edits.zero([3])), TypeError, "edits="),
     (lambda m, s: entered(sh.attach(m, s, edits=sh.edits.zero)), ConfigError, r"write sh\.edits\.zero\("),
     (lambda m, s: entered(sh.read(m, s, at=m[0])), SiteError, "got a module, Linear"),
+    (lambda m, s: sh.edits.ablate([3]), UnknownNameError, r"edits\.zero\("),
+    (lambda m, s: sh.load("folder", dtype="float16"), ConfigError, r"torch\.float16"),
+    (lambda m, s: sh.survey(m, s, [["a text"]]), ConfigError, r"takes no texts.*sh\.TokenBatches"),
     # latents
     (lambda m, s: sh.ablate(m, s, {3: 8.0}), LatentError, "clamp and steer take a mapping"),
     (lambda m, s: sh.ablate(m, s, torch.zeros(16, dtype=torch.bool)), LatentError, r"mask\.nonzero"),

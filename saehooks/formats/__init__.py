@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from saehooks import hub
-from saehooks.errors import FormatError
+from saehooks.errors import ConfigError, FormatError
 from saehooks.formats import releases
 from saehooks.formats.opening import Wanted, open_file, open_folder
 from saehooks.sae import SparseCoder
@@ -58,6 +58,8 @@ def load(
     known: dict[str, Any] = {"ignore": ignored, "input_scale": input_scale}
     if not isinstance(source, (str, Path)):
         raise FormatError(f"load takes a folder, a hub id or a release, got {type(source).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r}; expected a torch.dtype, such as torch.float16")
     path = Path(source)
     if sae_id is not None and subfolder is not None:
         raise FormatError(f"give sae_id={sae_id!r} or subfolder={subfolder!r}, not both")

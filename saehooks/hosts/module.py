@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saehooks.errors import SiteError
+from saehooks.errors import ConfigError, SiteError
 from saehooks.hosts.base import Host
 from saehooks.hosts.calls import is_pos_first
 from saehooks.hosts.layout import ActivationView
@@ -131,7 +131,16 @@ class ModuleHost(PathHost):
             side = "image" if batch.is_floating_point() else "text"
             encode: Any = getattr(clip, f"get_{side}_features", None) or getattr(clip, f"encode_{side}")
             return encode(batch)
-        return self.model(batch, **kwargs)
+        try:
+            return self.model(batch, **kwargs)
+        except (TypeError, AttributeError) as error:
+            texts = [batch] if isinstance(batch, str) else batch
+            if isinstance(texts, (list, tuple)) and texts and all(isinstance(one, str) for one in texts):
+                raise ConfigError(
+                    f"this {type(self.model).__name__} takes no texts ({error}): give tokens, as "
+                    "sh.TokenBatches(tokenizer, texts) makes them"
+                ) from error
+            raise
 
     def _unknown(self, name: str) -> SiteError:
         modules = self._modules
