@@ -140,8 +140,8 @@ def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
 def refined_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The Sparsemax SAE that chooses twice: by scores, then among the chosen latents by refined scores; and refines.
 
-    Loss: reconstruction, and .3 of the reconstruction before refinement. It learns best at twice the learning rate of
-    the others (4e-3). Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010.
+    Loss: reconstruction, and .3 of the reconstruction before refinement. In short trainings it learns best at 4e-3, as
+    the others do. Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010.
     """
     given = {"key_scale": 0.8, "value_scale": 1.25, "refine": 2, "refine_rate": 0.4, "reselect": 1.4}
     return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
