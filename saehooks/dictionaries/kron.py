@@ -74,7 +74,7 @@ class KronDictionary(RowDecoder):
         keys = torch.cat([self.P, self.Q])
         if keys.dtype.itemsize == 2:
             x, keys = x.float(), keys.float()
-        return Prepared((x @ keys.T).relu(), None)
+        return Prepared((x @ keys.T).relu_(), None)
 
     # ------------------------------------------------------------- selection
 

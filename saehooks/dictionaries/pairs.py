@@ -7,6 +7,8 @@ heads that reach the bound are opened, and there every p descends the sorted q o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,13 +39,24 @@ MANY_HEADS = 64
 """From so many heads on, their largest scores alone bound the threshold well enough."""
 
 
-class Factors(NamedTuple):
-    """Non-negative factors of all rows."""
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Non-negative factors of all rows; the largest of each head are found once."""
 
     p: Tensor
     """(rows, heads, m)."""
     q: Tensor
     """(rows, heads, n)."""
+
+    @cached_property
+    def best_p(self) -> Tensor:
+        """(rows, heads) the largest of each head; NaN where one is."""
+        return self.p.amax(2)
+
+    @cached_property
+    def best_q(self) -> Tensor:
+        """(rows, heads)."""
+        return self.q.amax(2)
 
     @property
     def d_sae(self) -> int:
@@ -72,8 +85,10 @@ def select_pairs(factors: Factors, rule: RowRule | BatchTopK, step: Step = DEFAU
     """
     rows, d_sae = factors.p.shape[0], factors.d_sae
     rule.check(rows, d_sae)
-    finite = factors.p.flatten(1).isfinite().all(1) & factors.q.flatten(1).isfinite().all(1)
-    usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in factors))
+    finite = (factors.best_p.isfinite() & factors.best_q.isfinite()).all(1)
+    usable = factors
+    if not bool(finite.all()):
+        usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in (factors.p, factors.q)))
     if isinstance(rule, BatchTopK):
         pairs = pairs_above(usable, _batch_bound(usable, rule.k * rows))
         keep, threshold = _best_of_batch(pairs, rule.k * rows, rows)
@@ -95,10 +110,10 @@ def select_pairs(factors: Factors, rule: RowRule | BatchTopK, step: Step = DEFAU
 
 def pairs_above(factors: Factors, bound: Tensor) -> Pairs:
     """The pairs of each row whose score exceeds its bound (rows,), found by descending each head's sorted q."""
-    p, q = factors
+    p, q = factors.p, factors.q
     heads, m, n = p.shape[1], p.shape[2], q.shape[2]
     floor = (bound.clamp(min=0) * (1 - SLACK)).square()
-    best = p.amax(2) * q.amax(2)
+    best = factors.best_p * factors.best_q
     row, head = ((best >= floor[:, None]) & (best > 0)).nonzero(as_tuple=True)
     p, (q, order) = p[row, head], q[row, head].sort(dim=1, descending=True)
     least = torch.where(p > 0, floor[row, None] / p, torch.inf).clamp(min=torch.finfo(p.dtype).tiny)
@@ -123,12 +138,12 @@ def explicit(factors: Factors, rows: Tensor) -> Tensor:
 
 def _tops(factors: Factors) -> Tensor:
     """(rows, heads) the largest score of each head."""
-    return (factors.p.amax(2) * factors.q.amax(2)).sqrt()
+    return (factors.best_p * factors.best_q).sqrt()
 
 
 def _edges(factors: Factors) -> Tensor:
     """(rows, heads * (m + n)) scores of the pairs with a head's largest p or largest q, none twice (-inf instead)."""
-    p, q = factors
+    p, q = factors.p, factors.q
     best_p, best_q = p.max(2, keepdim=True).values, q.max(2, keepdim=True)
     along_q = (best_p * q).sqrt().scatter(2, best_q.indices, -torch.inf)
     return torch.cat([(p * best_q.values).sqrt(), along_q], dim=2).flatten(1)
