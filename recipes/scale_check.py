@@ -219,18 +219,19 @@ def grid_table(names: list[str], steps: int, grids: list[str], found: dict) -> l
         "|---|---|" + "---|" * len(grids),
     ]
     for name in names:
-        each = (found[f"{name}; {steps}; {one}"] for one in grids)
-        shown = (f"{loss:.0e} ({weights:.0e})" for loss, weights in each)
+        each = (found.get(f"{name}; {steps}; {one}") for one in grids)
+        shown = (f"{one[0]:.0e} ({one[1]:.0e})" if one else "not run" for one in each)
         lines.append(f"| {name} | {found[f'{name}; {steps}']:.4f} | " + " | ".join(shown) + " |")
-    largest = {name: max(found[f"{name}; {steps}; {one}"][0] for one in grids if one != NUDGED) for name in names}
+    figures = {name: [found.get(f"{name}; {steps}; {one}") for one in grids if one != NUDGED] for name in names}
+    largest = {name: max(one[0] for one in each if one) for name, each in figures.items()}
     rounding = {name: found[f"{name}; {steps}; {NUDGED}"][0] for name in names}
     steady = [name for name in names if rounding[name] < STEADY]
     lines += [
         "",
         f"In {len(steady)} of {len(names)} cells rounding stays rounding (a nudge moves the loss by less than "
         f"{STEADY:.0e}): several ranks differ from one by {max(map(largest.get, steady), default=0):.1e} at most. "
-        "In the others a latent at its threshold, chosen on one side and not on the other, sets the trainings apart: "
-        "several ranks and a nudge differ from one process alike, at most "
+        "In the others training itself makes more of it: a nudge of the rows of one process moves the loss as far "
+        "as several ranks do, or farther. Ranks, at most, and the nudge: "
         + (", ".join(f"{largest[n]:.0e} and {rounding[n]:.0e} ({n})" for n in names if n not in steady) or "nowhere")
         + ".",
     ]
@@ -274,7 +275,8 @@ def counted() -> list[str]:
             wanted = bytes_by_hand(name, ranks, latents, newton)
             if abs(sent - wanted) > 1e-6:
                 raise SystemExit(f"{name}, {grid_name}: {sent} bytes were sent, the arithmetic says {wanted}")
-            lines.append(f"| {name} | {grid_name} | {sent:,.0f} | {wanted:,.0f} | {newton:.2f} |")
+            steps = f"{newton:.2f}" if latents > 1 else "-"
+            lines.append(f"| {name} | {grid_name} | {sent:,.0f} | {wanted:,.0f} | {steps} |")
     return lines
 
 

@@ -294,7 +294,7 @@ def ten(tokens: int) -> list[str]:
     """One call of `sh.fit` with ten SAEs, and ten calls with one each."""
     model, words = smollm2()
     batches = sh.TokenBatches(words, text("train"), context=CONTEXT, batch_size=8, limit=tokens)
-    settings = {"progress": False, "batch_size": 512, "buffer_rows": 2048}
+    settings = {"progress": False, "batch_size": 128, "buffer_rows": 512}
 
     def made() -> dict[str, sh.SAE]:
         found = {}
