@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saehooks.activations import Activation
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
-from saehooks.kernels import DEFAULT, Step, Support
+from saehooks.kernels import DEFAULT, Step, Support, is_differentiated
 
 
 class Refined(NamedTuple):
@@ -101,8 +101,7 @@ class Refinement(nn.Module):
         if not self.steps:
             return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
         target = dictionary.target(x, prepared)
-        inputs = (values, target, self.rates, *dictionary.parameters())
-        tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        tracked = is_differentiated(values, target, self.rates, *dictionary.parameters())
         for i, rate in enumerate(self.rates):
             again = self.reselect if i == 0 else None
             if active is None and again is None and not (decoding or tracked):

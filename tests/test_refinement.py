@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from test_grid import CELLS, cell, rows
+from torch.autograd import forward_ad
 
 import saehooks as sh
 from saehooks.errors import ConfigError
@@ -83,6 +84,16 @@ def test_reading_without_gradients_gives_the_same(dictionary, activation, refine
     with torch.no_grad():
         read = sae.encode(x)
     torch.testing.assert_close(read.dense(), sae.encode(x).dense().detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_forward_gradients_are_never_dropped_in_silence(refine):
+    """The products have no forward mode: an SAE in use says so, and does not return values without tangents."""
+    sae, x = cell("linear", "topk", refine=refine), rows(8)
+    sae.initialise(x)
+    sae.eval().requires_grad_(False)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        sae.encode(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_kept_directions_follow_the_tables():

@@ -6,7 +6,17 @@ a step knows beside its tensors.
 """
 
 from saehooks.kernels.backend import BACKENDS, Backend, backend_for
-from saehooks.kernels.ops import entmax_weights, refine, sddmm, sddmm_spmm, select, select_rows, simplex_weights, spmm
+from saehooks.kernels.ops import (
+    entmax_weights,
+    is_differentiated,
+    refine,
+    sddmm,
+    sddmm_spmm,
+    select,
+    select_rows,
+    simplex_weights,
+    spmm,
+)
 from saehooks.kernels.reference.across_rows import batch_topk
 from saehooks.kernels.reference.select import score_chunks
 from saehooks.kernels.rules import (
@@ -42,6 +52,7 @@ __all__ = [
     "backend_for",
     "batch_topk",
     "entmax_weights",
+    "is_differentiated",
     "refine",
     "score_chunks",
     "sddmm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from saehooks.errors import WidthError
@@ -69,6 +70,13 @@ def _check_product(left_rows: int | None, values: Tensor | None, support: Suppor
     support.check(table.shape[0])
 
 
+def is_differentiated(*inputs: Tensor | None) -> bool:
+    """Whether what is made of some tensors may be asked for a gradient, or carry one forward."""
+    if forward_ad._current_level >= 0:  # a dual tensor does not say that it is one
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
 # ------------------------------------------------------------- sparse products
 
 
@@ -98,8 +106,7 @@ def sddmm(
     """
     check_widths(left, table, bias)
     _check_product(left.shape[0], known, support, table)
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (left, table, bias))
-    if known is not None and not tracked:
+    if known is not None and not is_differentiated(left, table, bias):
         return known.detach().to(left.dtype, copy=True)
     backend = backend_for(left, step)
     table, gradient = _shared(table, support, backend)
