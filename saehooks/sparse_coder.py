@@ -386,8 +386,8 @@ class SparseCoder(nn.Module, metaclass=Answering):
         raise no_attribute(self, name, {**ANSWERS, **dict.fromkeys(WEIGHTS, lacks)} if "cfg" in self.__dict__ else {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "use_error_term":  # it would change nothing, and nobody would know
-            raise no_attribute(self, name, ANSWERS)
+        if name == "use_error_term" or name in WEIGHTS:  # it would change nothing, and nobody would know
+            raise no_attribute(self, name, ANSWERS | {one: f"write sae.dictionary.{one} = ..." for one in WEIGHTS})
         super().__setattr__(name, value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -157,6 +157,7 @@ NAMES = [
     # attributes
     (lambda m, s: s.use_error_term, UnknownNameError, "error='keep'"),
     (lambda m, s: setattr(s, "use_error_term", True), UnknownNameError, "error='keep'"),
+    (lambda m, s: setattr(s, "W_dec", torch.zeros(1)), UnknownNameError, "write sae.dictionary.W_dec = ..."),
     (lambda m, s: s.hook_sae_acts_post, UnknownNameError, r"trace\.codes"),
     (lambda m, s: s.cfg.hook_name, UnknownNameError, r"sae\.hook_name"),
     (lambda m, s: s.cfg.k, UnknownNameError, r"cfg\.settings\['k'\]"),
