@@ -341,9 +341,9 @@ class SparseCoder(nn.Module, metaclass=Answering):
         return decoded.reshape(*codes.shape, self.d_out)
 
     def forward(self, x: Tensor, *, step: Step | None = None) -> SAEOutput:
-        """Encode and decode activations (*shape, d_in)."""
-        stages = self.encode_stages(x, decoding=True, step=step)
-        return SAEOutput(self.decode_stages(stages, step=step), stages.codes)
+        """Encode and decode activations (*shape, d_in); the reconstruction is differentiable in the codes' values."""
+        stages = self.encode_stages(x, step=step)
+        return SAEOutput(self.decode(stages.candidates, step=step), stages.codes)
 
     @torch.no_grad()
     @_in_own_dtype

@@ -230,3 +230,17 @@ def test_only_an_sae_whose_weights_say_nothing_yet_is_unfinished(tmp_path):
     assert other.finished
     sae.initialise(torch.randn(32, 8))
     assert sae.finished
+
+
+@pytest.mark.parametrize("settings", [{}, {"refine": 1}, {"values": "weight"}])
+def test_the_reconstruction_is_differentiable_in_the_codes(settings):
+    """What an attribution asks for: the gradient at a code is its direction times what the reconstruction is asked."""
+    torch.manual_seed(0)
+    sae, x = sh.SAE(8, 40, **settings), torch.randn(6, 8)
+    recons, codes = sae(x)
+    codes.values.retain_grad()
+    asked = torch.linspace(-1, 1, 8)
+    (recons * asked).sum().backward()
+    scale = codes.scale if codes.scale is not None else torch.ones(6)
+    wanted = (sae.directions(codes.indices.tolist()) @ asked) * scale[codes.rows]
+    torch.testing.assert_close(codes.values.grad, wanted.detach())
