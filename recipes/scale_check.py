@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict] = {
 }
 NUDGED = "1, rows nudged"
 GRIDS = {"2 by rows": (2, 1), "4 by rows": (4, 1), "2 by latents": (2, 2), "4 by latents": (4, 4)}
-STEADY = 1e-5
+STEADY = 1e-6
 """Of the loss, relative: what a nudge of the rows may change where no choice of latents changes."""
 LAST = 80
 """Step at which the trainings of the parts "checkpoints" and "kills" end."""
@@ -230,8 +230,8 @@ def grid_table(names: list[str], steps: int, grids: list[str], found: dict) -> l
         "",
         f"In {len(steady)} of {len(names)} cells rounding stays rounding (a nudge moves the loss by less than "
         f"{STEADY:.0e}): several ranks differ from one by {max(map(largest.get, steady), default=0):.1e} at most. "
-        "In the others training itself makes more of it: a nudge of the rows of one process moves the loss as far "
-        "as several ranks do, or farther. Ranks, at most, and the nudge: "
+        "In the others training itself makes more of it: a nudge of the rows of one process moves the loss as well. "
+        "Ranks, at most, and the nudge: "
         + (", ".join(f"{largest[n]:.0e} and {rounding[n]:.0e} ({n})" for n in names if n not in steady) or "nowhere")
         + ".",
     ]
