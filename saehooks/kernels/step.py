@@ -201,15 +201,36 @@ class Bfloat16Tables:
         return self._made[name][1]
 
 
+class Seen(NamedTuple):
+    """A table as it was when something was made of it. It is held, so that no other can take its place in memory."""
+
+    table: Tensor
+    """(rows, d)."""
+    version: int
+    marks: Tensor
+    most_marks: int | None
+
+    @classmethod
+    def now(cls, table: Tensor, most_marks: int | None = None) -> Seen:
+        """A table as it is; one made under inference_mode does not say whether it changes, and cannot be seen."""
+        held = table.detach()
+        return cls(held, table._version, marks(held, most_marks), most_marks)
+
+    def is_still(self, table: Tensor) -> bool:
+        """Whether a table is this one, unchanged as far as torch counts changes and its `marks` tell."""
+        if table.is_inference() or _place(self.table) != _place(table) or self.version != table._version:
+            return False
+        return torch.equal(self.marks, marks(table.detach(), self.most_marks))
+
+
 class ScreenTables:
     """The CPU screens' rounded copies of one table, kept while the table is the same.
 
-    A table is the same if it lies where it lay, unchanged as far as torch counts changes and its `marks` tell; it is
-    held, so that no other can take its place. Copies of an SAE, and its pickle, start without one.
+    Copies of an SAE, and its pickle, start without one.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[Tensor, int, Tensor, Tensor | None, Any]] = {}
+        self._kept: dict[Any, tuple[Seen, Tensor | None, Any]] = {}
 
     def of(
         self,
@@ -221,19 +242,13 @@ class ScreenTables:
         """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed."""
         kept = self._kept.get(make)
         if kept is not None:
-            held, version, held_marks, held_bias, rounded = kept
-            unchanged = _place(held) == _place(keys) and not keys.is_inference() and keys._version == version
-            unchanged = unchanged and torch.equal(held_marks, marks(keys, most_marks))
-            if held_bias is None or bias is None:
-                unchanged = unchanged and held_bias is bias
-            elif unchanged:
-                unchanged = torch.equal(held_bias, bias)
-            if unchanged:
+            seen, held_bias, rounded = kept
+            same_bias = held_bias is bias if held_bias is None or bias is None else torch.equal(held_bias, bias)
+            if same_bias and seen.is_still(keys):
                 return rounded
         rounded = make(keys, bias)
         if not keys.is_inference():
-            held_bias = None if bias is None else bias.clone()
-            self._kept[make] = keys, keys._version, marks(keys, most_marks), held_bias, rounded
+            self._kept[make] = Seen.now(keys, most_marks), None if bias is None else bias.clone(), rounded
         return rounded
 
     @property
@@ -249,23 +264,19 @@ class ScreenTables:
 
 
 class KeptProduct:
-    """What was made of some tables, kept while they lie where they lay, unchanged as far as torch and `marks` tell.
-
-    The tables are held, so that no others can take their place. Copies, and pickles, start without any.
-    """
+    """What was made of some tables, kept while they are the same. Copies, and pickles, start without any."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list, list[Tensor], tuple[Tensor, ...], Tensor] | None = None
+        self._kept: tuple[list[Seen], Tensor] | None = None
 
     def of(self, make: Callable[..., Tensor], *tables: Tensor) -> Tensor:
         """``make(*tables)``, made anew if a table has changed."""
-        seen = [(*_place(table), table._version) for table in tables]
-        marked = [marks(table.detach()) for table in tables]
-        kept = self._kept
-        if kept is None or kept[0] != seen or not all(map(torch.equal, kept[1], marked)):
-            held = tuple(table.detach() for table in tables)
-            kept = self._kept = seen, marked, held, make(*held)
-        return kept[-1]
+        if self._kept is not None and all(map(Seen.is_still, self._kept[0], tables)):
+            return self._kept[1]
+        seen = [Seen.now(table) for table in tables]
+        made = make(*(one.table for one in seen))
+        self._kept = seen, made
+        return made
 
     @property
     def nbytes(self) -> int:
