@@ -35,18 +35,30 @@ def test_outputs_are_committed(file):
     assert len(text) < LARGEST
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One Jupyter kernel for all notebooks, as of a person who opens one after the other: it imports things once."""
+    pytest.importorskip("ipykernel")
+    client = pytest.importorskip("jupyter_client")
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    manager, connection = client.manager.start_new_kernel(
+        kernel_name="python3", env={**os.environ, **settings}, cwd=str(tmp_path_factory.mktemp("notebooks"))
+    )
+    connection.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_notebooks_run(file, tmp_path, monkeypatch):
+def test_notebooks_run(file, kernel, tmp_path):
     """Every cell runs, on the real small models, without a model hub."""
     nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
     notebook = nbformat.read(file, as_version=4)
+    emptied = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}\nimport gc; gc.collect(); del gc")
+    notebook.cells.insert(0, emptied)
     patient = {"timeout": 600, "iopub_timeout": 600}  # a busy machine may take its time to tell what a cell printed
-    client = nbclient.NotebookClient(notebook, **patient, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
+    nbclient.NotebookClient(notebook, km=kernel, **patient).execute(reset_kc=True)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1))
+    assert counts == list(range(counts[0], counts[0] + len(counts)))
