@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from saehooks.errors import WidthError
+from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels.backend import Backend, backend_for
 from saehooks.kernels.rules import BatchRule, RowRule
 from saehooks.kernels.step import DEFAULT, Contribution, Step
@@ -160,7 +160,10 @@ def sddmm_spmm(
     Raises:
         LatentError: a support with a latent that the table does not have.
         WidthError: tensors that do not fit each other.
+        ConfigError: a known product beside values or a rate, which it would leave out.
     """
+    if known is not None and (values is not None or rate is not None):
+        raise ConfigError("`known` is the whole result: give it without values and rate")
     check_widths(left, table, None)
     for entries in (values, known):
         _check_product(left.shape[0], entries, support, table)

@@ -15,7 +15,7 @@ from hard_scores import dense_mask
 
 from saehooks import SAE, kernels
 from saehooks.codes import Codes
-from saehooks.errors import LatentError, WidthError
+from saehooks.errors import ConfigError, LatentError, WidthError
 from saehooks.kernels import FeatureChoice, Sparsemax, Support, Threshold
 from saehooks.support import offsets_of, rows_of
 
@@ -67,6 +67,14 @@ def test_gradcheck(path, device):
         raise_exception=True,
     )
     assert torch.autograd.gradcheck(lambda a, b: kernels.spmm(a, Support(indices, offsets), b), (values, table))
+
+
+def test_a_known_result_beside_what_would_change_it_is_refused():
+    """It would be taken for the result, and values and rate left out without a word."""
+    left, table, support = torch.randn(1, 3), torch.randn(4, 3), Support(torch.tensor([2]), torch.tensor([0, 1]))
+    for more in ({"values": torch.ones(1)}, {"rate": torch.tensor(0.5)}):
+        with pytest.raises(ConfigError, match="without values and rate"):
+            kernels.sddmm_spmm(left, table, support, known=torch.ones(1), **more)
 
 
 @pytest.mark.parametrize("share", [2.0, 0.0])
