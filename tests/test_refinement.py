@@ -114,6 +114,18 @@ def test_kept_directions_follow_the_tables():
         torch.testing.assert_close(sae.encode(x).dense(), refined_densely(sae, x, plain(sae, x)), rtol=1e-3, atol=1e-4)
 
 
+def test_few_rows_of_many_latents_are_refined_without_kept_directions():
+    """One row's values are the formula's, like those of many, and no second table is made for it."""
+    torch.manual_seed(0)
+    sae = sh.SAE(16, 2048, refine=2).eval().requires_grad_(False)
+    x = rows(40)
+    one = torch.cat([sae.encode(row).dense() for row in x.split(1)])
+    assert sae.dictionary._kept_directions.nbytes == 0
+    torch.testing.assert_close(one, refined_densely(sae, x, plain(sae, x)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae.encode(x).dense(), one, rtol=1e-3, atol=1e-4)
+    assert sae.dictionary._kept_directions.nbytes > 0 or sae.device.type != "cpu"
+
+
 def test_a_first_pass_is_there_only_with_refinement():
     """Without refinement there is nothing to decode."""
     sae = cell("concepts", "sparsemax")
