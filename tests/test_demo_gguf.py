@@ -19,7 +19,7 @@ SHAPES = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_outp
 SHAPES |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
 
 
-def written(file: Path, architecture: str = "llama", tied: bool = True, more: str | None = None) -> Path:
+def written(file: Path, architecture: str = "llama", tied: bool = True, more: str = "", scaled: bool = False) -> Path:
     """A GGUF file by the gguf package: two layers of four heads over two, in four and eight bits, and float32."""
     draw = np.random.default_rng(0)
     writer = gguf.GGUFWriter(file, architecture)
@@ -33,6 +33,8 @@ def written(file: Path, architecture: str = "llama", tied: bool = True, more: st
     writer.add_rope_freq_base(50_000.0)
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-5)
+    if scaled:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_vocab_size(96)
     writer.add_token_list([f"t{i}" for i in range(96)])
     writer.add_token_types([1] * 96)
@@ -54,7 +56,7 @@ def written(file: Path, architecture: str = "llama", tied: bool = True, more: st
             add(f"blk.{layer}.{norm}.weight", (64,))
         for name, shape in SHAPES.items():
             add(f"blk.{layer}.{name}.weight", shape, kinds.Q4_1)
-    if more is not None:
+    if more:
         add(more, (64,))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -84,7 +86,7 @@ def test_a_file_gives_the_model_that_transformers_makes_of_it(tmp_path, tied):
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
-    """Another architecture, a tensor that a Llama does not have, another format, a header that was cut short."""
+    """Another architecture, another tensor, another format, scaled positions, a file that was cut short."""
     from saehooks.demo.gguf import llama
 
     with pytest.raises(FormatError, match="holds a 'gpt2', not a 'llama'"):
@@ -95,6 +97,12 @@ def test_files_of_another_kind_are_refused(tmp_path):
     other.write_bytes(b"PK\3\4" + bytes(60))
     with pytest.raises(FormatError, match="not a GGUF file of version 2 or 3"):
         llama(other)
+    with pytest.raises(FormatError, match="scales its rotary embeddings"):
+        llama(written(tmp_path / "e.gguf", scaled=True))
+    cut = written(tmp_path / "f.gguf")
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(FormatError, match=r"ends amid its tensor 'blk\.1"):
+        llama(cut)
     short = tmp_path / "d.gguf"
     short.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 5))
     with pytest.raises(FormatError, match="ends amid its header"):

@@ -35,11 +35,11 @@ def llama(file: Path) -> Any:
     """Load a Llama from a GGUF file, dequantised to float32, as transformers' own reader does, bit for bit.
 
     Args:
-        file: one that is not split, of architecture "llama", without scaled rotary embeddings.
+        file: one that is not split.
     Returns:
         LlamaForCausalLM in eval mode.
     Raises:
-        FormatError: another architecture, or a tensor that this architecture does not have.
+        FormatError: another architecture, scaled rotary embeddings, or a tensor that a Llama does not have.
     Source: the GGUF specification (ggml, docs/gguf.md); dequantising is the gguf package's.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,6 +48,8 @@ def llama(file: Path) -> Any:
     if facts.get("general.architecture") != "llama":
         raise FormatError(f"{file} holds a {facts.get('general.architecture')!r}, not a 'llama'")
     of = {name.removeprefix("llama."): value for name, value in facts.items() if name.startswith("llama.")}
+    if of.get("rope.scaling.type", "none") != "none":
+        raise FormatError(f"{file} scales its rotary embeddings ({of['rope.scaling.type']}), which is not read here")
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     given = {f"{name}_token_id": facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
     config = LlamaConfig(
@@ -128,7 +130,10 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, shape, kind, offset in places:
         quantised = GGMLQuantizationType(kind)
         block, size = GGML_QUANT_SIZES[quantised]
-        raw = data[start + offset :][: int(np.prod(shape)) // block * size].reshape(*shape[:-1], -1)
+        raw = data[start + offset :][: int(np.prod(shape)) // block * size]
+        if raw.size * block != int(np.prod(shape)) * size:
+            raise FormatError(f"{file} ends amid its tensor {name!r}")
+        raw = raw.reshape(*shape[:-1], -1)
         raw = raw.view(np.float32) if quantised is GGMLQuantizationType.F32 else raw
         found[name] = torch.from_numpy(np.array(dequantize(raw, quantised), copy=True))
     return known, found
