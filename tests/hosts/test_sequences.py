@@ -218,7 +218,7 @@ def test_watching_costs_next_to_nothing(llama):
     threads, ratios, placed = torch.get_num_threads(), [], []
     torch.set_num_threads(1)
     with torch.no_grad(), watch.watching([(site, lambda acts: placed.append(watch.look(site, acts).place))]):
-        for _ in range(12):
+        for _ in range(48):  # long enough that what else the machine does for a moment is not most of it
             spent.clear()
             started = time.thread_time()
             model(ids)
@@ -226,4 +226,4 @@ def test_watching_costs_next_to_nothing(llama):
             ratios.append(sum(spent) / (whole - sum(spent)))
             assert len(spent) <= 6  # the model, its stack, the block: two calls each at most, whatever the depth
     torch.set_num_threads(threads)
-    assert min(ratios) < 0.02  # the least disturbed of the twelve: a busy machine empties caches
+    assert sorted(ratios)[len(ratios) // 2] < 0.02
