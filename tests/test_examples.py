@@ -41,10 +41,8 @@ def kernel(tmp_path_factory):
     pytest.importorskip("ipykernel")
     client = pytest.importorskip("jupyter_client")
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    manager, connection = client.manager.start_new_kernel(
-        kernel_name="python3", env={**os.environ, **settings}, cwd=str(tmp_path_factory.mktemp("notebooks"))
-    )
-    connection.stop_channels()
+    manager = client.KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, **settings}, cwd=str(tmp_path_factory.mktemp("notebooks")))
     yield manager
     manager.shutdown_kernel(now=True)
 
@@ -59,6 +57,6 @@ def test_notebooks_run(file, kernel, tmp_path):
     emptied = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}\nimport gc; gc.collect(); del gc")
     notebook.cells.insert(0, emptied)
     patient = {"timeout": 600, "iopub_timeout": 600}  # a busy machine may take its time to tell what a cell printed
-    nbclient.NotebookClient(notebook, km=kernel, **patient).execute(reset_kc=True)
+    nbclient.NotebookClient(notebook, km=kernel, **patient).execute()
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(counts[0], counts[0] + len(counts)))
