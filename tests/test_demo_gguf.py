@@ -12,8 +12,7 @@ import torch
 from saehooks.errors import FormatError
 
 gguf = pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers", minversion="5.9")
+transformers = pytest.importorskip("transformers", minversion="5.9")
 
 SHAPES = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
 SHAPES |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}

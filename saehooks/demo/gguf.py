@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,16 @@ def llama(file: Path) -> Any:
     of = {name.removeprefix("llama."): value for name, value in facts.items() if name.startswith("llama.")}
     if of.get("rope.scaling.type", "none") != "none":
         raise FormatError(f"{file} scales its rotary embeddings ({of['rope.scaling.type']}), which is not read here")
+    heads = {"q_proj": of["attention.head_count"]}
+    heads["k_proj"] = of.get("attention.head_count_kv", heads["q_proj"])
     special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     given = {f"{name}_token_id": facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
     config = LlamaConfig(
         hidden_size=of["embedding_length"],
         intermediate_size=of["feed_forward_length"],
         num_hidden_layers=of["block_count"],
-        num_attention_heads=of["attention.head_count"],
-        num_key_value_heads=of.get("attention.head_count_kv", of["attention.head_count"]),
+        num_attention_heads=heads["q_proj"],
+        num_key_value_heads=heads["k_proj"],
         head_dim=of.get("rope.dimension_count"),
         max_position_embeddings=of["context_length"],
         rms_norm_eps=of["attention.layer_norm_rms_epsilon"],
@@ -68,9 +71,9 @@ def llama(file: Path) -> Any:
     )
     state = {transformers_name(name): tensor for name, tensor in tensors.items()}
     for name in state:
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = "attention.head_count" if "q_proj" in name else "attention.head_count_kv"
-            state[name] = rotated_by_halves(state[name], of.get(heads, of["attention.head_count"]))
+        module = name.split(".")[-2]
+        if module in heads:
+            state[name] = rotated_by_halves(state[name], heads[module])
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
@@ -130,12 +133,12 @@ def contents(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, shape, kind, offset in places:
         quantised = GGMLQuantizationType(kind)
         block, size = GGML_QUANT_SIZES[quantised]
-        raw = data[start + offset :][: int(np.prod(shape)) // block * size]
-        if raw.size * block != int(np.prod(shape)) * size:
+        wanted, odd = divmod(math.prod(shape) * size, block)
+        raw = data[start + offset :][:wanted]
+        if odd or len(raw) != wanted:
             raise FormatError(f"{file} ends amid its tensor {name!r}")
-        raw = raw.reshape(*shape[:-1], -1)
-        raw = raw.view(np.float32) if quantised is GGMLQuantizationType.F32 else raw
-        found[name] = torch.from_numpy(np.array(dequantize(raw, quantised), copy=True))
+        values = dequantize(raw.reshape(*shape[:-1], -1), quantised)
+        found[name] = torch.from_numpy(np.require(values, requirements=["W", "E"]))  # float32 is the file itself
     return known, found
 
 
