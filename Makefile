@@ -7,7 +7,10 @@ BENCH_ARGS ?=
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.saehooks-ready
-TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Compiled modules are kept even where the shell says not to: compiling torch and transformers takes most of an import,
+# and dozens of tests start a process of their own.
+TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	PYTHONDONTWRITEBYTECODE=
 
 .PHONY: demo test coverage test-newest lint format setup lock docs clean gpu-bench gpu-test
 

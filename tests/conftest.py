@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -37,6 +38,14 @@ WORDS = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(61))]
 def seeded():
     """Every test draws the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Collecting garbage passes over what was there before a module's tests: going through all that transformers imports
+    takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -13,6 +13,11 @@ from saehooks import kernels
 RUNS = {"reference": True, "cpu": find_spec("numba") is not None, "gpu": torch.cuda.is_available()}
 HERE = [name for name in kernels.BACKENDS if RUNS[name]]
 
+if not RUNS["gpu"] and find_spec("triton") is not None:
+    from interpreted import patch_language_once
+
+    patch_language_once()
+
 
 @pytest.fixture(params=HERE)
 def path(request):

@@ -56,7 +56,7 @@ def test_steps_of_a_size_fixed_beforehand_train_as_exact_ones(dictionary, activa
     ends = []
     for ahead in (False, True):
         torch.manual_seed(0)
-        sae = SAE(16, 128, dictionary, activation, device=DEVICE, **settings)
+        sae = SAE(16, 64, dictionary, activation, device=DEVICE, **settings)
         trainer = trained(sae, 4, ahead, monkeypatch, dead_after=12)
         ends.append([*sae.state_dict().values(), trainer.idle])
     for exact, found in zip(*ends, strict=True):
