@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,17 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
+imported: list[int] = [0]
+"""How many modules there were when garbage was last looked for among all objects."""
+
+
+@pytest.fixture(autouse=True)
 def frozen():
-    """Collecting garbage passes over what was there before a module's tests: going through all that transformers imports
-    takes half a second each time."""
-    gc.collect()
-    gc.freeze()
+    """Collecting garbage passes over what imports made: going through all of transformers takes half a second each time."""
+    if len(sys.modules) > imported[0] + 100:
+        gc.collect()
+        gc.freeze()
+        imported[0] = len(sys.modules)
 
 
 @pytest.fixture

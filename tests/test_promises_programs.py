@@ -178,6 +178,8 @@ def host_of(name: str) -> Host:
         saes.append(sae.train() if i else sae.eval())
     call(model)  # a bridge registers hooks of its own at its first forward
     torch.compile(model, backend="eager")  # transformers notes that it was compiled
+    gc.collect()
+    gc.freeze()  # later collections need not go through what this one imported
     return Host(model, tuple(saes), call, generate)
 
 
