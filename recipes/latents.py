@@ -2,7 +2,7 @@
 
     python recipes/latents.py                                  # SmolLM2, 49,152 tokens of Wikipedia
     python recipes/latents.py --model tinyclip                 # the small CLIP, 700 photos
-    python recipes/latents.py --tokens 1000000 --folder out/index --resume
+    python recipes/latents.py --text wikipedia.txt --tokens 1000000 --folder out/index --resume
 
 Writes results/latents_<model>.html, and the index itself where ``--folder`` says.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 import saehooks as sh
 from saehooks.demo import packaged_sae, photos, small_clip, smollm2, text
+from saehooks.streams import read_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "tinyclip"), default="smollm2")
     parser.add_argument("--sae", type=Path, help="by default the packaged one")
+    parser.add_argument("--text", type=Path, help="by default the packaged slice of Wikipedia")
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--contexts", type=int, default=5, help="strongest contexts of each latent on the page")
     parser.add_argument("--sampled", type=int, default=4, help="contexts drawn at random on the page")
@@ -36,7 +38,8 @@ def main() -> None:
     labels = None
     if args.model == "smollm2":
         model, tokenizer = smollm2()
-        batches = sh.TokenBatches(tokenizer, text("train"), context=128, batch_size=8, limit=args.tokens)
+        words = read_text([args.text]) if args.text else text("train")
+        batches = sh.TokenBatches(tokenizer, words, context=128, batch_size=8, limit=args.tokens)
     else:
         model, preprocess, _ = small_clip()
         shots = [photos("train"), photos("test")]

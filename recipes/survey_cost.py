@@ -120,7 +120,7 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
             "",
             f"All {len(index):,} latents of the packaged SAE at `{index.site}` of SmolLM2-135M-Instruct, "
             f"{index.positions:,} positions of {index.sequences:,} sequences, batches of 8 x 128 tokens; one thread's "
-            f"own time. The text is {words}. Every {args.every}th batch went through the model alone too. {ended}",
+            f"own time. The text is {words}. Every {args.every}th batch went through the model alone too. {ended}".rstrip(),
             "",
             "| beside | a batch of it | a batch of the survey, median ratio | the whole survey, its end included |",
             "|---|---|---|---|",

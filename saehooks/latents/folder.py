@@ -46,6 +46,8 @@ def read_tensors(folder: str | Path, partial: bool = False) -> tuple[dict[str, A
         hint = "write resume=False to begin one" if partial else "sh.survey(model, sae, batches, folder=...) writes one"
         if not partial and (folder / f"{PARTIAL}.safetensors").is_file():
             hint = "its survey was interrupted; sh.survey(..., folder=..., resume=True) goes on with it"
+        if partial and (folder / f"{INDEX}.safetensors").is_file():
+            hint = "its survey is complete; sh.LatentIndex.load(folder) reads it, and resume=False begins another"
         raise FormatError(f"{folder} does not hold {what}: {hint}")
     tensors, description = read_safetensors(folder / f"{name}.safetensors")
     if not isinstance(description, dict) or description.get("format") != "saehooks latents":
