@@ -78,6 +78,9 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=CELLS["topk"]["k"], help="k of topk")
     parser.add_argument("--copies", type=int, help="how often a training photo is shown; default: 9,000 in all")
     parser.add_argument("--passes", type=int, default=3, help="how often an activation is trained on")
+    parser.add_argument(
+        "--afterwards", type=int, metavar="STEPS", help="also: each SAE refined afterwards (sae.refined)"
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--rank", nargs="+", default=["frequency", "contrast"], choices=RANKS)
     parser.add_argument("--templates", nargs="+", default=["a photo of a {}."])
@@ -98,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_embeddings(clip, prompts, opened.tokenizer)
 
     saes = load_or_train(clip, train, args)
+    if args.afterwards:
+        saes |= refined_afterwards(clip, saes, train.first(200), args.afterwards)
     setting = {"model": args.model, "data": Path(args.data).name if args.data else "packaged", "limit": str(args.limit)}
     rows = measured_before(args.out / "clip_topn.csv", setting, args.counts)
     done = {(row["SAE"], row["rank"]) for row in rows}
@@ -145,6 +150,16 @@ def load_or_train(clip: Any, train: Photos, args: argparse.Namespace) -> dict[st
         sae.cfg.metadata["training"]["data"] = Path(args.data).name if args.data else "saehooks photos (CIFAR-10)"
         sae.save(args.out / "saes" / name, dtype=torch.float16)
     return saes
+
+
+def refined_afterwards(clip: Any, saes: dict[str, sh.SAE], photos: Photos, steps: int) -> dict[str, sh.SAE]:
+    """Those SAEs that do not refine, refined in some steps, whose sizes are fitted to activations of the photos."""
+    found = {}
+    for name, sae in saes.items():
+        if not sae.refinement.steps:
+            rows = torch.cat(list(sh.harvest(clip, photos.batches(), sae.hook_name)))
+            found[f"{name}, refined afterwards"] = sae.refined(rows, steps)
+    return found
 
 
 # ---------------------------------------------------------------------- ranking

@@ -93,14 +93,15 @@ def main() -> None:
         write(rows, options.out)
 
 
-def write(rows: list[dict], folder: Path) -> None:
+def write(rows: list[dict], folder: Path, columns: tuple[str, ...] = COLUMNS) -> None:
+    """Rows of figures as table.csv and table.md."""
     with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    values = ([row[name] for name in COLUMNS] for row in rows)
+    values = ([row[name] for name in columns] for row in rows)
     cells = ([f"{value:.4f}" if isinstance(value, float) else str(value) for value in row] for row in values)
-    (folder / "table.md").write_text(markdown_table(COLUMNS, cells))
+    (folder / "table.md").write_text(markdown_table(columns, cells))
 
 
 if __name__ == "__main__":

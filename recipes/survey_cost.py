@@ -112,7 +112,7 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
     kept = sum(one.nbytes for shelf in (index.best, index.drawn) for one in shelf.values()) + index.quantiles.nbytes
     words = "the packaged text, a slice of English Wikipedia" if args.text is None else args.text.name
     text_option = "" if args.text is None else f" --text {args.text.name}"
-    ended = "" if index.complete else f"Stopped by hand after {index.sequences * 128:,} of {args.tokens:,} tokens. "
+    ended = "" if index.complete else f" Stopped by hand after {index.sequences * 128:,} of {args.tokens:,} tokens."
     saving = ", saving" if args.folder else ""
     return "\n".join(
         [
@@ -120,7 +120,7 @@ def written(turns: Turns, index: sh.LatentIndex, finish: float, peak: int, args:
             "",
             f"All {len(index):,} latents of the packaged SAE at `{index.site}` of SmolLM2-135M-Instruct, "
             f"{index.positions:,} positions of {index.sequences:,} sequences, batches of 8 x 128 tokens; one thread's "
-            f"own time. The text is {words}. Every {args.every}th batch went through the model alone too. {ended}".rstrip(),
+            f"own time. The text is {words}. Every {args.every}th batch went through the model alone too.{ended}",
             "",
             "| beside | a batch of it | a batch of the survey, median ratio | the whole survey, its end included |",
             "|---|---|---|---|",

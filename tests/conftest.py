@@ -47,7 +47,7 @@ imported: list[int] = [0]
 
 @pytest.fixture(autouse=True)
 def frozen():
-    """Collecting garbage passes over what imports made: going through all of transformers takes half a second each time."""
+    """Collecting garbage passes over what imports made: going through all of transformers takes half a second."""
     if len(sys.modules) > imported[0] + 100:
         gc.collect()
         gc.freeze()

@@ -179,6 +179,17 @@ def test_topn_recipe(tmp_path, monkeypatch):
     assert again["on 5"] == row["on 5"]
 
 
+def test_topn_of_an_sae_refined_afterwards(tmp_path):
+    """The SAE stands there twice: with the same latents a token, and a smaller error."""
+    args = ["--saes", str(SAE_FOLDER), "--limit", "20", "--counts", "1", "--rank", "frequency"]
+    topn.main([*args, "--afterwards", "2", "--out", str(tmp_path)])
+    with (tmp_path / "clip_topn.csv").open() as file:
+        plain, refined = csv.DictReader(file)
+    assert refined["SAE"] == "sae-tinyclip-l4, refined afterwards"
+    assert refined["L0"] == plain["L0"]
+    assert float(refined["NMSE"]) < 0.9 * float(plain["NMSE"])
+
+
 def test_topn_without_a_class(npz, tmp_path, sae):
     """A class without photos keeps its prompt and is left out of the rows."""
     data = npz(test_labels=np.array([0, 0, 1]), train_labels=np.array([0, 1, 0, 0, 1, 1]))

@@ -11,7 +11,7 @@ from test_grid import CELLS, cell, rows
 from torch.autograd import forward_ad
 
 import saehooks as sh
-from saehooks.errors import ConfigError
+from saehooks.errors import ConfigError, WidthError
 from saehooks.training.trainer import TrainConfig, Trainer
 
 
@@ -248,3 +248,79 @@ def test_values_are_refined_by_the_directions_there_are_now(dictionary):
             found, wanted = sae.encode(x), fresh.encode(x)
             assert torch.equal(found.indices, wanted.indices)
             torch.testing.assert_close(found.values, wanted.values)
+
+
+# ------------------------------------------------------------------------ afterwards
+
+
+@pytest.mark.parametrize(("dictionary", "activation"), CELLS)
+def test_an_sae_refined_afterwards_selects_the_same_latents(dictionary, activation):
+    """In every cell: the latents of before, values by the formula, a smaller error on other rows, the SAE untouched."""
+    sae, x = cell(dictionary, activation), rows(300)
+    sae.initialise(x)
+    sae.eval()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    better, others = sae.refined(x[:200], steps=2), x[200:]
+    old, new = sae(others), better(others)
+    assert torch.equal(new.codes.indices, old.codes.indices)
+    torch.testing.assert_close(new.codes.dense(), refined_densely(better, others, old.codes), rtol=2e-4, atol=2e-5)
+    assert sh.metrics.token_nmse(others, new.recons) < sh.metrics.token_nmse(others, old.recons)
+    assert all(torch.equal(tensor, sae.state_dict()[name]) for name, tensor in before.items())
+    assert "refine" not in sae.cfg.settings
+    assert all(p.requires_grad for p in better.parameters())
+    assert not better.training
+
+
+def test_steps_fitted_afterwards_are_the_best_there_are():
+    """No size of one step, and no two of a lattice, have a smaller error by token on the rows they were fitted to."""
+    sae, x = cell("linear", "topk"), rows(200)
+    sae.initialise(x)
+    first = sae.eval().encode(x).dense().detach()
+    W, offset = sae.directions(torch.arange(sae.d_sae)).detach(), sae.dictionary.offset.detach()
+
+    def error(*sizes):
+        values = first
+        for size in sizes:
+            values = values + size * ((x - offset - values @ W) @ W.T) * (first != 0)
+        return sh.metrics.token_nmse(x, values @ W + offset)
+
+    lattice = torch.linspace(0.02, 1.5, 75).tolist()
+    assert error(*sae.refined(x, steps=1).refinement.rates.tolist()) <= min(map(error, lattice)) + 1e-6
+    best = min(error(one, two) for one in lattice[::3] for two in lattice[::3] if one <= two)
+    assert error(*sae.refined(x, steps=2).refinement.rates.tolist()) <= best + 1e-6
+
+
+def test_refining_afterwards_keeps_what_is_known_and_comes_back_from_disk(tmp_path):
+    """The site stays, figures of the SAE without it do not; half precision and inference mode are no matter."""
+    sae, x = cell("concepts", "sparsemax"), rows(200)
+    sae.initialise(x)
+    sae.cfg.metadata |= {"hook_name": "blocks.3.hook_resid_post", "metrics": {"held_out": {"nmse": 0.5}}}
+    sae.eval()
+    with torch.inference_mode():
+        better = sae.refined(x)
+    assert better.hook_name == sae.hook_name
+    assert "metrics" not in better.cfg.metadata
+    assert better.cfg.settings["refine"] == 3
+    half = copy.deepcopy(sae).bfloat16().refined(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.refinement.rates.float(), better.refinement.rates, rtol=0.05, atol=0.05)
+    better.save(tmp_path)
+    assert torch.equal(sh.load(tmp_path)(x).recons, better(x).recons)
+
+
+def test_what_cannot_be_refined_afterwards_says_so():
+    """An SAE that refines already, no step, no activations, activations of another width, rows that say nothing."""
+    sae, x = cell("concepts", "sparsemax"), rows(20)
+    with pytest.raises(ConfigError, match="refines its values already"):
+        cell("concepts", "sparsemax", refine=1).refined(x)
+    for steps in (0, True, 1.5):
+        with pytest.raises(ConfigError, match="steps="):
+            sae.refined(x, steps=steps)
+    for given in (x[:, :5], x.long(), [1.0, 2.0]):
+        with pytest.raises(WidthError, match="fitted to activations"):
+            sae.refined(given)
+    with pytest.raises(ConfigError, match="no row"):
+        sae.refined(torch.zeros(3, 16))
+    torch.testing.assert_close(
+        sae.refined(torch.cat([x, torch.full((1, 16), float("nan"))])).refinement.rates, sae.refined(x).refinement.rates
+    )

@@ -221,7 +221,7 @@ def test_an_interrupted_survey_goes_on(model, sae, batches, tmp_path, surveyed):
     assert torch.equal(whole.quantiles.nan_to_num(), index.quantiles.nan_to_num())
     assert torch.equal(whole.fired_with.latents, index.fired_with.latents)
     assert sorted(file.name for file in folder.iterdir()) == ["index.json", "index.safetensors"]
-    with pytest.raises(FormatError, match="complete; sh.LatentIndex.load"):
+    with pytest.raises(FormatError, match="its survey is complete"):
         sh.survey(model, sae, batches, folder=folder, resume=True, where=slice(1, None))
 
 
