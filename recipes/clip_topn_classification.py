@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
 
     saes = load_or_train(clip, train, args)
     if args.afterwards:
-        saes |= refined_afterwards(clip, saes, train.first(200), args.afterwards)
+        plain = {name: sae for name, sae in saes.items() if not sae.refinement.steps}
+        saes |= {f"{name}, refined afterwards": sae.refined(args.afterwards) for name, sae in plain.items()}
     setting = {"model": args.model, "data": Path(args.data).name if args.data else "packaged", "limit": str(args.limit)}
     rows = measured_before(args.out / "clip_topn.csv", setting, args.counts)
     done = {(row["SAE"], row["rank"]) for row in rows}
@@ -150,16 +151,6 @@ def load_or_train(clip: Any, train: Photos, args: argparse.Namespace) -> dict[st
         sae.cfg.metadata["training"]["data"] = Path(args.data).name if args.data else "saehooks photos (CIFAR-10)"
         sae.save(args.out / "saes" / name, dtype=torch.float16)
     return saes
-
-
-def refined_afterwards(clip: Any, saes: dict[str, sh.SAE], photos: Photos, steps: int) -> dict[str, sh.SAE]:
-    """Those SAEs that do not refine, refined in some steps, whose sizes are fitted to activations of the photos."""
-    found = {}
-    for name, sae in saes.items():
-        if not sae.refinement.steps:
-            rows = torch.cat(list(sh.harvest(clip, photos.batches(), sae.hook_name)))
-            found[f"{name}, refined afterwards"] = sae.refined(rows, steps)
-    return found
 
 
 # ---------------------------------------------------------------------- ranking

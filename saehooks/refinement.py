@@ -1,4 +1,4 @@
-"""Refinement: gradient steps of the reconstruction on the values of a support that was already chosen."""
+"""Refinement: steps of the reconstruction's gradient on the values of a support that was already chosen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from saehooks.activations import Activation
 from saehooks.dictionaries import Dictionary, Prepared
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support, is_differentiated
+from saehooks.precision import widened
+
+METHODS = ("gradient", "conjugate")
 
 
 class Refined(NamedTuple):
@@ -40,14 +43,21 @@ class Refinement(nn.Module):
     the values of what is left. Sparsemax chooses by ``sparsemax(reselect * scores)``, so 1 or a little more, beside a
     ``key_scale`` below 1 that widens the first choice; top-k keeps the ``reselect`` largest of its k.
 
+    With ``refine_method="conjugate"`` the steps are those of conjugate gradients: each row finds its own step sizes and
+    directions, so there is nothing to learn, no row's error ever grows, and three steps come close to least squares on
+    the support. It is what `saehooks.SAE.refined` adds to an SAE that was trained without refinement.
+
     Args:
         refine: number of steps.
         refine_rate: step size at the start, in units where directions of norm 1 call for at most 1.
         learn_refine_rate: train the step sizes, one for each step; otherwise they stay.
         reselect: choose again after the first step; None for the first choice alone.
+        refine_method: ``"gradient"``, or ``"conjugate"``, which has no rates and does not choose again.
     Raises:
-        ConfigError: not a whole number of steps, a rate that is not positive, or reselect without a step.
-    Source: Gregor & LeCun 2010 (learned ISTA), with the support held fixed; the gap: arXiv:2411.13117.
+        ConfigError: not a whole number of steps, a rate that is not positive, reselect without a step, an unknown
+            method, or one that does not go with the others.
+    Source: Gregor & LeCun 2010 (learned ISTA), with the support held fixed; the gap: arXiv:2411.13117. Conjugate
+        gradients on the normal equations: Hestenes & Stiefel 1952 (CGLS).
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class Refinement(nn.Module):
         refine_rate: float = 0.5,
         learn_refine_rate: bool = True,
         reselect: float | None = None,
+        refine_method: str = "gradient",
     ) -> None:
         super().__init__()
         if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
@@ -65,9 +76,21 @@ class Refinement(nn.Module):
             raise ConfigError(f"refine_rate must be positive, got {refine_rate!r}")
         if reselect is not None and not refine:
             raise ConfigError(f"reselect={reselect!r} chooses by refined scores: write refine=1 or more with it")
-        self.steps, self.reselect = refine, reselect
-        if refine:
+        if refine_method not in METHODS:
+            raise ConfigError(f"refine_method={refine_method!r}: choose one of {', '.join(METHODS)}")
+        if refine_method == "conjugate" and (reselect is not None or refine_rate != 0.5 or not learn_refine_rate):
+            raise ConfigError('refine_method="conjugate" finds its own step sizes and does not choose again: leave out '
+                              "refine_rate=, learn_refine_rate= and reselect=")  # fmt: skip
+        if refine_method == "conjugate" and not refine:
+            raise ConfigError('refine_method="conjugate" refines: write refine=1 or more with it')
+        self.steps, self.reselect, self.method = refine, reselect, refine_method
+        if refine and refine_method == "gradient":
             self.rates = nn.Parameter(torch.full((refine,), float(refine_rate)), requires_grad=learn_refine_rate)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether codes may have entries that belong to no row."""
+        return self.reselect is None and self.method == "gradient"
 
     def forward(
         self,
@@ -101,6 +124,11 @@ class Refinement(nn.Module):
         if not self.steps:
             return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
         target = dictionary.target(x, prepared)
+        if self.method == "conjugate":
+            sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
+            unscaled = dictionary.project(sums)
+            values, better = self._conjugate(dictionary, target, support, values, unscaled, active, step)
+            return Refined(support, values, None, better, unscaled)
         tracked = is_differentiated(values, target, self.rates, *dictionary.parameters())
         for i, rate in enumerate(self.rates):
             again = self.reselect if i == 0 else None
@@ -125,5 +153,47 @@ class Refinement(nn.Module):
                 active = None if active is None else active[kept]
         return Refined(support, values, kept, None if sums is None else dictionary.project(sums), first)
 
+    def _conjugate(
+        self,
+        dictionary: Dictionary,
+        target: Tensor,
+        support: Support,
+        values: Tensor,
+        unscaled: Tensor,
+        active: Tensor | None,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        """(nnz,) values after the steps of conjugate gradients, and (rows, d_out) what they add up to.
+
+        Sums of squares are made in the widest type: in half precision they would overflow.
+        """
+        rows, missed = support.rows, target - unscaled
+
+        def slopes() -> tuple[Tensor, Tensor]:
+            found = dictionary.alignments(missed, support, step=step)
+            found = found if active is None else found.masked_fill(~active, 0.0)
+            squares = widened(found).square()
+            own = squares.new_zeros(support.n_rows).index_add(0, rows, squares)
+            return found, dictionary.whole(own[:, None])[:, 0]
+
+        slope, size = slopes()
+        along = slope
+        for left in range(self.steps - 1, -1, -1):
+            change = dictionary.project(dictionary.weighted_sums(along, support, step=step))
+            far = _ratio(size, widened(change).square().sum(1)).to(values.dtype)
+            values, missed = values + dictionary.shared(far)[rows] * along, missed - far[:, None] * change
+            if left:
+                slope, now = slopes()
+                along = slope + dictionary.shared(_ratio(now, size).to(values.dtype))[rows] * along
+                size = now
+        return values, target - missed
+
     def extra_repr(self) -> str:
-        return f"refine={self.steps}" + ("" if self.reselect is None else f", reselect={self.reselect}")
+        more = "" if self.reselect is None else f", reselect={self.reselect}"
+        return f"refine={self.steps}{more}" + ("" if self.method == "gradient" else f", refine_method={self.method!r}")
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    """``one / other`` of numbers (rows,) that are not negative, and 0 where there is nothing to divide by."""
+    there = other > 0
+    return torch.where(there, one / torch.where(there, other, 1.0), 0.0)

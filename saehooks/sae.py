@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saehooks.errors import ConfigError, FormatError, WidthError
+from saehooks.errors import ConfigError, FormatError
 from saehooks.sae_config import FORMAT, SAEConfig
 from saehooks.sparse_coder import Encoded, SAEOutput, SparseCoder, autocast_off, settings_of
 from saehooks.storage import dtype_of
@@ -70,43 +69,29 @@ class SAE(SparseCoder):
         cfg = SAEConfig(d_in, d_sae, dictionary, activation, settings, str(dtype)[6:], metadata)
         super().__init__(cfg, dtype, device)
 
-    def refined(self, x: Tensor, steps: int = 3) -> SAE:
+    def refined(self, steps: int = 3) -> SAE:
         """This SAE with refinement added afterwards, as a new one in eval mode: it selects the same latents and gives
         them better values.
 
-        Nothing is trained but one number a step, the size of the step, fitted to the error by token of the rows. So it
-        serves SAEs of others as well, and what is known of their latents stays true. See `saehooks.refinement`.
+        Nothing is trained and no data are needed: steps of conjugate gradients (`saehooks.refinement`) find their own
+        sizes, and no row's error ever grows by them. So it serves SAEs of others as well, and what is known of which
+        latents fire where stays true; the scale of their values changes.
 
         Args:
-            x: (*shape, d_in), some thousand activations of the site.
-            steps: how often values are refined; each costs a sparse product and a sampled one.
+            steps: how often values are refined; each costs a sparse product and a sampled one. More than 3 give little.
         Raises:
-            ConfigError: an SAE that refines already, steps below 1, or no rows but zeros and such as are not finite.
-            WidthError: activations of another width.
+            ConfigError: an SAE that refines already, or steps below 1.
         """
         if self.refinement.steps:
             raise ConfigError(f"this SAE refines its values already: refine={self.refinement.steps}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"steps={steps!r}: write the number of refinement steps, 1 or more")
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim() or x.shape[-1] != self.d_in:
-            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise WidthError(f"steps are fitted to activations (..., {self.d_in}), a floating tensor; got {given}")
-        rows = x.detach().reshape(-1, self.d_in).to(self.device, torch.float32)
-        rows = rows[rows.isfinite().all(1) & rows.any(1)]
-        if not len(rows):
-            raise ConfigError("there is no row to fit the steps to: all are zeros, or not finite")
         metadata = {name: known for name, known in self.cfg.metadata.items() if name != "metrics"}  # of the SAE without
-        settings, dtype = {**self.cfg.settings, "refine": steps}, str(self.dtype)[6:]
-        cfg = replace(self.cfg, settings=settings, metadata=metadata, dtype=dtype)
-        with torch.inference_mode(False), autocast_off(self.device):
+        settings = {**self.cfg.settings, "refine": steps, "refine_method": "conjugate"}
+        cfg = replace(self.cfg, settings=settings, metadata=metadata, dtype=str(self.dtype)[6:])
+        with torch.inference_mode(False):
             state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-            rates = (
-                0.3 * torch.linspace(0.5, 1.5, steps) if steps > 1 else torch.tensor([0.3])
-            )  # none alike: they move apart
-            rates = rates.to(self.device, self.dtype)
-            made = SAE.from_config(cfg, {**state, "refinement.rates": rates})
-            _fit_steps(made, rows.clone())
-        return made  # type: ignore[return-value]
+            return SAE.from_config(cfg, state)  # type: ignore[return-value]
 
     @staticmethod
     def from_config(cfg: SAEConfig, tensors: Mapping[str, Tensor], where: str = "the given tensors") -> SparseCoder:
@@ -181,38 +166,6 @@ class Transcoder(SparseCoder):
     def hook_name_out(self) -> str | None:
         """The site it writes, if it knows."""
         return self.cfg.metadata.get("hook_name_out")
-
-
-FITTED = 4096
-"""Rows whose errors are summed at a time."""
-
-
-def _fit_steps(sae: SparseCoder, rows: Tensor) -> None:
-    """Set the step sizes of refinement to those of the least mean error by token on rows (n, d_in), float32."""
-    wide = sae if sae.dtype.itemsize >= 4 else copy.deepcopy(sae).float()
-    rates = wide.refinement.rates
-    asked = {name: p.requires_grad for name, p in wide.named_parameters()}
-    wide.requires_grad_(False)
-    rates.requires_grad_(True)
-    search = torch.optim.LBFGS([rates], max_iter=20, line_search_fn="strong_wolfe")
-
-    def error() -> Tensor:
-        search.zero_grad()
-        total = rows.new_zeros(())
-        for part in rows.split(FITTED):
-            missed = wide(part).recons - part
-            found = (missed.square().sum(1) / part.square().sum(1)).sum() / len(rows)
-            found.backward()
-            total += found.detach()
-        return total
-
-    with torch.enable_grad():
-        search.step(error)
-    rates.grad = None
-    for name, p in wide.named_parameters():
-        p.requires_grad_(asked[name])
-    with torch.no_grad():
-        sae.refinement.rates.copy_(rates)
 
 
 def without_memory(cfg: SAEConfig, where: str = "the given config") -> SparseCoder:

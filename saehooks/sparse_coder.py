@@ -258,7 +258,7 @@ class SparseCoder(nn.Module, metaclass=Answering):
         with torch.no_grad():
             rule = self.activation.rule(flat.shape[0], self.density.mean)
             silenced = self.density.silenced
-            padded = self.activation.takes_padding and self.refinement.reselect is None
+            padded = self.activation.takes_padding and self.refinement.takes_padding
             selecting, rank = step if padded else step.exact(), self.activation.rank
             if rank is None:
                 support = self.dictionary.select(prepared, rule, silenced=silenced, step=selecting)

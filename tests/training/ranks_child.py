@@ -43,6 +43,13 @@ CELLS = {
     "topk, dead latents": ("linear", "topk", {"k": 2}, {"loss": AUX}),
     "topk, mse": ("linear", "topk", {"k": 4}, {"loss": LossConfig(reconstruction="mse")}),
     "topk, refined": ("linear", "topk", {"k": 4, "refine": 2}, {"loss": NONE}),
+    "topk, conjugate gradients": (
+        "linear",
+        "topk",
+        {"k": 4, "refine": 2, "refine_method": "conjugate"},
+        {"loss": NONE},
+    ),
+    "concepts, conjugate gradients": ("concepts", "sparsemax", {"refine": 2, "refine_method": "conjugate"}, {}),
     "topk, chosen again": (
         "linear",
         "topk",
