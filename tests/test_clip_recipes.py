@@ -72,6 +72,13 @@ def test_npz(npz, clip):
     assert np.abs(found.seen(0).astype(int) - packaged_photos("train").images[0]).max() <= 1
 
 
+def test_pictures_look_as_they_are_however_the_model_was_opened():
+    """What the pages show is the photo, not what its normalisation makes of it."""
+    opened = clip_common.open_clip_model("tinyclip")
+    found = clip_common.load_photos(None, "train", opened.preprocess)
+    assert np.abs(found.seen(3).astype(int) - packaged_photos("train").images[3]).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -179,15 +186,21 @@ def test_topn_recipe(tmp_path, monkeypatch):
     assert again["on 5"] == row["on 5"]
 
 
-def test_topn_of_an_sae_refined_afterwards(tmp_path):
-    """The SAE stands there twice: with the same latents a token, and a smaller error."""
-    args = ["--saes", str(SAE_FOLDER), "--limit", "20", "--counts", "1", "--rank", "frequency"]
-    topn.main([*args, "--afterwards", "2", "--out", str(tmp_path)])
+def test_topn_of_an_sae_refined_afterwards(clip, tmp_path):
+    """An SAE that does not refine stands there twice: with the same latents a token, and a smaller error."""
+    torch.manual_seed(0)
+    plain = sh.SAE(128, 256, hook_name=clip_common.SITE, key_scale=2.0)
+    photos = clip_common.load_photos(None, "train", clip[1]).first(20)
+    plain.initialise(torch.cat(list(sh.harvest(clip[0], photos.batches(), clip_common.SITE))))
+    plain.eval().save(tmp_path / "plain")
+    saes = ["--saes", str(tmp_path / "plain"), str(SAE_FOLDER)]
+    args = [*saes, "--limit", "20", "--counts", "1", "--rank", "frequency", "--afterwards", "2"]
+    topn.main([*args, "--out", str(tmp_path)])
     with (tmp_path / "clip_topn.csv").open() as file:
-        plain, refined = csv.DictReader(file)
-    assert refined["SAE"] == "sae-tinyclip-l4, refined afterwards"
-    assert refined["L0"] == plain["L0"]
-    assert float(refined["NMSE"]) < 0.9 * float(plain["NMSE"])
+        first, packaged, refined = csv.DictReader(file)
+    assert (packaged["SAE"], refined["SAE"]) == ("sae-tinyclip-l4", "plain, refined afterwards")
+    assert refined["L0"] == first["L0"]
+    assert float(refined["NMSE"]) < 0.9 * float(first["NMSE"])
 
 
 def test_topn_without_a_class(npz, tmp_path, sae):

@@ -81,8 +81,8 @@ def open_model(name: str, device: str | None = None, dtype: str = "float32") -> 
     opened, wanted = _open(name), getattr(torch, dtype)
     opened.model.to(device=place, dtype=wanted)
     read = opened.preprocess
-    if read is None:
-        return opened
+    if read is None or wanted == torch.float32:
+        return opened  # as its library made it: what it does to a picture can then be seen, and undone
     return replace(opened, preprocess=lambda image: read(image).to(wanted))
 
 
