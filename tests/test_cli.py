@@ -178,7 +178,7 @@ def test_settings_of_the_loss_betas_and_buffer_are_used(tmp_path):
 
 
 def test_harvest_and_fit_from_disk(tmp_path):
-    """What ``harvest`` writes, ``fit --activations`` trains on; the SAE knows its site."""
+    """What ``harvest`` writes, ``fit --activations`` trains on; the SAE knows its site, and what was read."""
     common = f"harvest --model tinyclip --at {SITE} --sequences 4 --dtype bfloat16 --to {tmp_path / 'acts'}"
     assert main(common.split()) == 0
     assert main(common.split()) == 0
@@ -188,6 +188,7 @@ def test_harvest_and_fit_from_disk(tmp_path):
     assert main(fit.split()) == 0
     sae = sh.load(tmp_path / "sae")
     assert sae.hook_name == SITE
+    assert sae.cfg.metadata["data"]["images"] == "saehooks photos (CIFAR-10)"
     assert main(["measure", str(tmp_path / "sae"), "--model", "tinyclip", "--json"]) == 0
 
 

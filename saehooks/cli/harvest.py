@@ -40,13 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     import saehooks as sh
 
     opened = open_as_asked(arguments)
+    batches = opened.batches(arguments, "train", arguments.text, arguments.images, arguments.tokens)
     acts = sh.harvest(
         opened.model,
-        opened.batches(arguments, "train", arguments.text, arguments.images, arguments.tokens),
+        batches,
         arguments.at,
         head=arguments.head,
         to=arguments.to,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         max_norm=arguments.max_norm,
+        data=opened.source(arguments.text, arguments.images, "train") | {"batches": repr(batches)},
     )
     print(f"{acts!r}\nnext: saehooks fit --activations {arguments.to} --d-sae N --out FOLDER")

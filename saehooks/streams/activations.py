@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
@@ -70,8 +70,9 @@ class Activations:
 
     @property
     def described(self) -> dict[str, Any]:
-        """Of which model and site they are, by the names that an SAE's metadata use."""
-        return dict(self._shards.described["described"])
+        """Of which model and site they are, and what of its ``data`` was noted, by the names of an SAE's metadata."""
+        noted = {"data": self._shards.described["data"]} if "data" in self._shards.described else {}
+        return {**noted, **self._shards.described["described"]}
 
     @property
     def positions(self) -> str:
@@ -127,6 +128,7 @@ def harvest(
     to: str | Path,
     dtype: torch.dtype | None = None,
     max_norm: float | None = None,
+    data: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Activations:
     """Into a folder."""
@@ -142,6 +144,7 @@ def harvest(
     to: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_norm: float | None = None,
+    data: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     **unknown: Any,
 ) -> Iterator[Tensor] | Activations:
@@ -157,6 +160,7 @@ def harvest(
             become more, goes on by the same call; batches that the folder holds already are not run again.
         dtype: to store in; that of the activations if not given.
         max_norm: leave out rows whose norm is above so many times the median of the first batch.
+        data: what SAEs that are trained from the folder should remember of the texts, as JSON can hold it.
         shard_bytes: size at which a shard is closed, at the end of a batch.
     Returns:
         (n, width) rows, in the dtype and on the device of the model: between two of them the model carries no hook.
@@ -171,13 +175,13 @@ def harvest(
     if at is None:
         raise SiteError("harvest needs the site: pass at=..., one of the names in sh.sites(model)")
     if to is None:
-        if dtype is not None or max_norm is not None:
-            raise ConfigError("dtype= and max_norm= are for activations written to a folder: give to= too")
+        if dtype is not None or max_norm is not None or data is not None:
+            raise ConfigError("dtype=, max_norm= and data= are for activations written to a folder: give to= too")
         return batch_by_batch(model, checked_batches(batches), at, head=head, where=where)
     source = host(model)
     site = source.site(at, head)
     rule = past_first if where is None else as_where(where)
-    return harvest_to(source, checked_batches(batches), site, rule, to, dtype, max_norm, shard_bytes)
+    return harvest_to(source, checked_batches(batches), site, rule, to, dtype, max_norm, shard_bytes, data)
 
 
 def harvest_to(
@@ -189,13 +193,14 @@ def harvest_to(
     dtype: torch.dtype | None,
     max_norm: float | None,
     shard_bytes: int,
+    data: Mapping[str, Any] | None = None,
 ) -> Activations:
     """Write a site's activations to a folder; what an earlier call left unfinished there goes on.
 
     Args:
         source, site: of the model.
         where: the rule of positions.
-        batches, folder, dtype, max_norm, shard_bytes: as for `harvest`.
+        batches, folder, dtype, max_norm, shard_bytes, data: as for `harvest`.
     """
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm is a multiple of the median norm, above 0, got {max_norm}")
@@ -224,7 +229,8 @@ def harvest_to(
         if first is None:
             raise ConfigError("no activation came, so nothing was written: there are no batches")
         parts = chain([first], parts)
-        begun = ShardFolder.make(folder, {"dtype": str(first[0].dtype)[6:], **facts, **_measured(first[0])})
+        more = {} if data is None else {"data": dict(data)}
+        begun = ShardFolder.make(folder, {"dtype": str(first[0].dtype)[6:], **facts, **_measured(first[0]), **more})
     with begun.writing():
         _write(begun, parts, mark, shard_bytes)
     return Activations(folder)
