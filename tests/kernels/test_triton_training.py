@@ -15,7 +15,7 @@ from waiting import Waits
 
 from saehooks import SAE, Codes, LossConfig, TrainConfig, Trainer
 from saehooks.errors import NotFiniteError
-from saehooks.kernels import Capacity
+from saehooks.kernels import Capacity, Step
 from saehooks.kernels import step as step_module
 from saehooks.training.optimiser import TableAdam
 
@@ -115,6 +115,20 @@ def test_a_step_made_again_counts_once(monkeypatch):
     assert int(sae.density.rows) == trainer.steps * 4
     assert torch.equal(sae.density.fired, right)
     assert not trainer.idle[right > fired].any()
+
+
+def test_values_refined_by_conjugate_gradients_are_those_of_the_cpu():
+    """On the gpu path with room for codes asked for: the same codes, as long as they are, and the same gradients."""
+    found = []
+    for name in ("reference", "gpu"):
+        torch.manual_seed(0)
+        sae, x = SAE(16, 64, device=DEVICE, key_scale=6.0).refined(2), torch.randn(4, 16, device=DEVICE)
+        with forced(name):
+            recons, codes = sae(x, step=Step(capacity=Capacity(4 * 64)))
+            recons.square().sum().backward()
+        found.append([codes.indices, codes.values, recons, *(p.grad for p in sae.parameters())])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_one_step_knows_does_not_reach_another_thread(monkeypatch):
