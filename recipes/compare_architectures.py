@@ -71,6 +71,12 @@ ARMS = {
     "kron, refined": ("kron", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {}),
     "sparsemax, refined": ("sparsemax", {"refine": 1, "refine_rate": 0.3}, {}),
     "sparsemax, chosen twice": ("refined_sparsemax", {}, {}),
+    "sparsemax, chosen twice, wider": ("refined_sparsemax", {"key_scale": 0.55, "value_scale": 1.8}, {}),
+    "sparsemax, chosen twice, wider, three steps": (
+        "refined_sparsemax",
+        {"key_scale": 0.55, "value_scale": 1.8, "refine": 3},
+        {},
+    ),
 }
 # An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.
 L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60

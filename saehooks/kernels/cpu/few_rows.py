@@ -33,6 +33,8 @@ SUMMING = 2.0**-23
 """Relative error a term of a float32 sum, twice over."""
 SMALLEST, LARGEST = 1e-12, 1e18
 """Norms between which rounding errors are bounded: beyond, squares underflow or products overflow."""
+AHEAD = 2048
+"""Bytes of the table between what is multiplied and what is fetched meanwhile; past its end that does nothing."""
 WIDTH = 64
 """Columns are padded to a multiple of this, which the loop takes at once."""
 
@@ -208,12 +210,20 @@ def _whole_dot() -> Callable[..., Any]:
             products = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(bits32, [bits16, bits16]), "llvm.x86.avx512.pmaddw.d.512"
             )
+            fetch = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3]),
+                "llvm.prefetch.p0",
+            )
+            to_read_as_data_and_keep = [ir.Constant(ir.IntType(32), flag) for flag in (0, 3, 1)]
             sum_up = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(ir.IntType(32), [bits32]), "llvm.vector.reduce.add.v16i32"
             )
             sums = [cgutils.alloca_once_value(builder, ir.Constant(bits32, [0] * 16)) for _ in range(2)]
             first, stride = ir.Constant(size.type, 0), ir.Constant(size.type, WIDTH)
             with cgutils.for_range_slice(builder, first, size, stride) as (start, _):
+                ahead = builder.gep(right, [builder.add(start, ir.Constant(size.type, AHEAD))])
+                builder.call(fetch, [ahead, *to_read_as_data_and_keep])
                 for part, total in enumerate(sums):
                     place = builder.add(start, ir.Constant(size.type, 32 * part))
                     a = builder.load(builder.bitcast(builder.gep(left, [place]), bits16.as_pointer()))
