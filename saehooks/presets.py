@@ -141,7 +141,9 @@ def refined_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The Sparsemax SAE that chooses twice: by scores, then among the chosen latents by refined scores; and refines.
 
     Loss: reconstruction, and .3 of the reconstruction before refinement. In short trainings it learns best at 4e-3, as
-    the others do. Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010.
+    the others do. A smaller key_scale chooses more latents a token: on SmolLM2 0.8 chose 17 to 24, 0.55 beside
+    ``value_scale=1.8`` 27 to 35, further below TopK of as many; ``refine=3`` adds a point.
+    Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010.
     """
     given = {"key_scale": 0.8, "value_scale": 1.25, "refine": 2, "refine_rate": 0.4, "reselect": 1.4}
     return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
