@@ -399,6 +399,7 @@ def test_arguments_that_cannot_work(tiny, sae, arguments, message):
         attach(tiny, saes, **options).__enter__()
 
 
+@pytest.mark.bridge_cache  # what such a pair warns of comes on top
 def test_another_model_or_processing_is_warned_about(tiny_bridge):
     """An SAE that remembers another model, or other weight processing, warns at the user's own line."""
     sae = SAE(d_in=32, d_sae=64, hook_name=SITE)
@@ -490,6 +491,7 @@ def test_a_misspelt_keyword_is_answered_with_the_right_one(tiny, sae, wrong, rig
     assert isinstance(caught.value, ConfigError)
 
 
+@pytest.mark.bridge_cache
 def test_a_write_that_misses_the_stream_of_a_bridge_is_said(tiny_hf_bridge):
     """A splice at hook_resid_mid warns when it is entered; reading there does not."""
     sae, tokens = SAE(32, 64), torch.tensor([[0, 5, 6]])

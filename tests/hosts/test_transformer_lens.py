@@ -247,6 +247,7 @@ def test_calls_know_tokens_and_absolute_positions(tiny_hf_bridge, watched):
     assert ran(lambda: tiny_hf_bridge.forward("w1 w2 w3"))[1] == whole
 
 
+@pytest.mark.bridge_cache
 @pytest.mark.parametrize(("side", "short"), [("left", [0, 0, 1, 1]), ("right", [1, 1, 0, 0])])
 def test_padding_is_shown(tiny_hf_bridge, watched, side, short):
     """A list of strings shows which columns the bridge padded, on either side, also while it generates."""
