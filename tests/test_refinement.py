@@ -296,7 +296,7 @@ def test_an_sae_refined_afterwards_selects_the_same_latents(dictionary, activati
     assert ("refine" in sae.cfg.settings, better.training, list(better.state_dict())) == (False, False, list(before))
 
 
-def test_three_steps_come_close_to_least_squares():
+def test_ten_steps_reach_least_squares():
     """On the support of a row nothing has a smaller error than least squares; ten steps have that to a thousandth."""
     sae, x = cell("linear", "topk"), rows(60)
     sae.initialise(x)

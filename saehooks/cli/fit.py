@@ -132,8 +132,7 @@ def _for_model(arguments: argparse.Namespace, wanted: dict[str, Plan]) -> Opened
         made[name] = plan.make(site.width, source.device)
     batches = opened.batches(arguments, "train", arguments.text, arguments.images, arguments.tokens)
     for sae, _ in made.values():
-        read = opened.source(arguments.text, arguments.images, "train")
-        sae.cfg.metadata["data"] = read | {"batches": repr(batches)}
+        sae.cfg.metadata["data"] = opened.source(arguments.text, arguments.images, "train", batches)
     data = {"batches": batches}
     if not opened.is_clip:
         data["eval_batches"] = opened.batches(arguments, "eval", arguments.eval_text, None, arguments.eval_tokens)

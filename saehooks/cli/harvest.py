@@ -49,6 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
         to=arguments.to,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         max_norm=arguments.max_norm,
-        data=opened.source(arguments.text, arguments.images, "train") | {"batches": repr(batches)},
+        data=opened.source(arguments.text, arguments.images, "train", batches),
     )
     print(f"{acts!r}\nnext: saehooks fit --activations {arguments.to} --d-sae N --out FOLDER")

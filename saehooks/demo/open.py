@@ -53,11 +53,13 @@ class Opened:
         source = text(split) if texts is None else list(texts)
         return TokenBatches(self.tokenizer, source, context=options.context, batch_size=options.sequences, limit=tokens)
 
-    def source(self, texts: Sequence[Path] | None, images: Path | None, split: str) -> dict[str, Any]:
-        """What an SAE should remember of its training data."""
+    def source(self, texts: Sequence[Path] | None, images: Path | None, split: str, batches: Any) -> dict[str, Any]:
+        """What an SAE should remember of its training data, and of the batches that were made of them."""
         if self.is_clip:
-            return {"images": "saehooks photos (CIFAR-10)" if images is None else images.name}
-        return {"text": [f"saehooks {TEXTS[split]}"] if texts is None else [file.name for file in texts]}
+            read: Any = {"images": "saehooks photos (CIFAR-10)" if images is None else images.name}
+        else:
+            read = {"text": [f"saehooks {TEXTS[split]}"] if texts is None else [file.name for file in texts]}
+        return {**read, "batches": repr(batches)}
 
     def zero_shot(self) -> dict[str, Any]:
         """Prompts and labels of the packaged photos, for `measure`."""
