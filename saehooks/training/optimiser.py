@@ -88,6 +88,10 @@ class TableAdam(torch.optim.Adam):
                 self._step_table(p, group)
         self._kept = None
         _adam_step(self)
+        for group in self.param_groups:
+            for p in group["params"]:
+                # Neither the kernels nor torch's fused update count this change, and copies of tables are kept by it.
+                torch.autograd.graph.increment_version(p)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import saehooks as sh
 from saehooks.errors import ConfigError
+from saehooks.kernels.cpu import screen
 from saehooks.training.optimiser import TableAdam
 
 SITE = "blocks.1.hook_resid_post"
@@ -141,6 +142,29 @@ def test_step_hooks_run_once():
     sae(torch.randn(8, 32)).recons.sum().backward()
     optimizer.step()
     assert calls == ["before", "after"]
+
+
+def test_a_row_read_between_two_steps_meets_the_new_keys(monkeypatch):
+    """A step that moves one latent of thousands: no read goes on with the copy of the keys made before it.
+
+    Torch's fused Adam does not count what it changes, and a few numbers of a table do not tell of one row.
+    """
+    monkeypatch.setattr(screen, "MODE", "on")
+    torch.manual_seed(0)
+    sae, x, moved = sh.SAE(16, 8192, "linear", "topk", k=4), torch.randn(1, 16), 4097
+    optimizer = TableAdam(sae, lr=10.0)
+    with torch.no_grad():
+        assert moved not in sae.frozen().encode(x).indices
+        rows = torch.zeros(8192, 16)
+        rows[moved] = -x[0].sign()  # Adam's first step is lr in each number, against the gradient's sign
+        sae.W_enc.grad = rows.T
+    optimizer.step()
+    with torch.no_grad():
+        codes = sae.frozen().encode(x)
+        expected = (x @ sae.W_enc).topk(4)
+    assert moved in codes.indices
+    torch.testing.assert_close(codes.values.sort(descending=True).values, expected.values[0])
+    assert sorted(codes.indices.tolist()) == sorted(expected.indices[0].tolist())
 
 
 def test_a_step_that_changes_nothing_moves_no_running_statistic():
