@@ -251,8 +251,7 @@ class SparseCoder(nn.Module, metaclass=Answering):
             raise WidthError(
                 f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
             )
-        own = next(self.parameters())
-        flat = x.reshape(-1, self.cfg.d_in).to(own.device, own.dtype)
+        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
         prepared = self.dictionary.prepare(flat)
         step = step or kernels.DEFAULT
         with torch.no_grad():
@@ -434,12 +433,20 @@ class SparseCoder(nn.Module, metaclass=Answering):
     @property
     def dtype(self) -> torch.dtype:
         """What the SAE computes in."""
-        return next(self.parameters()).dtype
+        return self._a_parameter.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return next(self.parameters()).device
+        return self._a_parameter.device
+
+    @property
+    def _a_parameter(self) -> Tensor:
+        """One of the parameters, found without going through all modules, which takes longer than encoding a row."""
+        for parameter in self.dictionary._parameters.values():
+            if parameter is not None:
+                return parameter
+        return next(self.parameters())
 
     @torch.no_grad()
     def fingerprint(self) -> str:

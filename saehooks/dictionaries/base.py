@@ -184,8 +184,11 @@ class Dictionary(nn.Module):
 
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         """(nnz,) scores of the selected latents, differentiable."""
-        queries = self.shared(prepared.queries)
-        return kernels.sddmm(queries, self.keys, support, bias=self.bias, known=support.scores, step=step)
+        queries, known = prepared.queries, support.scores
+        if known is not None and not kernels.is_differentiated(queries, *self.parameters()):
+            return known.to(queries.dtype, copy=True)
+        queries = self.shared(queries)
+        return kernels.sddmm(queries, self.keys, support, bias=self.bias, known=known, step=step)
 
     def scored_sums(
         self, prepared: Prepared, support: Support, *, step: Step = DEFAULT

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,6 +150,8 @@ class SparseGradients:
         return taken
 
 
+NUMPY_TYPES = (torch.float32, torch.float64)
+"""What numpy reads as it is."""
 FEW_MARKS = 2048
 """Marks that are looked at where a product costs little more than reading its table."""
 
@@ -156,13 +159,18 @@ FEW_MARKS = 2048
 def marks(table: Tensor, most: int | None = None) -> Tensor:
     """One number of each row of a table (rows, d), or of ``most``: what tells of changes that torch does not count,
     those through ``.data``, through numpy or in another process."""
-    return table[_marked(*table.shape, most)]
+    row, column, place = _marked(*table.shape, most)
+    if table.device.type == "cpu" and table.dtype in NUMPY_TYPES and table.is_contiguous():
+        return torch.from_numpy(table.numpy().reshape(-1).take(place))  # a third of the time of torch's own
+    return table[torch.from_numpy(row), torch.from_numpy(column)]
 
 
 @lru_cache(maxsize=16)
-def _marked(rows: int, width: int, most: int | None) -> tuple[Tensor, Tensor]:
-    found = torch.arange(0, rows, 1 if most is None else max(1, rows // most))
-    return found, torch.arange(len(found)) % width  # all columns in turn
+def _marked(rows: int, width: int, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, their columns (all in turn), and where these are in memory."""
+    row = np.arange(0, rows, 1 if most is None else max(1, rows // most))
+    column = np.arange(len(row)) % width
+    return row, column, row * width + column
 
 
 def _place(table: Tensor) -> tuple:

@@ -25,7 +25,7 @@ from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
 from saehooks.kernels.cpu.thresholds import THRESHOLD, TOPK, described, settle
 from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.rules import RowRule
-from saehooks.support import Support, offsets_of
+from saehooks.support import Support
 
 MOST_ROWS = 4
 """Rows up to which the table's bytes are what counts; more are multiplied in bfloat16."""
@@ -97,16 +97,14 @@ def select_few(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None
     )
     room = max(64 + 2 * k, d_sae // 8)
     indices, picked = np.empty(rows * room, np.int64), np.empty(rows * room, np.float32)
-    sizes, thresholds = np.empty(rows, np.int64), np.full(rows, theta.min(), np.float32)
+    offsets, thresholds = np.empty(rows + 1, np.int64), np.empty(rows, np.float32)
     used = _settle_rows(
         low, high, matrix, exact_keys, added, kind, k, alpha, theta, group_count(d_sae, k), room, indices, picked,
-        sizes, thresholds,
+        offsets, thresholds,
     )  # fmt: skip
     if used < 0:
         return None
-    found = (torch.from_numpy(array) for array in (indices[:used], picked[:used], sizes, thresholds))
-    chosen, scores, counts, threshold = found
-    return Support(chosen, offsets_of(counts), threshold, scores)
+    return Support(*map(torch.from_numpy, (indices[:used], offsets, thresholds, picked[:used])))
 
 
 # ----------------------------------------------------------------------- loops
@@ -267,7 +265,7 @@ def _interval_range(rounded, bounds, table, numbers, bias, start, stop, low, hig
 
 @numba_jit
 def _settle_rows(
-    low, high, queries, keys, bias, kind, k, alpha, theta, groups, room, indices, picked, sizes, thresholds
+    low, high, queries, keys, bias, kind, k, alpha, theta, groups, room, indices, picked, offsets, thresholds
 ):  # fmt: skip
     """Select all rows; return how many entries, or -1 if a row cannot be screened."""
     rows, d_sae = low.shape
@@ -276,7 +274,8 @@ def _settle_rows(
     work = np.empty(d_sae, np.float64)
     places = np.empty(d_sae + 1, np.int32)
     few = np.empty(d_sae, np.float32)
-    used = 0
+    lowest = theta.min()
+    offsets[0] = used = 0
     for r in range(rows):
         upper = high[r]
         if not summarise(low[r], maxima, sums):
@@ -309,8 +308,7 @@ def _settle_rows(
         for j in range(size):
             indices[used + j] = places[j]
             picked[used + j] = few[j]
-        sizes[r] = size
-        if kind != THRESHOLD:
-            thresholds[r] = threshold
         used += size
+        offsets[r + 1] = used
+        thresholds[r] = lowest if kind == THRESHOLD else threshold
     return used
