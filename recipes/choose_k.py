@@ -81,7 +81,7 @@ def main() -> None:
     d_in = rows.shape[1]
     if options.sae is None:
         torch.manual_seed(0)
-        judge = trained(presets.sparsemax_sae(d_in, options.d_sae), rows, options)
+        judge = trained(presets.one_pass_sparsemax_sae(d_in, options.d_sae), rows, options)
     else:
         judge = Trainer(sh.load(options.sae))
     found = judge.evaluate(held_out)

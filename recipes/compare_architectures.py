@@ -56,7 +56,7 @@ ARMS = {
     "jumprelu": ("jumprelu", {"start_l0": 2.0}, {"l0": 1.0, "l0_target": 1.0}),
     "transformer_relu": ("transformer_relu", {}, {"l1": "matched"}),
     "mlp_sparsemax": ("mlp_sparsemax", {}, {}),
-    "sparsemax": ("sparsemax", {}, {}),
+    "sparsemax": ("one_pass_sparsemax", {}, {}),
     "entmax 1.5": ("entmax", {}, {}),
     "kron": ("kron", {"k": 1.0}, {}),
     "topk, refined": ("topk", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {}),
@@ -69,14 +69,10 @@ ARMS = {
         {"l0": 1.0, "l0_target": 1.0},
     ),
     "kron, refined": ("kron", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {}),
-    "sparsemax, refined": ("sparsemax", {"refine": 1, "refine_rate": 0.3}, {}),
-    "sparsemax, chosen twice": ("refined_sparsemax", {}, {}),
-    "sparsemax, chosen twice, wider": ("refined_sparsemax", {"key_scale": 0.55, "value_scale": 1.8}, {}),
-    "sparsemax, chosen twice, wider, three steps": (
-        "refined_sparsemax",
-        {"key_scale": 0.55, "value_scale": 1.8, "refine": 3},
-        {},
-    ),
+    "sparsemax, refined": ("one_pass_sparsemax", {"refine": 1, "refine_rate": 0.3}, {}),
+    "sparsemax, chosen twice": ("sparsemax", {"key_scale": 0.8, "value_scale": 1.25, "refine": 2}, {}),
+    "sparsemax, chosen twice, wider": ("sparsemax", {"refine": 2}, {}),
+    "sparsemax, chosen twice, wider, three steps": ("sparsemax", {}, {}),
 }
 # An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.
 L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60

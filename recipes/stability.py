@@ -31,8 +31,8 @@ from saehooks.training.trainer import TrainConfig, Trainer
 CELLS = {
     "topk": {"k": 32},
     "batchtopk": {"k": 32},
+    "one_pass_sparsemax": {},
     "sparsemax": {},
-    "refined_sparsemax": {},
 }
 MATCH = 0.7
 """Cosine from which two latents are the same."""

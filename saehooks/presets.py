@@ -1,4 +1,6 @@
-"""Every published autoencoder of this line by its name: each a cell of the grid with its settings.
+"""Every published autoencoder of this line by its name, and the Sparsemax SAE as this package trains it.
+
+Each is a cell of the grid with its settings.
 
 A preset returns an SAE; the loss that goes with its activation is what training uses when none is given
 (`saehooks.training.losses.default_loss`). All take further settings of their cell, ``dtype``, ``device`` and
@@ -31,8 +33,8 @@ __all__ = [
     "kron_sae",
     "mlp_sparsemax_sae",
     "mutual_choice_sae",
+    "one_pass_sparsemax_sae",
     "published_sparsemax_sae",
-    "refined_sparsemax_sae",
     "relu_sae",
     "sparsemax_sae",
     "topk_sae",
@@ -129,24 +131,33 @@ def feature_choice_from(trained: SAE, *, budgets: str = "zipf") -> SAE:
 
 
 def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
-    """The Sparsemax SAE, the default of this package: shared concepts, sparsemax. Loss: reconstruction alone.
+    """The Sparsemax SAE as this package trains it: shared concepts, sparsemax that chooses twice, values refined.
 
-    Values are the scores on the sparsemax support, as in the authors' code; relative to it this one is centred on a
-    learned bias and its keys start at the concepts' own directions. Source: Sparsemax SAE, CVPR 2026.
+    Sparsemax chooses widely by the scores, and again among the chosen latents by scores that one refinement has
+    improved; two more refine the values. Loss: reconstruction, and .3 of the reconstruction before refinement. Of all
+    cells it reconstructs best from a given number of latents (`recipes/results/refinement.md`); a training step costs
+    two to four of `one_pass_sparsemax_sae`. In short trainings it learns best at a rate of 4e-3, as the others do.
+    How many latents a token uses follows the data: on SmolLM2 27 to 38. A larger ``key_scale``, beside
+    ``value_scale = 1 / key_scale``, chooses fewer: .8 chose 17 to 24. With ``refine=0``, ``values="weight"`` or
+    ``refine_method="conjugate"``, which leave nothing to choose by again, it is `one_pass_sparsemax_sae`.
+    Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010; the grid's cell: Sparsemax SAE,
+    CVPR 2026.
+    """
+    given = {"key_scale": 0.55, "value_scale": 1.8, "refine": 3, "refine_rate": 0.4, "reselect": 1.4}
+    chooses_once = settings.get("values", "score") != "score" or settings.get("refine_method", "gradient") != "gradient"
+    if chooses_once or settings.get("refine") == 0:
+        return one_pass_sparsemax_sae(d_in, d_sae, **settings)
+    return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
+
+
+def one_pass_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
+    """The Sparsemax SAE in one pass: shared concepts, sparsemax. Loss: reconstruction alone.
+
+    What ``SAE(d_in, d_sae)`` makes. Values are the scores on the sparsemax support, as in the authors' code; relative
+    to it this one is centred on a learned bias and its keys start at the concepts' own directions. Source: Sparsemax
+    SAE, CVPR 2026.
     """
     return SAE(d_in, d_sae, "concepts", "sparsemax", **settings)
-
-
-def refined_sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
-    """The Sparsemax SAE that chooses twice: by scores, then among the chosen latents by refined scores; and refines.
-
-    Loss: reconstruction, and .3 of the reconstruction before refinement. In short trainings it learns best at 4e-3, as
-    the others do. A smaller key_scale chooses more latents a token: on SmolLM2 0.8 chose 17 to 24, 0.55 beside
-    ``value_scale=1.8`` 27 to 35, further below TopK of as many; ``refine=3`` adds a point.
-    Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010.
-    """
-    given = {"key_scale": 0.8, "value_scale": 1.25, "refine": 2, "refine_rate": 0.4, "reselect": 1.4}
-    return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})
 
 
 def published_sparsemax_sae(d_in: int, d_sae: int, *, max_density: float | None = 0.1, **settings: Any) -> SAE:
@@ -205,7 +216,7 @@ PRESETS: dict[str, Callable[..., SAE]] = {
         mutual_choice_sae,
         feature_choice_sae,
         sparsemax_sae,
-        refined_sparsemax_sae,
+        one_pass_sparsemax_sae,
         published_sparsemax_sae,
         mlp_sparsemax_sae,
         transformer_relu_sae,

@@ -29,7 +29,10 @@ __all__ = [
 
 
 class SAE(SparseCoder):
-    """A sparse autoencoder: ``SAE(d_in=768, d_sae=24576)`` is sparsemax over shared concepts.
+    """A sparse autoencoder: ``SAE(d_in=768, d_sae=24576)`` is sparsemax over shared concepts, in one pass.
+
+    Any cell of the grid, plain unless settings say more. `saehooks.presets` makes the published ones, and the Sparsemax
+    SAE that chooses twice and refines its values: the one to train for quality.
 
     Args:
         d_in: width of the activations.

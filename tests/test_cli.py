@@ -205,7 +205,7 @@ training = { lr = 0.001, seed = 3, betas = [0.8, 0.99] }
 loss = { l1 = 0.1 }
 [twice]
 d_sae = 64
-preset = "refined_sparsemax"
+preset = "sparsemax"
 reselect = 1.5
 """
 
@@ -221,10 +221,10 @@ def test_several_saes_by_a_file(tmp_path, capsys):
     own = "--at visual.blocks.2.hook_resid_post --d-sae 96 --dictionary linear --activation topk --k 4 --lr 0.001"
     more = "--seed 3 --betas 0.8 0.99 --loss-l1 0.1 --out"
     assert main([*common, *own.split(), *more.split(), str(tmp_path / "topk")]) == 0
-    named = ["--d-sae", "64", "--preset", "refined_sparsemax", "--set", "reselect=1.5", "--out"]
+    named = ["--d-sae", "64", "--preset", "sparsemax", "--set", "reselect=1.5", "--out"]
     assert main([*common, "--at", SITE, *named, str(tmp_path / "twice")]) == 0
     assert sh.load(tmp_path / "twice").cfg.settings == {
-        **presets.refined_sparsemax_sae(8, 16).cfg.settings, "reselect": 1.5
+        **presets.sparsemax_sae(8, 16).cfg.settings, "reselect": 1.5
     }  # fmt: skip
     for name in ("small", "topk", "twice"):
         one, other = sh.load(tmp_path / "grid" / name), sh.load(tmp_path / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saehooks import presets
+from saehooks import SAE, presets
 from saehooks.activations import ACTIVATIONS
 from saehooks.errors import ConfigError
 from saehooks.training.losses import LossConfig, training_loss
@@ -20,7 +20,7 @@ CELLS = {
     "feature_choice": ("linear", "feature_choice"),
     "sparsemax": ("concepts", "sparsemax"),
     "published_sparsemax": ("concepts", "sparsemax"),
-    "refined_sparsemax": ("concepts", "sparsemax"),
+    "one_pass_sparsemax": ("concepts", "sparsemax"),
     "mlp_sparsemax": ("linear", "sparsemax"),
     "transformer_relu": ("concepts", "relu"),
     "entmax": ("concepts", "entmax"),
@@ -44,8 +44,15 @@ def test_settings_reach_their_part():
     """Settings of dictionary and activation pass through; unknown ones are refused."""
     assert presets.kron_sae(8, 64, k=5, m=2, n=8).dictionary.heads == 4
     assert presets.sparsemax_sae(8, 64, values="weight").activation.value_kind == "weight"
+    assert presets.sparsemax_sae(8, 64, key_scale=0.8).refinement.reselect == 1.4
     with pytest.raises(ConfigError, match="colour"):
         presets.topk_sae(8, 64, colour="red")
+
+
+@pytest.mark.parametrize("given", [{"refine": 0}, {"values": "weight"}, {"refine": 2, "refine_method": "conjugate"}])
+def test_the_default_in_one_pass(given):
+    """Settings that leave nothing to choose by a second time make the cell itself, with nothing else of the preset."""
+    assert presets.sparsemax_sae(8, 64, **given).cfg == SAE(8, 64, "concepts", "sparsemax", **given).cfg
 
 
 def test_published_settings_are_the_authors():
