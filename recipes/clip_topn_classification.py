@@ -14,6 +14,8 @@ patches, and classify by prompts.
 "drawn" is the share of photos that CLIP then gives to that other class. Accuracy that comes from the latents alone,
 whatever the photo, would show up there.
 
+Each SAE is measured as it is, and with its values refined afterwards, which is how the package carries its own.
+
 Writes OUT/clip_topn.md, .csv and .png; each SAE's rows as soon as they are there, so an interrupt keeps the others.
 Rows that OUT/clip_topn.csv has already are kept, and not measured again: SAEs can be added to a table.
 """
@@ -79,7 +81,7 @@ def settings(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--copies", type=int, help="how often a training photo is shown; default: 9,000 in all")
     parser.add_argument("--passes", type=int, default=3, help="how often an activation is trained on")
     parser.add_argument(
-        "--afterwards", type=int, metavar="STEPS", help="also: each SAE refined afterwards (sae.refined)"
+        "--afterwards", type=int, default=3, metavar="STEPS", help="of sae.refined, for more rows; 0: none"
     )
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--rank", nargs="+", default=["frequency", "contrast"], choices=RANKS)

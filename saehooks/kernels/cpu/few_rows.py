@@ -104,7 +104,8 @@ def select_few(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None
     )  # fmt: skip
     if used < 0:
         return None
-    return Support(*map(torch.from_numpy, (indices[:used], offsets, thresholds, picked[:used])))
+    chosen, starts, threshold, scores = map(torch.from_numpy, (indices[:used], offsets, thresholds, picked[:used]))
+    return Support(chosen, starts, threshold, scores)
 
 
 # ----------------------------------------------------------------------- loops

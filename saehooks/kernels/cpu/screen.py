@@ -661,24 +661,6 @@ def _reaching(row, key, maxima, opened, places):
 
 
 @numba_jit
-def _kth_key(keys, size, k):
-    """The k-th largest of keys[:size] (int16)."""
-    low = np.int32(-32768)
-    high = np.int32(32767)
-    while low < high:
-        middle = (low + high + 1) >> 1
-        at_least = 0
-        pivot = np.int16(middle)
-        for j in range(size):
-            at_least += keys[j] >= pivot
-        if at_least >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return np.int16(low)
-
-
-@numba_jit
 def _least(keys, size, work, error, kind, k, alpha, floor):
     """A number that the rounded score of whatever can be selected reaches, from some of the row's scores.
 
@@ -690,7 +672,7 @@ def _least(keys, size, work, error, kind, k, alpha, floor):
     if kind == TOPK:
         bound = floor - error
         if size >= k:
-            v = np.float64(_value(_kth_key(keys, size, k)))
+            v = np.float64(_value(kth_largest(keys, size, k)))
             bound = max(bound, v - ROUNDING * abs(v) - 2.0 * error)
         return bound
     best = keys[0]

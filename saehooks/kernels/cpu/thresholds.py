@@ -81,23 +81,26 @@ def entmax_newton(work, size, power):
 
 @numba_jit
 def kth_largest(keys, size, k):
-    """The k-th largest of keys[:size] (int32), by halving the range of values: no order of the data makes it slow."""
+    """The k-th largest of keys[:size], whole numbers, by halving their range: no order of the data makes it slow."""
     low = np.int64(keys[0])
     high = low
     for j in range(size):
         low = min(low, np.int64(keys[j]))
         high = max(high, np.int64(keys[j]))
+    own = keys[:1].copy()  # of the keys' type, so that comparisons are no wider than they
     while low < high:
         middle = (low + high + 1) >> 1
         at_least = 0
-        pivot = np.int32(middle)
+        own[0] = middle
+        pivot = own[0]
         for j in range(size):
             at_least += keys[j] >= pivot
         if at_least >= k:
             low = middle
         else:
             high = middle - 1
-    return np.int32(low)
+    own[0] = low
+    return own[0]
 
 
 @numba_jit
