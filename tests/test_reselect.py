@@ -104,6 +104,19 @@ def test_the_loss_of_the_first_pass(settings):
         training_loss(sh.SAE(16, 64), x, LossConfig(first_pass=0.1))
 
 
+def test_rows_of_huge_norm_count_beside_the_others():
+    """The second term is one ratio of sums, and comes by default where the activation chooses twice."""
+    sae, x = sh.SAE(16, 64, refine=1, reselect=1.5).double(), rows(64).double()
+    x[3] *= 100
+    config = default_loss(sae)
+    assert (config.energy, default_loss(sh.SAE(16, 64, refine=1)).energy) == (0.1, 0.0)
+    loss = training_loss(sae.train(), x, config)
+    centred = x - sae.dictionary.offset
+    expected = 0.1 * (sae(x).recons - x).square().sum() / centred.square().sum()
+    assert float(loss.terms["energy"].detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert float(loss.total.detach()) == pytest.approx(sum(float(term) for term in loss.terms.values()), rel=1e-12)
+
+
 def test_it_trains_saves_and_attaches(tmp_path):
     """Fewer latents than were first selected, the same after a save, NaN rows alone NaN, traces count what is left."""
     sae, x = sh.SAE(16, 64, refine=2, reselect=1.5, key_scale=0.6), rows(1024)

@@ -33,6 +33,10 @@ class LossConfig:
 
     reconstruction: str = "relative"
     """See `reconstruction`."""
+    energy: float = 0.0
+    """Coefficient of a second reconstruction loss, ``"mse"``, in which each row weighs by its energy. In a loss by row
+    the few tokens of huge norm weigh next to nothing and are learned late or never; in the NMSE of a text they weigh
+    most."""
     l1: float = 0.0
     """Coefficient of the magnitudes of the codes, weighed by decoder norms: see `l1`."""
     l0: float = 0.0
@@ -66,7 +70,9 @@ class LossConfig:
         if self.reconstruction not in RECONSTRUCTION:
             raise ConfigError(f"reconstruction={self.reconstruction!r}: choose one of {', '.join(RECONSTRUCTION)}")
         negative = [
-            n for n in ("l1", "l0", "gate", "aux_k", "aux_zipf", "prefix", "first_pass") if getattr(self, n) < 0
+            n
+            for n in ("l1", "l0", "gate", "aux_k", "aux_zipf", "prefix", "first_pass", "energy")
+            if getattr(self, n) < 0
         ]
         if negative:
             raise ConfigError(f"coefficients must not be negative: {', '.join(negative)}")
@@ -84,7 +90,9 @@ class LossConfig:
 def default_loss(sae: SAE) -> LossConfig:
     """The loss that goes with an SAE's activation, where the user names none."""
     config = LossConfig(**sae.activation.default_loss)
-    return replace(config, first_pass=0.3) if sae.refinement.steps else config
+    if not sae.refinement.steps:
+        return config
+    return replace(config, first_pass=0.3, energy=0.0 if sae.refinement.reselect is None else 0.1)
 
 
 class TrainingLoss(NamedTuple):
@@ -152,6 +160,8 @@ def loss_of(
     """
     center = sae.dictionary.offset
     terms = {config.reconstruction: reconstruction(x, recons, config.reconstruction, center, ranks)}
+    if config.energy:
+        terms["energy"] = config.energy * reconstruction(x, recons, "mse", center, ranks)
     risen = 1.0 if step is None or not config.penalty_warmup else min(1.0, (step + 1) / config.penalty_warmup)
     if config.l1:
         terms["l1"] = config.l1 * risen * l1(sae, x, stages)
