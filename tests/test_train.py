@@ -1,12 +1,14 @@
 """Training through hooks: what it learns, what it leaves alone, how it survives."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 import saehooks as sh
 from saehooks.errors import ConfigError, FormatError, NeverFiredError, NotFiniteError, SiteError, WidthError
+from saehooks.training import checkpoint
 from saehooks.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 SITE = "blocks.1.hook_resid_post"
@@ -210,6 +212,26 @@ def test_resume_refuses_other_settings(tiny_bridge, tmp_path):
         sh.fit(tiny_bridge, sh.SAE(d_in=32, d_sae=64), batches(4), SITE, out=tmp_path, resume=True, **FAST)
     with pytest.raises(ConfigError, match="out="):
         sh.fit(tiny_bridge, fresh(), batches(4), SITE, resume=True, **FAST)
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_where_that_is_off(tmp_path, monkeypatch):
+    """A release that adds a setting goes on with what was trained without it, unless it is asked to be otherwise."""
+    written = checkpoint._settings
+    config = sh.TrainConfig(batch_size=16, buffer_rows=64)
+    trainer = sh.Trainer(fresh(), config)
+    trainer.step(torch.randn(16, 32))
+    older = written(trainer)
+    del older["loss"]["energy"], older["betas"]
+    monkeypatch.setattr(checkpoint, "_settings", lambda trainer: older)
+    save_checkpoint(trainer, tmp_path)
+    monkeypatch.setattr(checkpoint, "_settings", written)
+    again = sh.Trainer(fresh(1), config)
+    assert load_checkpoint(again, tmp_path)
+    assert again.steps == 1
+    assert torch.equal(again.sae.dictionary.C, trainer.sae.dictionary.C)
+    for other in ({"loss": sh.LossConfig(energy=0.1)}, {"betas": (0.8, 0.999)}):
+        with pytest.raises(FormatError, match="now"):
+            load_checkpoint(sh.Trainer(fresh(1), replace(config, **other)), tmp_path)
 
 
 def test_a_corrupt_checkpoint_is_an_error_that_changes_nothing(tmp_path):

@@ -15,7 +15,8 @@ from saehooks.errors import ConfigError, FormatError, NotFiniteError, StorageErr
 from saehooks.ranks import axes_of, read_part, write_together
 from saehooks.storage import CONFIG, WEIGHTS, open_safetensors, remove_abandoned
 from saehooks.streams import Fingerprint, Mark
-from saehooks.training.trainer import Trainer
+from saehooks.training.losses import LossConfig
+from saehooks.training.trainer import TrainConfig, Trainer
 
 CHECKPOINT = "checkpoint.safetensors"
 FREE = ("steps", "log_every", "eval_every", "checkpoint_every", "dead_after")
@@ -121,7 +122,7 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     if facts is None or not {"counters", "data"} <= set(facts):
         raise FormatError(f"{path} is not a checkpoint of a training")
     _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(_whole_config(trainer))), ("metadata",))
-    _check_same(f"{path}: the training", facts["config"], json.loads(json.dumps(_settings(trainer))), FREE)
+    _check_same(f"{path}: the training", _with_newer(facts["config"]), json.loads(json.dumps(_settings(trainer))), FREE)
     tensors = read_part(opened, _axes(trainer), trainer.ranks)
     trainer.sae.load_state_dict(_part(tensors, "sae."))
     state: dict[int, dict[str, Tensor]] = {}
@@ -152,6 +153,12 @@ def _whole_config(trainer: Trainer) -> dict:
 
 def _settings(trainer: Trainer) -> dict:
     return asdict(trainer.config) | {"loss": asdict(trainer.loss_config)}
+
+
+def _with_newer(saved: dict) -> dict:
+    """The settings of a checkpoint; those that came after it was written are as they were without them."""
+    loss = asdict(LossConfig()) | saved.get("loss", {})
+    return json.loads(json.dumps(asdict(TrainConfig()) | saved | {"loss": loss}))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
