@@ -134,11 +134,13 @@ def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The Sparsemax SAE as this package trains it: shared concepts, sparsemax that chooses twice, values refined.
 
     Sparsemax chooses widely by the scores, and again among the chosen latents by scores that one refinement has
-    improved; two more refine the values. Loss: reconstruction, and .3 of the reconstruction before refinement. Of all
-    cells it reconstructs best from a given number of latents (`recipes/results/refinement.md`); a training step costs
-    two to four of `one_pass_sparsemax_sae`. In short trainings it learns best at a rate of 4e-3, as the others do.
-    How many latents a token uses follows the data: on SmolLM2 27 to 38. A larger ``key_scale``, beside
-    ``value_scale = 1 / key_scale``, chooses fewer: .8 chose 17 to 24. With ``refine=0``, ``values="weight"`` or
+    improved; two more refine the values. Loss: reconstruction by row, .1 of it by energy, and .3 of it before
+    refinement. Of all cells it reconstructs best from a given number of latents (`recipes/results/refinement.md`); a
+    training step costs two to four of `one_pass_sparsemax_sae`. In short trainings it learns best at a rate of 4e-3, as
+    the others do.
+
+    How many latents a token uses follows the data: on SmolLM2 20 to 50, by the site. A larger ``key_scale``, beside
+    ``value_scale = 1 / key_scale``, chooses fewer. With ``refine=0``, ``values="weight"`` or
     ``refine_method="conjugate"``, which leave nothing to choose by again, it is `one_pass_sparsemax_sae`.
     Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010; the grid's cell: Sparsemax SAE,
     CVPR 2026.
