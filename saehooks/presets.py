@@ -145,8 +145,9 @@ def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     Source: this package (`saehooks.refinement`); refinement as in Gregor & LeCun 2010; the grid's cell: Sparsemax SAE,
     CVPR 2026.
     """
-    given = {"key_scale": 0.55, "value_scale": 1.8, "refine": 3, "refine_rate": 0.4, "reselect": 1.4}
-    chooses_once = settings.get("values", "score") != "score" or settings.get("refine_method", "gradient") != "gradient"
+    given: dict[str, Any] = {"key_scale": 0.55, "value_scale": 1.8, "reselect": 1.4}
+    given |= {"refine": 3, "refine_rate": 0.4, "refine_method": "bounded"}
+    chooses_once = settings.get("values", "score") != "score" or settings.get("refine_method") == "conjugate"
     if chooses_once or settings.get("refine") == 0:
         return one_pass_sparsemax_sae(d_in, d_sae, **settings)
     return SAE(d_in, d_sae, "concepts", "sparsemax", **{**given, **settings})

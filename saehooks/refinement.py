@@ -13,7 +13,9 @@ from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support, is_differentiated
 from saehooks.precision import widened
 
-METHODS = ("gradient", "conjugate")
+METHODS = ("gradient", "bounded", "conjugate")
+MOST = 1.9
+"""The largest bounded step, in units of the one that lowers a row's error most; twice that one leaves it as it was."""
 
 
 class Refined(NamedTuple):
@@ -43,6 +45,10 @@ class Refinement(nn.Module):
     the values of what is left. Sparsemax chooses by ``sparsemax(reselect * scores)``, so 1 or a little more, beside a
     ``key_scale`` below 1 that widens the first choice; top-k keeps the ``reselect`` largest of its k.
 
+    With ``refine_method="bounded"`` a row in which a step of that size would enlarge the error takes the largest one
+    that does not. So no row runs away, in use or in training, whatever the rates have become: learned rates meet rows
+    that they are too large for, and one such batch can end a training.
+
     With ``refine_method="conjugate"`` the steps are those of conjugate gradients: each row finds its own step sizes and
     directions, so there is nothing to learn, no row's error ever grows, and three steps come close to least squares on
     the support. It is what `saehooks.SAE.refined` adds to an SAE that was trained without refinement.
@@ -52,7 +58,7 @@ class Refinement(nn.Module):
         refine_rate: step size at the start, in units where directions of norm 1 call for at most 1.
         learn_refine_rate: train the step sizes, one for each step; otherwise they stay.
         reselect: choose again after the first step; None for the first choice alone.
-        refine_method: ``"gradient"``, or ``"conjugate"``, which has no rates and does not choose again.
+        refine_method: ``"gradient"``, ``"bounded"``, or ``"conjugate"``, which has no rates and does not choose again.
     Raises:
         ConfigError: not a whole number of steps, a rate that is not positive, reselect without a step, an unknown
             method, or one that does not go with the others.
@@ -81,16 +87,16 @@ class Refinement(nn.Module):
         if refine_method == "conjugate" and (reselect is not None or refine_rate != 0.5 or not learn_refine_rate):
             raise ConfigError('refine_method="conjugate" finds its own step sizes and does not choose again: leave out '
                               "refine_rate=, learn_refine_rate= and reselect=")  # fmt: skip
-        if refine_method == "conjugate" and not refine:
-            raise ConfigError('refine_method="conjugate" refines: write refine=1 or more with it')
+        if refine_method != "gradient" and not refine:
+            raise ConfigError(f"refine_method={refine_method!r} refines: write refine=1 or more with it")
         self.steps, self.reselect, self.method = refine, reselect, refine_method
-        if refine and refine_method == "gradient":
+        if refine and refine_method != "conjugate":
             self.rates = nn.Parameter(torch.full((refine,), float(refine_rate)), requires_grad=learn_refine_rate)
 
     @property
     def takes_padding(self) -> bool:
         """Whether codes may have entries that belong to no row."""
-        return self.reselect is None and self.method == "gradient"
+        return self.reselect is None and self.method != "conjugate"
 
     def forward(
         self,
@@ -129,6 +135,8 @@ class Refinement(nn.Module):
             unscaled = dictionary.project(sums)
             values, better = self._conjugate(dictionary, target, support, values, unscaled, active, step)
             return Refined(support, values, None, better, unscaled)
+        if self.method == "bounded":
+            return self._bounded(dictionary, activation, target, support, values, active, sums, step)
         tracked = is_differentiated(values, target, self.rates, *dictionary.parameters())
         for i, rate in enumerate(self.rates):
             again = self.reselect if i == 0 else None
@@ -152,6 +160,43 @@ class Refinement(nn.Module):
                 support, values = support.keep(kept), values[kept]
                 active = None if active is None else active[kept]
         return Refined(support, values, kept, None if sums is None else dictionary.project(sums), first)
+
+    def _bounded(
+        self,
+        dictionary: Dictionary,
+        activation: Activation,
+        target: Tensor,
+        support: Support,
+        values: Tensor,
+        active: Tensor | None,
+        sums: Tensor | None,
+        step: Step,
+    ) -> Refined:
+        """The steps, each row's no larger than what still lowers its error.
+
+        What a step adds to the reconstruction says how far it may go, and gives the next reconstruction as well.
+        """
+        kept = first = unscaled = None
+        for i, rate in enumerate(self.rates):
+            if unscaled is None:
+                sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
+                unscaled = dictionary.project(sums)
+            first = unscaled if i == 0 else first
+            missed = target - unscaled
+            if active is None:
+                slope, change = dictionary.descent(missed, support, step=step)
+            else:
+                slope = dictionary.alignments(missed, support, step=step).masked_fill(~active, 0.0)
+                change = dictionary.weighted_sums(slope, support, step=step)
+            change = dictionary.project(change)
+            rates = row_rates(rate, change, missed)
+            by_row = torch.cat([dictionary.shared(rates), rates.new_zeros(1)])  # padding belongs to no row
+            values, unscaled = values + by_row[support.rows] * slope, unscaled + rates[:, None] * change
+            if i == 0 and self.reselect is not None:
+                kept = activation.reselect(values.detach(), support, self.reselect)
+                support, values, sums, unscaled = support.keep(kept), values[kept], None, None
+                active = None if active is None else active[kept]
+        return Refined(support, values, kept, unscaled, first)
 
     def _conjugate(
         self,
@@ -191,6 +236,21 @@ class Refinement(nn.Module):
     def extra_repr(self) -> str:
         more = "" if self.reselect is None else f", reselect={self.reselect}"
         return f"refine={self.steps}{more}" + ("" if self.method == "gradient" else f", refine_method={self.method!r}")
+
+
+def row_rates(rate: Tensor, change: Tensor, missed: Tensor) -> Tensor:
+    """(rows,) the size of a step in each row: ``rate``, or the largest that still lowers the row's error.
+
+    Args:
+        rate: ().
+        change: (rows, d) what a step of size 1 adds to the reconstruction.
+        missed: (rows, d) what the reconstruction lacks; a step goes down its square.
+    """
+    with torch.no_grad():
+        change, missed = (one.float() if one.dtype.itemsize < 4 else one for one in (change, missed))
+        square = (change * change).sum(1)
+        most = torch.where(square > 0, MOST * (change * missed).sum(1).clamp(min=0) / square, torch.inf)
+    return torch.minimum(rate.to(most.dtype), most).to(rate.dtype)
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:

@@ -34,14 +34,25 @@ def refined_densely(sae, x, codes):
         support[row, codes[row].indices] = True
     values = codes.dense().detach()
     for rate in sae.refinement.rates.detach():
-        values = values + rate * ((target - values @ W) @ W.T) * support
+        missed = target - values @ W
+        change = missed @ W.T * support
+        values = values + own_rates(sae, rate, missed, change @ W) * change
     return values
 
 
+def own_rates(sae, rate, missed, made):
+    """(rows, 1) of each row: the rate, or where steps are bounded 1.9 of the one that lowers the row's error most."""
+    if sae.cfg.settings.get("refine_method") != "bounded":
+        return rate.expand(len(missed), 1)
+    best = (missed * made).sum(1, keepdim=True) / made.square().sum(1, keepdim=True)
+    return torch.minimum(rate.expand(len(missed), 1), 1.9 * best.nan_to_num(torch.inf))
+
+
+@pytest.mark.parametrize("method", ["gradient", "bounded"])
 @pytest.mark.parametrize(("dictionary", "activation"), CELLS)
-def test_refined_values_follow_the_formula_in_every_cell(dictionary, activation):
+def test_refined_values_follow_the_formula_in_every_cell(dictionary, activation, method):
     """Two steps with rates of their own give what the dense formula gives, on the support of one pass."""
-    sae, x = cell(dictionary, activation, refine=2), rows(40)
+    sae, x = cell(dictionary, activation, refine=2, refine_method=method), rows(40)
     sae.initialise(x)
     with torch.no_grad():
         sae.refinement.rates.copy_(torch.tensor([0.4, 0.15]))
@@ -50,11 +61,40 @@ def test_refined_values_follow_the_formula_in_every_cell(dictionary, activation)
     torch.testing.assert_close(codes.dense(), refined_densely(sae, x, before), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("refine", [0, 1, 2])
+@pytest.mark.parametrize("rate", [0.4, 6.0])
+@pytest.mark.parametrize(("dictionary", "activation"), CELLS)
+def test_bounded_steps_never_enlarge_an_error(dictionary, activation, rate):
+    """Whatever the rates are, no row is further off than before; the plain steps throw some far away."""
+    sae, x = cell(dictionary, activation, refine=3, refine_rate=rate, refine_method="bounded"), 3 * rows(200)
+    sae.initialise(x)
+    bare = plain(sae, x)
+    before = (sae.decode(bare) - x).norm(dim=1)
+    after = (sae.eval()(x).recons - x).norm(dim=1)
+    assert bool((after <= before * (1 + 1e-4) + 1e-5).all())
+    assert float(after.detach().mean()) < float(before.detach().mean())
+
+
+@pytest.mark.parametrize(("dictionary", "activation"), [("concepts", "sparsemax"), ("linear", "topk")])
+def test_bounded_steps_below_their_bound_are_plain_ones(dictionary, activation):
+    """Values and every gradient are those of gradient steps where no row's step is cut."""
+    found = []
+    for method in ("gradient", "bounded"):
+        sae, x = cell(dictionary, activation, refine=2, refine_rate=0.05, refine_method=method), rows(40)
+        sae.initialise(x)
+        out = sae(x)
+        (out.recons.sin().sum() + out.codes.values.cos().sum()).backward()
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        found.append({"values": out.codes.values.detach(), **gradients})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("refine", [0, 1, 2, "bounded"])
 @pytest.mark.parametrize(("dictionary", "activation"), CELLS)
 def test_encoding_that_is_decoded_next_gives_the_same(dictionary, activation, refine):
     """Passes that encoding and decoding share change neither values, reconstructions nor gradients."""
     settings = {"refine": refine} if refine else {}
+    settings = {"refine": 2, "refine_method": refine} if refine == "bounded" else settings
     start, x = cell(dictionary, activation, **settings), rows(40)
     start.initialise(x)
     found = []
@@ -363,5 +403,5 @@ def test_what_cannot_be_refined_afterwards_says_so():
             cell("concepts", "sparsemax", refine=1, refine_method="conjugate", **more)
     with pytest.raises(ConfigError, match="refine=1"):
         cell("concepts", "sparsemax", refine_method="conjugate")
-    with pytest.raises(ConfigError, match="choose one of gradient, conjugate"):
+    with pytest.raises(ConfigError, match="choose one of gradient, bounded, conjugate"):
         cell("concepts", "sparsemax", refine=1, refine_method="newton")

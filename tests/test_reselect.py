@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_grid import rows
-from test_refinement import plain
+from test_refinement import own_rates, plain
 
 import saehooks as sh
 from saehooks.activations.sparsemax import threshold_of
@@ -33,11 +33,13 @@ CHOOSE_TWICE = [
 
 
 @pytest.mark.parametrize(("dictionary", "activation", "settings"), CHOOSE_TWICE)
+@pytest.mark.parametrize("method", ["gradient", "bounded"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_rule_is_applied_to_refined_scores(dictionary, activation, settings, steps):
+def test_the_rule_is_applied_to_refined_scores(dictionary, activation, settings, steps, method):
     """A step on the wide choice, the rule once more among those latents, the other steps on what is left: densely."""
     torch.manual_seed(0)
-    sae, x = sh.SAE(16, 64, dictionary, activation, refine=steps, refine_rate=0.2, **settings), rows(40)
+    more = {"refine": steps, "refine_rate": 0.2, "refine_method": method}
+    sae, x = sh.SAE(16, 64, dictionary, activation, **more, **settings), rows(40)
     sae.initialise(x)
     codes, first = sae.eval().encode(x), plain(sae, x)
     support = torch.zeros(40, 64, dtype=torch.bool)
@@ -49,7 +51,9 @@ def test_the_rule_is_applied_to_refined_scores(dictionary, activation, settings,
     target = (x if offset is None else x - offset.detach()) / scale
     values = first.dense().detach()
     for i in range(steps):
-        values = values + 0.2 * ((target - values @ W) @ W.T) * support
+        missed = target - values @ W
+        change = missed @ W.T * support
+        values = values + own_rates(sae, torch.tensor(0.2), missed, change @ W) * change
         if i == 0:
             among = values.masked_fill(~support, -torch.inf)
             if activation == "topk":

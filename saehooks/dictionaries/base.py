@@ -215,6 +215,12 @@ class Dictionary(nn.Module):
         moved, sums = kernels.sddmm_spmm(left, self.table, support, values=values, rate=rate, step=step)
         return moved, self.whole(sums)
 
+    def descent(self, errors: Tensor, support: Support, *, step: Step = DEFAULT) -> tuple[Tensor, Tensor]:
+        """(nnz,) `alignments` of errors (rows, d_out), and the `weighted_sums` of these, which share their pass."""
+        left = self.shared(self.project_adjoint(errors))
+        found, sums = kernels.sddmm_spmm(left, self.table, support, step=step)
+        return found, self.whole(sums)
+
     def decode(
         self, codes: Codes, with_offset: bool = True, *, unscaled: Tensor | None = None, step: Step = DEFAULT
     ) -> Tensor:

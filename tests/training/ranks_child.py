@@ -57,6 +57,18 @@ CELLS = {
         {"loss": LossConfig(first_pass=0.5)},
     ),
     "sparsemax, chosen again": ("concepts", "sparsemax", {"refine": 1, "reselect": 1.4, "key_scale": 0.5}, {}),
+    "sparsemax, bounded steps": (
+        "concepts",
+        "sparsemax",
+        {"refine": 2, "refine_rate": 2.0, "reselect": 1.4, "key_scale": 0.5, "refine_method": "bounded"},
+        {},
+    ),
+    "topk, bounded steps": (
+        "linear",
+        "topk",
+        {"k": 4, "refine": 2, "refine_rate": 2.0, "refine_method": "bounded"},
+        {},
+    ),
     "topk, prefixes": ("linear", "topk", {"k": 4}, {"loss": LossConfig(prefix=1.0, prefixes=(8, 40))}),
     "topk, silenced": ("linear", "topk", {"k": 4, "max_density": 0.2}, {"loss": NONE}),
     "batchtopk": ("concepts", "batchtopk", {"k": 4}, {"loss": AUX}),
