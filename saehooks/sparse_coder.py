@@ -443,7 +443,8 @@ class SparseCoder(nn.Module, metaclass=Answering):
     @property
     def _a_parameter(self) -> Tensor:
         """One of the parameters, found without going through all modules, which takes longer than encoding a row."""
-        for parameter in self.dictionary._parameters.values():
+        known = self._modules.get("dictionary")  # of a joined SAE it lies elsewhere
+        for parameter in () if known is None else known._parameters.values():
             if parameter is not None:
                 return parameter
         return next(self.parameters())
