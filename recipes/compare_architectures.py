@@ -70,16 +70,16 @@ ARMS = {
     ),
     "kron, refined": ("kron", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {}),
     "sparsemax, refined": ("one_pass_sparsemax", {"refine": 1, "refine_rate": 0.3}, {}),
-    "sparsemax, chosen twice": ("sparsemax", {"key_scale": 0.8, "value_scale": 1.25, "refine": 2}, {"energy": 0.0}),
-    "sparsemax, chosen twice, wider": ("sparsemax", {"refine": 2}, {"energy": 0.0}),
-    "sparsemax, chosen twice, wider, three steps": ("sparsemax", {}, {"energy": 0.0}),
+    "sparsemax, chosen twice": (
+        "sparsemax",
+        {"key_scale": 0.8, "value_scale": 1.25, "refine": 2, "refine_method": "gradient"},
+        {"energy": 0.0},
+    ),
+    "sparsemax, chosen twice, wider": ("sparsemax", {"refine": 2, "refine_method": "gradient"}, {"energy": 0.0}),
+    "sparsemax, chosen twice, wider, three steps": ("sparsemax", {"refine_method": "gradient"}, {"energy": 0.0}),
     "sparsemax, the default": ("sparsemax", {}, {}),
     "topk, energy": ("topk", {"k": 1.0}, {"energy": 0.1}),
-    "topk, 2k, energy": ("topk", {"k": 2.0}, {"energy": 0.1}),
     "topk, chosen twice, energy": ("topk", {"k": 2.0, "reselect": 1.0, "refine": 2, "refine_rate": 0.4}, {}),
-    "batchtopk, energy": ("batchtopk", {"k": 1.0}, {"energy": 0.1}),
-    "batchtopk, refined, energy": ("batchtopk", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {"energy": 0.1}),
-    "mutual_choice, refined, energy": ("mutual_choice", {"k": 1.0, "refine": 1, "refine_rate": 0.3}, {"energy": 0.1}),
 }
 # An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.
 L1_START, L1_RATE, L1_AHEAD = 0.03, 0.03, 60
