@@ -78,7 +78,7 @@ ARMS = {
     "sparsemax, chosen twice, wider": ("sparsemax", {"refine": 2, "refine_method": "gradient"}, {"energy": 0.0}),
     "sparsemax, chosen twice, wider, three steps": ("sparsemax", {"refine_method": "gradient"}, {"energy": 0.0}),
     "sparsemax, the default": ("sparsemax", {}, {}),
-    "topk, energy": ("topk", {"k": 1.0}, {"energy": 0.1}),
+    "topk, energy": ("topk", {"k": 1.0}, {"energy": 0.02}),
     "topk, chosen twice, energy": ("topk", {"k": 2.0, "reselect": 1.0, "refine": 2, "refine_rate": 0.4}, {}),
 }
 # An l1 that follows --k: each step times exp(rate * e), e the log of L0 / k that is to be expected a while ahead.

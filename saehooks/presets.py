@@ -134,7 +134,7 @@ def sparsemax_sae(d_in: int, d_sae: int, **settings: Any) -> SAE:
     """The Sparsemax SAE as this package trains it: shared concepts, sparsemax that chooses twice, values refined.
 
     Sparsemax chooses widely by the scores, and again among the chosen latents by scores that one refinement has
-    improved; two more refine the values. Loss: reconstruction by row, .1 of it by energy, and .3 of it before
+    improved; two more refine the values. Loss: reconstruction by row, .02 of it by energy, and .3 of it before
     refinement. Of all cells it reconstructs best from a given number of latents (`recipes/results/refinement.md`); a
     training step costs two to four of `one_pass_sparsemax_sae`. In short trainings it learns best at a rate of 4e-3, as
     the others do.

@@ -92,7 +92,7 @@ def default_loss(sae: SAE) -> LossConfig:
     config = LossConfig(**sae.activation.default_loss)
     if not sae.refinement.steps:
         return config
-    return replace(config, first_pass=0.3, energy=0.0 if sae.refinement.reselect is None else 0.1)
+    return replace(config, first_pass=0.3, energy=0.0 if sae.refinement.reselect is None else 0.02)
 
 
 class TrainingLoss(NamedTuple):
