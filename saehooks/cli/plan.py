@@ -23,9 +23,9 @@ class Plan:
     at: str | None = None
     head: int | None = None
     preset: str | None = None
-    """One of `saehooks.presets.PRESETS`, in place of the two that follow; ``"sparsemax"`` if none of the three is."""
+    """One of `saehooks.presets.PRESETS`, in place of the two that follow."""
     dictionary: str | None = None
-    """``"concepts"`` if an activation is given and this is not."""
+    """``"concepts"`` if neither this nor a preset is given."""
     activation: str | None = None
     """``"sparsemax"`` likewise."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -51,16 +51,14 @@ class Plan:
         from saehooks.presets import PRESETS
         from saehooks.sae import SAE
 
-        cell = self.dictionary or self.activation
-        if cell and self.preset:
-            raise ConfigError(f"the preset {self.preset} has a dictionary and an activation: leave out your own")
-        if cell:
+        if self.preset is None:
             dictionary, activation = self.dictionary or "concepts", self.activation or "sparsemax"
             return SAE(d_in, self.d_sae, dictionary, activation, **self.settings)
-        preset = self.preset or "sparsemax"
-        if preset not in PRESETS:
-            raise ConfigError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-        return PRESETS[preset](d_in, self.d_sae, **self.settings)
+        if self.dictionary or self.activation:
+            raise ConfigError(f"the preset {self.preset} has a dictionary and an activation: leave out your own")
+        if self.preset not in PRESETS:
+            raise ConfigError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[self.preset](d_in, self.d_sae, **self.settings)
 
 
 def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
