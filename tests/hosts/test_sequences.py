@@ -198,7 +198,10 @@ def test_a_call_that_failed_is_forgotten(llama, watched):
 
 
 def test_watching_costs_next_to_nothing(llama):
-    """A forward of 64 tokens through 12 blocks takes at most 2% longer, whatever the number of blocks."""
+    """A forward of 64 tokens through 12 blocks takes at most 2% longer, whatever the number of blocks.
+
+    Both times are the least of 48: what other processes take from one of them (a core's caches) is not ours.
+    """
     config = transformers.GPT2Config(vocab_size=500, n_embd=384, n_layer=12, n_head=6, n_positions=64)
     model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 500, (1, 64))
     source = host(model)
@@ -215,15 +218,16 @@ def test_watching_costs_next_to_nothing(llama):
         return around
 
     watch._begin, watch._end, watch.look = timed(watch._begin), timed(watch._end), timed(watch.look)
-    threads, ratios, placed = torch.get_num_threads(), [], []
+    threads, watched, rest, placed = torch.get_num_threads(), [], [], []
     torch.set_num_threads(1)
     with torch.no_grad(), watch.watching([(site, lambda acts: placed.append(watch.look(site, acts).place))]):
-        for _ in range(48):  # long enough that what else the machine does for a moment is not most of it
+        for _ in range(48):
             spent.clear()
             started = time.thread_time()
             model(ids)
             whole = time.thread_time() - started
-            ratios.append(sum(spent) / (whole - sum(spent)))
+            watched.append(sum(spent))
+            rest.append(whole - sum(spent))
             assert len(spent) <= 6  # the model, its stack, the block: two calls each at most, whatever the depth
     torch.set_num_threads(threads)
-    assert sorted(ratios)[len(ratios) // 2] < 0.02
+    assert min(watched) < 0.02 * min(rest)
