@@ -6,9 +6,18 @@ import pytest
 import torch
 
 import saehooks as sh
-from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
-from saehooks.kernels import BatchTopK, Entmax, FeatureChoice, Sparsemax, Threshold, TopK, select_rows
+from saehooks.kernels import (
+    BatchTopK,
+    Entmax,
+    FeatureChoice,
+    Sparsemax,
+    Step,
+    Threshold,
+    TopK,
+    select_pairs,
+    select_rows,
+)
 
 
 def dense_concepts(sae, x):
@@ -227,22 +236,21 @@ def test_kron_batch_rules_match_the_explicit_product(m, n, heads, k):
 
 def test_kron_gives_equal_scores_to_the_first_rows_and_latents():
     """Batch top-k over pairs breaks ties as it does over scores: by row, then by latent."""
-    factors = Factors(torch.ones(3, 1, 4), torch.ones(3, 1, 4))
-    found = select_pairs(factors, BatchTopK(7))
+    found = select_pairs(torch.ones(3, 1, 4), torch.ones(3, 1, 4), BatchTopK(7))
     assert found.offsets.tolist() == [0, 16, 21, 21]
     assert found.indices.tolist() == [*range(16), *range(5)]
 
 
 def test_kron_forms_few_products(monkeypatch):
     """Of 4096 pairs a top-16 selection multiplies at most a sixteenth, beside one for each head."""
-    from saehooks.dictionaries import pairs
+    from saehooks.kernels.reference import pairs
 
     sizes = []
     real = pairs.pairs_above
     monkeypatch.setattr(pairs, "pairs_above", lambda *given: sizes.append(real(*given)) or real(*given))
     for m, n in ((4, 4), (64, 64), (16, 16)):
         sae = sh.SAE(32, 4096, "kron", "topk", k=16, m=m, n=n)
-        sae.encode(torch.randn(50, 32))
+        sae.encode(torch.randn(50, 32), step=Step(backend="reference"))
         assert sizes[-1].scores.numel() / 50 < 256
 
 

@@ -112,12 +112,14 @@ def error_over_bound(one: Case, rows: int = 8) -> float:
     """The largest error of a screened score of the first rows, shifted as selection may shift them, over its bound."""
     queries, keys, bias = one.queries[:rows].contiguous(), one.keys, one.bias
     rounded = screen.rounded_keys(keys, bias)
-    errors = screen._errors(queries, rounded)
+    made = screen.rounded_queries(queries)
+    errors = screen.rounding_errors(made, rounded)
     if errors is None:
         return 0.0
     truth = queries.double() @ keys.double().T + (0.0 if bias is None else bias.double())
     shifts = torch.zeros(len(queries))
-    job = screen._Job(queries, keys, one.rule, one.rule, bias, rounded, *errors, shifts.numpy())
+    given = rounded, made.table, made.norms[0].astype(float), errors, shifts.numpy()
+    job = screen._Job(queries, keys, one.rule, one.rule, bias, *given)
     worst = 0.0
     for shift in (0.0, float(truth.max())):
         job.shift_all(shift)

@@ -131,7 +131,7 @@ class JumpReLUActivation(Activation):
     def initialise(self, queries: Tensor, scores: Callable[[], Iterable[Tensor]]) -> None:
         if not queries.shape[0]:
             return
-        self.unit.copy_(self.mean_square(queries).sqrt())
+        self.unit.copy_(queries.square().sum(1).mean().sqrt())
         start = self.threshold * self.unit
         if self.start_l0 is not None:
             rows = min(len(queries), START_ROWS)
@@ -140,10 +140,6 @@ class JumpReLUActivation(Activation):
         self.log_theta.fill_(float(start.log()))
         if self.given:
             self.given_theta.fill_(1.0)
-
-    def mean_square(self, queries: Tensor) -> Tensor:
-        """Mean of the squared norms of the queries (rows, d)."""
-        return queries.square().sum(1).mean()
 
     def largest(self, scores: Iterable[Tensor], rows: int, count: int) -> Tensor:
         """(count,) the largest scores of the first rows, descending.

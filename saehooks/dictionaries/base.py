@@ -33,6 +33,8 @@ class Prepared(NamedTuple):
     """(rows,) multiplier of the reconstruction, or None for 1."""
     shift: Tensor | None = None
     """(rows, 1) or (rows, d_out) added to the reconstruction at last, or None: what no latent carries."""
+    factors: Tensor | None = None
+    """(rows, n) products of the queries that every latent's score is made of, where the dictionary made them once."""
 
 
 class Dictionary(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -12,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from saehooks import kernels
 from saehooks.dictionaries.base import Prepared, RowDecoder, unit_rows
-from saehooks.dictionaries.pairs import Factors, select_pairs
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, BatchRule, FeatureChoice, RowRule, Step, Support
 from saehooks.kernels.reference.across_rows import feature_choice
@@ -69,12 +69,17 @@ class KronDictionary(RowDecoder):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
 
     def prepare(self, x: Tensor) -> Prepared:
-        """The factors, (rows, heads * m + heads * n), already rectified; float32 where products would leave float16."""
-        x = self.shared(x - self.b_dec if self.subtract_b_dec else x)
-        keys = torch.cat([self.P, self.Q])
+        """The queries and, where they will be differentiated, the rectified factors of all heads, made once."""
+        queries = x - self.b_dec if self.subtract_b_dec else x
+        differentiated = kernels.is_differentiated(queries, self.P, self.Q)
+        return Prepared(queries, None, factors=self._factors(queries) if differentiated else None)
+
+    def _factors(self, queries: Tensor) -> Tensor:
+        """(rows, heads * m + heads * n), float32 where products would leave float16."""
+        x, keys = self.shared(queries), torch.cat([self.P, self.Q])
         if keys.dtype.itemsize == 2:
             x, keys = x.float(), keys.float()
-        return Prepared((x @ keys.T).relu_(), None)
+        return (x @ keys.T).relu_()
 
     # ------------------------------------------------------------- selection
 
@@ -88,74 +93,78 @@ class KronDictionary(RowDecoder):
         step: Step = DEFAULT,
     ) -> Support:
         step = step.exact()  # pairs are counted
-        queries = prepared.queries.detach()
-        rows = queries.shape[0]
-        if among is not None or silenced is not None:
-            return self._select_dense(queries, rule, among, silenced, step)
-        if isinstance(rule, FeatureChoice):
-            block = max(1, SCORE_BYTES // max(1, 3 * rows * queries.element_size()))
-            return feature_choice(
-                lambda start, stop: self._block(queries, torch.arange(start, stop, device=queries.device)),
-                rule.budgets,
-                rows,
-                block,
+        if among is not None or silenced is not None or isinstance(rule, FeatureChoice):
+            return self._select_dense(self._all_factors(prepared), rule, among, silenced, step)
+        if prepared.factors is not None:
+            p, q = prepared.factors.detach().split([self.heads * self.m, self.heads * self.n], dim=1)
+            found = kernels.select_pairs(
+                p.unflatten(1, (self.heads, self.m)), q.unflatten(1, (self.heads, self.n)), rule, step=step
             )
-        return select_pairs(self._factors(queries), rule, step).trusted(self.d_sae)
+        else:
+            kept = replace(step, screen_tables=None if self.training else self._screen_tables)
+            queries = prepared.queries.detach()
+            found = kernels.select_pair_products(queries, self.P, self.Q, self.heads, rule, step=kept)
+        return found.trusted(self.d_sae)
 
-    def _factors(self, queries: Tensor) -> Factors:
-        split = self.heads * self.m
-        p, q = queries[:, :split], queries[:, split:]
-        return Factors(p.reshape(-1, self.heads, self.m), q.reshape(-1, self.heads, self.n))
+    @torch.no_grad()
+    def _all_factors(self, prepared: Prepared) -> Tensor:
+        return self._factors(prepared.queries) if prepared.factors is None else prepared.factors.detach()
 
     def _select_dense(
         self,
-        queries: Tensor,
+        factors: Tensor,
         rule: RowRule | BatchRule,
         among: Tensor | None,
         silenced: Tensor | None,
         step: Step,
     ) -> Support:
-        """Selection from few latents, or with some silenced: block by block of rows."""
-        latents = torch.arange(self.d_sae, device=queries.device) if among is None else among
+        """Selection latent by latent, from few of them, or with some silenced: block by block of rows."""
+        latents = torch.arange(self.d_sae, device=factors.device) if among is None else among
 
-        def chunks() -> Iterator[Tensor]:
-            step = max(1, SCORE_BYTES // max(1, 3 * latents.numel() * queries.element_size()))
-            for part in queries.split(step):
-                scores = self._block(part, latents)
-                yield scores if silenced is None else scores.masked_fill(silenced[latents], 0.0)
+        def scores(part: Tensor, latents: Tensor) -> Tensor:
+            found = self._block(part, latents)
+            return found if silenced is None else found.masked_fill(silenced[latents], 0.0)
 
-        if isinstance(rule, kernels.BatchTopK):
-            rows = queries.shape[0]
-            support = kernels.batch_topk(chunks(), rule.k * rows, rows, latents.numel(), queries.device)
-        elif isinstance(rule, FeatureChoice):
-            whole = torch.cat(list(chunks()))
-            support = feature_choice(lambda a, b: whole[:, a:b], rule.budgets, queries.shape[0], self.d_sae)
+        rows, room = len(factors), SCORE_BYTES // (3 * factors.element_size())
+        if isinstance(rule, FeatureChoice):
+            support = feature_choice(
+                lambda start, stop: scores(factors, latents[start:stop]),
+                rule.budgets,
+                rows,
+                latents.numel() if among is not None else max(1, room // max(1, rows)),
+            )
         else:
-            support = join([kernels.select_rows(scores, rule, step=step) for scores in chunks()], queries)
-        return support.renamed(latents, self.d_sae)
+            chunks = (scores(part, latents) for part in factors.split(max(1, room // max(1, latents.numel()))))
+            if isinstance(rule, kernels.BatchTopK):
+                support = kernels.batch_topk(chunks, rule.k * rows, rows, latents.numel(), factors.device)
+            else:
+                support = join([kernels.select_rows(chunk, rule, step=step) for chunk in chunks], factors)
+        return support.renamed(latents, self.d_sae).with_scores(None)
 
-    def _block(self, queries: Tensor, latents: Tensor) -> Tensor:
+    def _block(self, factors: Tensor, latents: Tensor) -> Tensor:
         """(rows, n) scores of some latents."""
         p, q = self._places(latents)
-        return (queries[:, p] * queries[:, q]).sqrt()
+        return (factors[:, p] * factors[:, q]).sqrt()
 
     def _places(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the two factors of each latent are in the queries."""
+        """Where the two factors of each latent are."""
         pair, j = latents // self.n, latents % self.n
         return pair, self.heads * self.m + (pair // self.m) * self.n + j
 
     def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
-        queries = prepared.queries.detach()
-        latents = torch.arange(self.d_sae, device=queries.device)
-        step = max(1, SCORE_BYTES // max(1, 3 * self.d_sae * queries.element_size()))
-        for part in queries.split(step):
+        factors = self._all_factors(prepared)
+        latents = torch.arange(self.d_sae, device=factors.device)
+        step = max(1, SCORE_BYTES // max(1, 3 * self.d_sae * factors.element_size()))
+        for part in factors.split(step):
             yield self._block(part, latents)
 
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
-        width = prepared.queries.shape[1]
-        start = rows_of(support.offsets, support.indices.numel()) * width
+        if prepared.factors is None and support.scores is not None:
+            return support.scores.to(self.W_dec.dtype, copy=True)
+        factors = self._factors(prepared.queries) if prepared.factors is None else prepared.factors
+        start = rows_of(support.offsets, support.indices.numel()) * factors.shape[1]
         p, q = self._places(support.indices)
-        flat = prepared.queries.reshape(-1)
+        flat = factors.reshape(-1)
         return _Root.apply(flat[start + p] * flat[start + q]).to(self.W_dec.dtype)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saehooks.errors import ConfigError
-from saehooks.kernels.rules import BatchRule, RowRule
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule
 from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
@@ -46,6 +46,20 @@ class Backend(Protocol):
         self, queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None, step: Step = DEFAULT
     ) -> Support:
         """Support of the scores ``queries (rows, d) @ keys.T (d, d_sae) + bias (d_sae,)``, which are not all kept."""
+
+    def select_pairs(self, p: Tensor, q: Tensor, rule: RowRule | BatchTopK, step: Step = DEFAULT) -> Support:
+        """Support of the pairs (i, j) of heads, scored ``sqrt(p_i q_j)``; p (rows, heads, m), q (rows, heads, n)."""
+
+    def select_pair_products(
+        self,
+        queries: Tensor,
+        first: Tensor,
+        second: Tensor,
+        heads: int,
+        rule: RowRule | BatchTopK,
+        step: Step = DEFAULT,
+    ) -> Support:
+        """`select_pairs` of ``relu(queries @ first.T)`` and of second; first (heads * m, d), second (heads * n, d)."""
 
     def sddmm(self, left: Tensor, table: Tensor, support: Support, step: Step = DEFAULT) -> Tensor:
         """(nnz,) products ``left[row] . table[index]`` of the entries; left (rows, d), table (d_sae, d)."""

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from saehooks.errors import ConfigError, WidthError
 from saehooks.kernels.backend import Backend, backend_for
-from saehooks.kernels.rules import BatchRule, RowRule
+from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule
 from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
@@ -47,6 +47,46 @@ def select_rows(scores: Tensor, rule: RowRule, *, step: Step = DEFAULT) -> Suppo
     rule.check(*scores.shape)
     with torch.no_grad():
         return backend_for(scores, step).select_rows(scores, rule, step).trusted(scores.shape[1])
+
+
+def select_pairs(p: Tensor, q: Tensor, rule: RowRule | BatchTopK, *, step: Step = DEFAULT) -> Support:
+    """Select from the pairs (i, j) of each head, scored ``sqrt(p_i q_j)``, without gradient.
+
+    Args:
+        p, q: (rows, heads, m) and (rows, heads, n), not negative; latent ``(h m + i) n + j`` is pair (i, j) of head h.
+        rule: which scores are selected.
+        step: what the kernels know beside these.
+    Raises:
+        ConfigError: a rule that asks for more latents than there are.
+    """
+    d_sae = p.shape[1] * p.shape[2] * q.shape[2]
+    rule.check(p.shape[0], d_sae)
+    with torch.no_grad():
+        return backend_for(p, step).select_pairs(p, q, rule, step).trusted(d_sae)
+
+
+def select_pair_products(
+    queries: Tensor, first: Tensor, second: Tensor, heads: int, rule: RowRule | BatchTopK, *, step: Step = DEFAULT
+) -> Support:
+    """`select_pairs` where p is ``relu(queries @ first.T)`` and q is ``relu(queries @ second.T)``.
+
+    Args:
+        queries: (rows, d).
+        first, second: (heads * m, d) and (heads * n, d).
+        heads: how many heads they hold.
+        rule: which scores are selected.
+        step: what the kernels know beside these.
+    Raises:
+        WidthError: queries and tables of different width.
+        ConfigError: a rule that asks for more latents than there are.
+    """
+    for table in (first, second):
+        check_widths(queries, table, None)
+    d_sae = len(first) * (len(second) // heads)
+    rule.check(queries.shape[0], d_sae)
+    with torch.no_grad():
+        found = backend_for(queries, step).select_pair_products(queries, first, second, heads, rule, step)
+        return found.trusted(d_sae)
 
 
 def check_widths(queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:

@@ -75,12 +75,6 @@ class ShardedJumpReLU(JumpReLUActivation):
     """Thresholds start from the scores of all ranks."""
 
     ranks: Ranks
-    own_queries: bool
-    """Whether queries are of own latents, so that their norm is a sum over ranks."""
-
-    def mean_square(self, queries: Tensor) -> Tensor:
-        own = super().mean_square(queries)
-        return self.ranks.over_latents(own) if self.own_queries else own
 
     def largest(self, scores: Iterable[Tensor], rows: int, count: int) -> Tensor:
         found = super().largest(scores, rows, min(count, rows * self.d_sae))

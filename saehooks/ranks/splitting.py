@@ -107,7 +107,6 @@ def _join(local: SAE, ranks: Ranks) -> None:
     density.__class__ = ShardedDensity
     for module in (dictionary, activation, density):
         module.__dict__["ranks"] = ranks
-    activation.__dict__["own_queries"] = local.cfg.dictionary == "kron"
 
 
 def part(tensor: Tensor, axis: int | None, ranks: Alone) -> Tensor:

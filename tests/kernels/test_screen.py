@@ -118,8 +118,9 @@ def test_no_score_is_off_by_more_than_the_bound(kind):
         queries, keys = scale * vectors(kind, 20, d, seed), vectors(kind, 300, d, seed + 50)
         bias = None if seed % 2 else scale * torch.randn(300, generator=torch.Generator().manual_seed(seed))
         rounded = screen.rounded_keys(keys, bias)
-        half, _, errors = screen._errors(queries, rounded)
-        found = (half @ rounded.table.T).double()
+        made = screen.rounded_queries(queries)
+        errors = screen.rounding_errors(made, rounded)
+        found = (made.table @ rounded.table.T).double()
         exact = queries.double() @ keys.double().T + (0 if bias is None else bias.double())
         bound = torch.from_numpy(errors)[:, None].double() + screen.ROUNDING * found.abs()
         worst = max(worst, float(((found - exact).abs() / bound).max()))
@@ -147,9 +148,10 @@ def test_no_shifted_score_is_off_by_more_than_the_bound():
     for seed, (d, scale, by) in enumerate([(3, 1.0, 2.0), (64, 1e3, 5e3), (577, 1.0, 1e9), (30, 1e-3, -1e-4)]):
         queries, keys = scale * vectors("normal", 20, d, seed), vectors("normal", 300, d, seed + 50)
         rounded = screen.rounded_keys(keys, None)
-        half, norms, errors = screen._errors(queries, rounded)
-        shifts = torch.zeros(20)
-        job = screen._Job(queries, keys, TopK(1), TopK(1), None, rounded, half, norms, errors, shifts.numpy())
+        made, shifts = screen.rounded_queries(queries), torch.zeros(20)
+        errors = screen.rounding_errors(made, rounded)
+        given = rounded, made.table, made.norms[0].astype(float), errors, shifts.numpy()
+        job = screen._Job(queries, keys, TopK(1), TopK(1), None, *given)
         job.shift_all(by)
         assert abs(float(shifts[0]) / by - 1) < 2**-7
         found = (job.half @ rounded.table.T).double()
@@ -298,8 +300,8 @@ def test_checking_stops_at_a_difference(monkeypatch):
     queries, keys = vectors("normal", 20, 16, 0), vectors("normal", 1100, 16, 1)
     monkeypatch.setattr(screen, "MODE", "check")
     kernels.select(queries, keys, TopK(5))
-    plain = screen._errors
-    monkeypatch.setattr(screen, "_errors", lambda *given: (*plain(*given)[:2], plain(*given)[2] * 0 - 0.5))
+    plain = screen.rounding_errors
+    monkeypatch.setattr(screen, "rounding_errors", lambda *given: plain(*given) * 0 - 0.5)
     with pytest.raises(InexactError, match=r"differ in row \d+, latent \d+, score .* SAEHOOKS_SCREEN=off"):
         kernels.select(queries, keys, TopK(5))
 

@@ -1,5 +1,6 @@
 """The CPU backend: float32 in loops compiled by numba, shared by threads; the rest is the reference's."""
 
+from saehooks.kernels.cpu.pairs import select_pair_products, select_pairs
 from saehooks.kernels.cpu.products import refine, sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
@@ -20,6 +21,8 @@ __all__ = [
     "refine",
     "sddmm",
     "sddmm_spmm",
+    "select_pair_products",
+    "select_pairs",
     "select_products",
     "select_rows",
     "spmm",

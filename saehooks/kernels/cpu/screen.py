@@ -83,8 +83,7 @@ def select_products(
 ) -> Support:
     """Support of the scores ``queries @ keys.T + bias``, through the screen where that is faster."""
     exactly = lambda: select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)  # noqa: E731
-    if MODE not in (None, *MODES):
-        raise ConfigError(f"SAEHOOKS_SCREEN={MODE!r}: choose one of {', '.join(MODES)}, or leave it out")
+    check_mode()
     if MODE == "off" or not _can_screen(queries, keys, rule):
         return exactly()
     kept = step.screen_tables is not None and not keys.is_inference()  # those do not say whether they changed
@@ -99,6 +98,12 @@ def select_products(
     if MODE == "check":
         _compare(found, exactly(), queries, keys, bias)
     return found
+
+
+def check_mode() -> None:
+    """Raise ConfigError if the environment names no mode."""
+    if MODE not in (None, *MODES):
+        raise ConfigError(f"SAEHOOKS_SCREEN={MODE!r}: choose one of {', '.join(MODES)}, or leave it out")
 
 
 def _can_screen(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule) -> bool:
@@ -260,6 +265,12 @@ class Rounded:
             return torch.ops.mkldnn._linear_pointwise(half, self.packed, None, "none", [], "")
         return torch.mm(half, self.table.T, out=out)
 
+    def scores(self, half: Tensor) -> np.ndarray:
+        """(n, rows) int16, the bits of the bfloat16 products of n rounded queries (n, width)."""
+        count, rows = len(half), len(self.table)
+        held = reusable_empty(count, -(-rows // 2)).view(-1).view(torch.bfloat16)
+        return self.products(half, held[: count * rows].view(count, rows)).view(torch.int16).numpy()
+
 
 def rounded_keys(keys: Tensor, bias: Tensor | None) -> Rounded:
     """Keys (d_sae, d) in bfloat16, their bias (d_sae,) in two columns of it."""
@@ -311,10 +322,12 @@ def _screened(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Te
     tables = step.screen_tables
     rounded = rounded_keys(keys, shift) if tables is None else tables.of(keys, shift, rounded_keys)
     rounded.reused = tables is not None
-    errors = _errors(queries, rounded)
+    made = rounded_queries(queries)
+    errors = rounding_errors(made, rounded)
     if errors is None:
         return select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
-    job = _Job(queries.contiguous(), keys, rule, screened_rule, bias, rounded, *errors, np.zeros(rows, np.float32))
+    norms, shifts = made.norms[0].astype(np.float64), np.zeros(rows, np.float32)
+    job = _Job(queries.contiguous(), keys, rule, screened_rule, bias, rounded, made.table, norms, errors, shifts)
     if isinstance(rule, BatchTopK):
         found = _across_rows(job)
         return found or select_in_chunks(queries, keys, rule, bias, step, by_row=select_rows)
@@ -385,10 +398,7 @@ class _Job(NamedTuple):
 
     def scores(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, d_sae) int16, the bits of the bfloat16 scores of some rows."""
-        count, d_sae = stop - start, self.keys.shape[0]
-        held = reusable_empty(count, -(-d_sae // 2)).view(-1).view(torch.bfloat16)
-        out = held[: count * d_sae].view(count, d_sae)
-        return self.rounded.products(self.half[start:stop], out).view(torch.int16).numpy()
+        return self.rounded.scores(self.half[start:stop])
 
 
 def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
@@ -404,20 +414,24 @@ def _chunks(rows: int, d_sae: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _errors(queries: Tensor, rounded: Rounded) -> tuple[Tensor, np.ndarray, np.ndarray] | None:
-    """Rounded queries, their norms, and the bound of each row's error; None if no row can be screened."""
-    key, key_lost, key_left = rounded.largest
+def rounded_queries(queries: Tensor) -> Rounded:
+    """Queries (rows, d) in bfloat16, with columns that add a key's bias."""
+    return _rounded(queries, ONE, ONE, 0)
+
+
+def rounding_errors(queries: Rounded, keys: Rounded) -> np.ndarray | None:
+    """(rows,) float32, the most that a product of a row with a key is off, before it is rounded itself; infinite where
+    the row cannot be screened. None if no row can."""
+    key, key_lost, key_left = keys.largest
     if not (SMALLEST < key < LARGEST and key_left < LARGEST):
         return None
-    made = _rounded(queries, ONE, ONE, 0)
-    half, norms = made.table, made.norms
-    whole, lost, left = (norm.astype(np.float64) for norm in norms)
-    width = rounded.table.shape[1]
+    whole, lost, left = (norm.astype(np.float64) for norm in queries.norms)
+    width = keys.table.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):
         errors = (lost * key + left * key_lost) * (1 + 1e-3) + width * SUMMING * (left * key_left + whole * key)
-        errors += rounded.bias_lost + width * SUMMING * rounded.bias_size + 1e-16 * (whole + left + key) + 1e-34
+        errors += keys.bias_lost + width * SUMMING * keys.bias_size + 1e-16 * (whole + left + key) + 1e-34
         errors = np.where((whole > SMALLEST) & (whole < LARGEST), errors * (1 + 1e-6), np.inf)
-    return half, whole, errors.astype(np.float32)
+    return errors.astype(np.float32)
 
 
 def _group_count(d_sae: int, k: int) -> int:
@@ -463,11 +477,11 @@ def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
     support = Support(indices, offsets_of(decided), torch.from_numpy(thresholds), picked)
     if undecided.numel():
         exact = select_in_chunks(job.queries[start:stop][undecided], job.keys, job.rule, job.bias, by_row=select_rows)
-        support = _merged(support, exact, undecided)
+        support = merged(support, exact, undecided)
     return support, undecided.numel()
 
 
-def _merged(support: Support, exact: Support, rows: Tensor) -> Support:
+def merged(support: Support, exact: Support, rows: Tensor) -> Support:
     """The support with other rows' entries in place of rows (n,) that are empty in it."""
     row = torch.cat([support.rows, rows[exact.rows]])
     order = row.sort(stable=True).indices

@@ -22,6 +22,7 @@ from saehooks.kernels.gpu.products import (
 from saehooks.kernels.gpu.scores import select_products
 from saehooks.kernels.gpu.select import select_rows
 from saehooks.kernels.gpu.weights import center, entmax_gradient, entmax_weights
+from saehooks.kernels.reference.pairs import select_pair_products, select_pairs
 from saehooks.kernels.rules import Sparsemax
 
 NAME = "gpu"
@@ -38,6 +39,8 @@ __all__ = [
     "refine",
     "sddmm",
     "sddmm_spmm",
+    "select_pair_products",
+    "select_pairs",
     "select_products",
     "select_rows",
     "spmm",

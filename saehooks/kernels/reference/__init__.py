@@ -1,6 +1,7 @@
 """The reference backend: every operation in plain torch, on any device and dtype."""
 
 from saehooks.kernels.reference.adam import adam_step
+from saehooks.kernels.reference.pairs import select_pair_products, select_pairs
 from saehooks.kernels.reference.products import (
     refine,
     sddmm,
@@ -26,6 +27,8 @@ __all__ = [
     "refine",
     "sddmm",
     "sddmm_spmm",
+    "select_pair_products",
+    "select_pairs",
     "select_products",
     "select_rows",
     "spmm",

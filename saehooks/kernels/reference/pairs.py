@@ -14,22 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saehooks.kernels import (
-    DEFAULT,
-    BatchTopK,
-    Entmax,
-    RowRule,
-    Sparsemax,
-    Step,
-    Support,
-    Threshold,
-    TopK,
-    reference,
-    select_rows,
-)
 from saehooks.kernels.reference.across_rows import largest
-from saehooks.kernels.reference.select import entmax_threshold, padded
-from saehooks.support import offsets_of, rows_of
+from saehooks.kernels.reference.select import SCORE_BYTES, SelectRows, entmax_threshold, padded, select_rows
+from saehooks.kernels.rules import BatchTopK, Entmax, RowRule, Sparsemax, Threshold, TopK
+from saehooks.kernels.step import DEFAULT, Step
+from saehooks.support import Support, offsets_of, rows_of
 
 SLACK = 1e-5
 """Relative room below a bound, so that rounding loses no candidate."""
@@ -77,15 +66,36 @@ class Pairs(NamedTuple):
     """(rows + 1,) int64."""
 
 
-def select_pairs(factors: Factors, rule: RowRule | BatchTopK, step: Step = DEFAULT) -> Support:
+@torch.no_grad()
+def pair_factors(queries: Tensor, first: Tensor, second: Tensor, heads: int) -> Factors:
+    """The factors of queries (rows, d), rectified products with first (heads * m, d) and second (heads * n, d)."""
+    wide = queries if queries.dtype == torch.float64 else queries.float()
+    p, q = ((wide @ keys.to(wide.dtype).T).relu_() for keys in (first, second))
+    return Factors(p.unflatten(1, (heads, -1)), q.unflatten(1, (heads, -1)))
+
+
+def select_pair_products(
+    queries: Tensor, first: Tensor, second: Tensor, heads: int, rule: RowRule | BatchTopK, step: Step = DEFAULT
+) -> Support:
+    """Support of the pairs whose factors are rectified products of queries (rows, d) with two tables."""
+    factors = pair_factors(queries, first, second, heads)
+    return select_pairs(factors.p, factors.q, rule, step)
+
+
+def select_pairs(
+    p: Tensor, q: Tensor, rule: RowRule | BatchTopK, step: Step = DEFAULT, by_row: SelectRows | None = None
+) -> Support:
     """Support of each row by a row rule, or of the batch by `BatchTopK`; what the explicit products would give.
 
-    Raises:
-        ConfigError: more latents asked for than there are.
+    Args:
+        p, q: (rows, heads, m) and (rows, heads, n), not negative.
+        rule: which pairs are selected.
+        step: what the kernels know beside these.
+        by_row: selects by a row rule from the scores of rows of which everything is selected; None for `select_rows`.
     """
-    rows, d_sae = factors.p.shape[0], factors.d_sae
-    rule.check(rows, d_sae)
-    finite = (factors.best_p.isfinite() & factors.best_q.isfinite()).all(1)
+    factors = Factors(p, q)
+    rows, d_sae = p.shape[0], factors.d_sae
+    finite = (factors.best_p * factors.best_q).isfinite().all(1)
     usable = factors
     if not bool(finite.all()):
         usable = Factors(*(factor.masked_fill(~finite[:, None, None], 0.0) for factor in (factors.p, factors.q)))
@@ -97,10 +107,14 @@ def select_pairs(factors: Factors, rule: RowRule | BatchTopK, step: Step = DEFAU
         pairs = pairs_above(usable, _row_bound(usable, rule))
         keep, threshold, full = _by_row(pairs, rule, rows, d_sae)
     places = (pairs.rows * d_sae + pairs.latents)[keep & ~full[pairs.rows]]
-    extra = [_nonfinite_places(factors, ~finite)]
+    broken = (~finite).nonzero()[:, 0]
+    place, score = _nonfinite_places(factors, broken)
+    if not isinstance(rule, BatchTopK):
+        threshold = threshold.index_put((broken,), score.to(threshold))
+    extra = [broken * d_sae + place]
     if bool((full & finite).any()):
         everywhere = (full & finite).nonzero()[:, 0]
-        whole = select_rows(explicit(factors, everywhere), rule, step=step)  # type: ignore[arg-type]
+        whole = (by_row or select_rows)(explicit(factors, everywhere), rule, step)  # type: ignore[arg-type]
         extra.append(everywhere[rows_of(whole.offsets, whole.indices.numel())] * d_sae + whole.indices)
         threshold = threshold.index_put((everywhere,), whole.threshold)
     places = torch.cat([places, *extra]).sort().values
@@ -203,7 +217,7 @@ def _by_row(pairs: Pairs, rule: RowRule, rows: int, d_sae: int) -> tuple[Tensor,
     else:
         # A row without any positive pair is one of all zeros: give it one, and its tau comes out negative.
         table[pairs.offsets.diff() == 0, 0] = 0.0
-    found = reference.select_rows(table, rule)
+    found = select_rows(table, rule)
     chosen = torch.zeros_like(table, dtype=torch.bool)
     chosen[rows_of(found.offsets, found.indices.numel()), found.indices] = True
     place = torch.arange(pairs.rows.numel(), device=pairs.rows.device) - pairs.offsets[pairs.rows]
@@ -211,13 +225,10 @@ def _by_row(pairs: Pairs, rule: RowRule, rows: int, d_sae: int) -> tuple[Tensor,
     return chosen[pairs.rows, place], found.threshold, full
 
 
-def _nonfinite_places(factors: Factors, nonfinite: Tensor) -> Tensor:
-    """Flat places of one pair in each row that is not finite, where it is not."""
-    rows = nonfinite.nonzero()[:, 0]
+def _nonfinite_places(factors: Factors, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (n,) that are not finite: the pair that explicit scores would select, and its score."""
     if not rows.numel():
-        return rows
-    heads, m, n = factors.p.shape[1], factors.p.shape[2], factors.q.shape[2]
-    broken = ~(factors.p[rows].isfinite().all(2) & factors.q[rows].isfinite().all(2))
-    head = broken.float().argmax(1)
-    i, j = factors.p[rows, head].argmax(1), factors.q[rows, head].argmax(1)
-    return rows * (heads * m * n) + (head * m + i) * n + j
+        return rows, factors.p.new_zeros(0)
+    parts = rows.split(max(1, SCORE_BYTES // (factors.d_sae * factors.p.element_size())))
+    best = [explicit(factors, part).max(1) for part in parts]
+    return torch.cat([one.indices for one in best]), torch.cat([one.values for one in best])
