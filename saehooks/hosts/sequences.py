@@ -148,6 +148,8 @@ class _Frame:
     text: Text
     authoritative: bool
     """Whether it was given tokens, or embeddings of them."""
+    around: tuple[Any, ...] = ()
+    """Of the outermost call: the Python frames around it in which torch checkpoints it, innermost first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,11 +450,14 @@ class SequenceWatch:
     def _begin(self, module: nn.Module, given: Given, running: Any) -> _Frame:
         frames, _ = self._alive(running, regions=False)
         parent = frames[-1] if frames else None
+        regions: list[Any] = []
+        generators: list[Any] = []
         if parent is None:
             self.calls += 1
             self._here.grads = torch.is_grad_enabled()
-        text = self._text(module, given, None if parent is None else parent.text)
-        frame = _Frame(module, running, text, given.kind == "text")
+            regions, generators = self._outside(running)
+        text = self._text(module, given, None if parent is None else parent.text, generators)
+        frame = _Frame(module, running, text, given.kind == "text", tuple(regions))
         frames.append(frame)
         return frame
 
@@ -469,9 +474,9 @@ class SequenceWatch:
             real = None if known is None else text.real_so_far(known.device)
             self._memory[cache] = Kept(text.start + text.shape[1], text.prompt, text.turn, real)
 
-    def _text(self, module: nn.Module, given: Given, around: Text | None) -> Text:
+    def _text(self, module: nn.Module, given: Given, around: Text | None, generators: list[Any]) -> Text:
         """What a call carries: what it was given, and the rest from the call around it where that is of the same."""
-        generation = self._generation(module, around)
+        generation = self._generation(module, around, generators)
         if given.kind == "two texts":
             return Text(opaque=True, generation=generation)
         if around is None:
@@ -547,23 +552,18 @@ class SequenceWatch:
 
     # -------------------------------------------------------------- generation
 
-    def _generation(self, module: nn.Module, around: Text | None) -> Generation | None:
-        """The call of ``generate`` that a call of a module is a step of."""
+    def _generation(self, module: nn.Module, around: Text | None, generators: list[Any]) -> Generation | None:
+        """The call of ``generate`` that a call of a module is a step of; ``generators`` run around the outermost."""
         running = self._here.generations
         if running and running[-1].module is module:
             return running[-1]
         if around is not None:
             return around.generation
-        return self._entered_past_the_watch(module) if id(module) in self._generating else None
+        return self._entered_past_the_watch(module, generators) if id(module) in self._generating else None
 
-    def _entered_past_the_watch(self, module: nn.Module) -> Generation | None:
+    def _entered_past_the_watch(self, module: nn.Module, generators: list[Any]) -> Generation | None:
         """A ``generate`` that runs although its watched one was not called: the method was taken before the block."""
-        found: Any = None
-        here: Any = sys._getframe(1)
-        while here is not None and found is None:
-            if here.f_code in self._generators and here.f_locals.get("self") is module:
-                found = here
-            here = here.f_back
+        found = next((one for one in generators if one.f_locals.get("self") is module), None)
         known = self._here.entered
         known[:] = [pair for pair in known if pair[0] is found]
         if found is None:
@@ -612,7 +612,7 @@ class SequenceWatch:
 
     def _prepared(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         """Take note of the inputs of a step that is about to run: later they may hold a mask of four axes."""
-        generation = self._generation(module, None)
+        generation = self._generation(module, None, self._outside(sys._getframe(1))[1])
         if generation is None:
             return
         encoder_too = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
@@ -635,21 +635,39 @@ class SequenceWatch:
             here: a Python frame; what is above it runs.
             regions: whether the second is asked for.
         """
-        frames, found, alive = self._here.frames, [], []
+        frames, alive = self._here.frames, []
+        found: list[Any] = []
+        if not frames and not regions:
+            return frames, found
         places = {id(one.running): i for i, one in enumerate(frames)}
         while here is not None:
             # A call that an exception ended leaves its frame behind: it is not among those that run.
             place = places.get(id(here))
             if place is not None:
                 alive.append(place)
-                if not place and not regions:
+                if not place:  # what is around the outermost does not change while it runs
+                    found += frames[0].around
                     break
             elif regions and here.f_code.co_filename == CHECKPOINT_FILE and _is_checkpoint(here.f_code):
                 found.append(here)
             here = here.f_back
         if len(alive) != len(frames):
             frames[:] = [frames[i] for i in reversed(alive)]
+            if frames:  # it may be the outermost only now
+                frames[0].around = tuple(self._outside(frames[0].running)[0])
         return frames, found
+
+    def _outside(self, here: Any) -> tuple[list[Any], list[Any]]:
+        """The Python frames from ``here`` outwards in which torch checkpoints, and those of methods that generate."""
+        regions, generators, known = [], [], self._generators
+        while here is not None:
+            code = here.f_code
+            if code in known:
+                generators.append(here)
+            elif code.co_filename == CHECKPOINT_FILE and _is_checkpoint(code):
+                regions.append(here)
+            here = here.f_back
+        return regions, generators
 
     # ------------------------------------------------- forwards that run again
 

@@ -200,8 +200,7 @@ def test_a_call_that_failed_is_forgotten(llama, watched):
 def test_watching_costs_next_to_nothing(llama):
     """A forward of 64 tokens through 12 blocks takes at most 2% longer, whatever the number of blocks.
 
-    Both times are the least of 48 or, on a machine that is never quiet, of up to 480: what other processes take (a
-    core's caches) is not ours.
+    The median of 48 forwards; on a machine that is busy with other things, of up to five times 48 one after the other.
     """
     config = transformers.GPT2Config(vocab_size=500, n_embd=384, n_layer=12, n_head=6, n_positions=64)
     model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 500, (1, 64))
@@ -219,16 +218,18 @@ def test_watching_costs_next_to_nothing(llama):
         return around
 
     watch._begin, watch._end, watch.look = timed(watch._begin), timed(watch._end), timed(watch.look)
-    threads, watched, rest, placed = torch.get_num_threads(), [], [], []
+    threads, placed, medians = torch.get_num_threads(), [], []
     torch.set_num_threads(1)
     with torch.no_grad(), watch.watching([(site, lambda acts: placed.append(watch.look(site, acts).place))]):
-        while len(rest) < 48 or (len(rest) < 480 and min(watched) > 0.02 * min(rest)):
-            spent.clear()
-            started = time.thread_time()
-            model(ids)
-            whole = time.thread_time() - started
-            watched.append(sum(spent))
-            rest.append(whole - sum(spent))
-            assert len(spent) <= 6  # the model, its stack, the block: two calls each at most, whatever the depth
+        while not medians or (len(medians) < 5 and medians[-1] >= 0.02):
+            ratios = []
+            for _ in range(48):  # long enough that what else the machine does for a moment is not most of it
+                spent.clear()
+                started = time.thread_time()
+                model(ids)
+                whole = time.thread_time() - started
+                ratios.append(sum(spent) / (whole - sum(spent)))
+                assert len(spent) <= 6  # the model, its stack, the block: two calls each at most, whatever the depth
+            medians.append(sorted(ratios)[len(ratios) // 2])
     torch.set_num_threads(threads)
-    assert min(watched) < 0.02 * min(rest)
+    assert medians[-1] < 0.02, medians
