@@ -151,7 +151,7 @@ class Refinement(nn.Module):
             first = unscaled if i == 0 else first
             missed = target - unscaled
             if active is None and again is None and (decoding or i + 1 < self.steps):
-                values, sums = dictionary.moved_sums(missed, values, rate, support, step=step)
+                values, sums = dictionary.moved_sums(missed, support, values=values, rate=rate, step=step)
                 continue
             change = dictionary.alignments(missed, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
@@ -185,7 +185,7 @@ class Refinement(nn.Module):
             first = unscaled if i == 0 else first
             missed = target - unscaled
             if active is None:
-                slope, change = dictionary.descent(missed, support, step=step)
+                slope, change = dictionary.moved_sums(missed, support, step=step)
             else:
                 slope = dictionary.alignments(missed, support, step=step).masked_fill(~active, 0.0)
                 change = dictionary.weighted_sums(slope, support, step=step)

@@ -210,18 +210,26 @@ class Dictionary(nn.Module):
         return None
 
     def moved_sums(
-        self, errors: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+        self,
+        errors: Tensor,
+        support: Support,
+        *,
+        values: Tensor | None = None,
+        rate: Tensor | None = None,
+        step: Step = DEFAULT,
     ) -> tuple[Tensor, Tensor]:
-        """(nnz,) ``values + rate * alignments(errors)``, and the `weighted_sums` of these; values (nnz,), rate ()."""
-        left, rate = self.shared(self.project_adjoint(errors)), self.shared(rate)
+        """(nnz,) ``values + rate * alignments(errors)``, and the `weighted_sums` of these, which share their pass.
+
+        Args:
+            errors: (rows, d_out).
+            support: of the rows.
+            values: (nnz,), None for 0.
+            rate: (), None for 1.
+            step: what the kernels know beside these.
+        """
+        left, rate = self.shared(self.project_adjoint(errors)), None if rate is None else self.shared(rate)
         moved, sums = kernels.sddmm_spmm(left, self.table, support, values=values, rate=rate, step=step)
         return moved, self.whole(sums)
-
-    def descent(self, errors: Tensor, support: Support, *, step: Step = DEFAULT) -> tuple[Tensor, Tensor]:
-        """(nnz,) `alignments` of errors (rows, d_out), and the `weighted_sums` of these, which share their pass."""
-        left = self.shared(self.project_adjoint(errors))
-        found, sums = kernels.sddmm_spmm(left, self.table, support, step=step)
-        return found, self.whole(sums)
 
     def decode(
         self, codes: Codes, with_offset: bool = True, *, unscaled: Tensor | None = None, step: Step = DEFAULT

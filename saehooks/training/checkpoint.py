@@ -121,8 +121,8 @@ def load_checkpoint(trainer: Trainer, folder: str | Path) -> bool:
     facts = opened.config
     if facts is None or not {"counters", "data"} <= set(facts):
         raise FormatError(f"{path} is not a checkpoint of a training")
-    _check_same(f"{path}: the SAE", facts["sae"], json.loads(json.dumps(_whole_config(trainer))), ("metadata",))
-    _check_same(f"{path}: the training", _with_newer(facts["config"]), json.loads(json.dumps(_settings(trainer))), FREE)
+    _check_same(f"{path}: the SAE", facts["sae"], _whole_config(trainer), ("metadata",))
+    _check_same(f"{path}: the training", _with_newer(facts["config"]), _settings(trainer), FREE)
     tensors = read_part(opened, _axes(trainer), trainer.ranks)
     trainer.sae.load_state_dict(_part(tensors, "sae."))
     state: dict[int, dict[str, Tensor]] = {}
@@ -158,7 +158,7 @@ def _settings(trainer: Trainer) -> dict:
 def _with_newer(saved: dict) -> dict:
     """The settings of a checkpoint; those that came after it was written are as they were without them."""
     loss = asdict(LossConfig()) | saved.get("loss", {})
-    return json.loads(json.dumps(asdict(TrainConfig()) | saved | {"loss": loss}))
+    return asdict(TrainConfig()) | saved | {"loss": loss}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -166,6 +166,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _check_same(what: str, saved: dict, now: dict, free: tuple[str, ...]) -> None:
+    """Raise FormatError unless two dicts say the same, written out as JSON, but for the names that are free."""
+    saved, now = (json.loads(json.dumps(one)) for one in (saved, now))
     different = [
         name for name in sorted(set(saved) | set(now)) if name not in free and saved.get(name) != now.get(name)
     ]
