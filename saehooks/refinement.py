@@ -127,61 +127,75 @@ class Refinement(nn.Module):
             decoding: whether what comes out is decoded next.
             step: what the kernels know beside these.
         """
-        kept = first = None
         if not self.steps:
             return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
-        target = dictionary.target(x, prepared)
+        target, unscaled = dictionary.target(x, prepared), None if sums is None else dictionary.project(sums)
+        directions = dictionary.for_refinement(x.shape[0], self.steps, step)
+        given = directions, target, support, values, unscaled, active
         if self.method == "conjugate":
-            sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
-            unscaled = dictionary.project(sums)
-            values, better = self._conjugate(dictionary, target, support, values, unscaled, active, step)
-            return Refined(support, values, None, better, unscaled)
+            return self._conjugate(*given, step)
         if self.method == "bounded":
-            return self._bounded(dictionary, activation, target, support, values, active, sums, step)
-        tracked = is_differentiated(values, target, self.rates, *dictionary.parameters())
+            return self._bounded(*given, activation, step)
+        return self._gradient(*given, activation, decoding, step)
+
+    def _gradient(
+        self,
+        dictionary: Dictionary,
+        target: Tensor,
+        support: Support,
+        values: Tensor,
+        unscaled: Tensor | None,
+        active: Tensor | None,
+        activation: Activation,
+        decoding: bool,
+        step: Step,
+    ) -> Refined:
+        """The steps, each as large as its rate says."""
+        kept = first = None
+        tracked = is_differentiated(values, target, self.rates, dictionary.table, *dictionary.parameters())
         for i, rate in enumerate(self.rates):
             again = self.reselect if i == 0 else None
             if active is None and again is None and not (decoding or tracked):
                 moved = dictionary.refined(target, values, rate, support, step=step)
                 if moved is not None:
-                    values, sums = moved, None
+                    values, unscaled = moved, None
                     continue
-            sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
-            unscaled = dictionary.project(sums)
+            if unscaled is None:
+                unscaled = dictionary.project(dictionary.weighted_sums(values, support, step=step))
             first = unscaled if i == 0 else first
             missed = target - unscaled
             if active is None and again is None and (decoding or i + 1 < self.steps):
                 values, sums = dictionary.moved_sums(missed, support, values=values, rate=rate, step=step)
+                unscaled = dictionary.project(sums)
                 continue
             change = dictionary.alignments(missed, support, step=step)
             change = change if active is None else change.masked_fill(~active, 0.0)
-            values, sums = values + dictionary.shared(rate) * change, None
+            values, unscaled = values + dictionary.shared(rate) * change, None
             if again is not None:
                 kept = activation.reselect(values.detach(), support, again)
                 support, values = support.keep(kept), values[kept]
                 active = None if active is None else active[kept]
-        return Refined(support, values, kept, None if sums is None else dictionary.project(sums), first)
+        return Refined(support, values, kept, unscaled, first)
 
     def _bounded(
         self,
         dictionary: Dictionary,
-        activation: Activation,
         target: Tensor,
         support: Support,
         values: Tensor,
+        unscaled: Tensor | None,
         active: Tensor | None,
-        sums: Tensor | None,
+        activation: Activation,
         step: Step,
     ) -> Refined:
         """The steps, each row's no larger than what still lowers its error.
 
         What a step adds to the reconstruction says how far it may go, and gives the next reconstruction as well.
         """
-        kept = first = unscaled = None
+        kept = first = None
         for i, rate in enumerate(self.rates):
             if unscaled is None:
-                sums = dictionary.weighted_sums(values, support, step=step) if sums is None else sums
-                unscaled = dictionary.project(sums)
+                unscaled = dictionary.project(dictionary.weighted_sums(values, support, step=step))
             first = unscaled if i == 0 else first
             missed = target - unscaled
             if active is None:
@@ -195,7 +209,7 @@ class Refinement(nn.Module):
             values, unscaled = values + by_row[support.rows] * slope, unscaled + rates[:, None] * change
             if i == 0 and self.reselect is not None:
                 kept = activation.reselect(values.detach(), support, self.reselect)
-                support, values, sums, unscaled = support.keep(kept), values[kept], None, None
+                support, values, unscaled = support.keep(kept), values[kept], None
                 active = None if active is None else active[kept]
         return Refined(support, values, kept, unscaled, first)
 
@@ -205,14 +219,13 @@ class Refinement(nn.Module):
         target: Tensor,
         support: Support,
         values: Tensor,
-        unscaled: Tensor,
+        unscaled: Tensor | None,
         active: Tensor | None,
         step: Step,
-    ) -> tuple[Tensor, Tensor]:
-        """(nnz,) values after the steps of conjugate gradients, and (rows, d_out) what they add up to.
-
-        Sums of squares are made in the widest type: in half precision they would overflow.
-        """
+    ) -> Refined:
+        """The steps of conjugate gradients. Sums of squares are made in the widest type: narrow ones would overflow."""
+        if unscaled is None:
+            unscaled = dictionary.project(dictionary.weighted_sums(values, support, step=step))
         rows, missed = support.rows, target - unscaled
 
         def slopes() -> tuple[Tensor, Tensor]:
@@ -232,7 +245,7 @@ class Refinement(nn.Module):
                 slope, now = slopes()
                 along = slope + dictionary.shared(_ratio(now, size).to(values.dtype))[rows] * along
                 size = now
-        return values, target - missed
+        return Refined(support, values, None, target - missed, unscaled)
 
     def extra_repr(self) -> str:
         more = "" if self.reselect is None else f", reselect={self.reselect}"

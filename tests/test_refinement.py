@@ -166,6 +166,41 @@ def test_few_rows_of_many_latents_are_refined_without_kept_directions():
     assert sae.dictionary._kept_directions.nbytes > 0 or sae.device.type != "cpu"
 
 
+REFINED = {
+    "steps": {"refine": 2},
+    "bounded, chosen twice": {"refine": 3, "refine_method": "bounded", "reselect": 1.4, "key_scale": 0.55},
+    "conjugate": {"refine": 2, "refine_method": "conjugate"},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "input alone"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settings", REFINED.values(), ids=REFINED)
+def test_directions_that_are_made_for_refining_change_nothing(settings, training, frozen, monkeypatch):
+    """With ``C W_v`` made (or kept, where no parameter learns) and without it: one reconstruction, one gradient."""
+    from saehooks.dictionaries import concepts
+
+    torch.manual_seed(0)
+    sae = sh.SAE(16, 64, "concepts", "sparsemax", dtype=torch.float64, **settings)
+    sae.initialise(rows(64).double())
+    with torch.no_grad():
+        sae.dictionary.W_v += 0.1 * torch.randn(16, 16)
+    sae.train(training).requires_grad_(not frozen)
+    found, made = [], []
+    product = concepts.Directions
+    monkeypatch.setattr(concepts, "Directions", lambda table: made.append(len(table)) or product(table))
+    for looks, margin in ((1, 0.0), (0, 1e9)):
+        monkeypatch.setattr(concepts, "LOOKS", 384 * looks)
+        monkeypatch.setattr(concepts, "MARGIN", margin)
+        x = rows(40).double().requires_grad_()
+        out = sae(x)
+        inputs = [x, *(p for p in sae.parameters() if p.requires_grad)]
+        found.append([out.recons, *torch.autograd.grad(out.recons.sin().sum(), inputs)])
+        assert len(made) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_first_pass_is_there_only_with_refinement():
     """Without refinement there is nothing to decode."""
     sae = cell("concepts", "sparsemax")

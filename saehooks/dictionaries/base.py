@@ -202,11 +202,16 @@ class Dictionary(nn.Module):
         """(nnz,) products of each latent's direction with its row's error, errors (rows, d_out)."""
         return kernels.sddmm(self.shared(self.project_adjoint(errors)), self.table, support, step=step)
 
+    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+        """What refines values of so many rows in so many steps: this dictionary, or one of the same directions that is
+        faster at it. It has no queries, no offset and no parameters of its own."""
+        return self
+
     def refined(
         self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
     ) -> Tensor | None:
         """(nnz,) what `moved_sums` makes of values (nnz,) and their errors, without gradient, in one pass; target
-        (rows, d_out), rate (). None where the directions of all latents are not at hand."""
+        (rows, d_out), rate (). None where the table holds no directions, or only some of them."""
         return None
 
     def moved_sums(
@@ -284,6 +289,25 @@ class Dictionary(nn.Module):
     def direction_norms(self) -> Tensor:
         """(d_sae,) norm of every latent's direction, differentiable."""
         return self.project(self.table).norm(dim=1)
+
+
+class Directions(Dictionary):
+    """The directions of all latents (d_sae, d_out) as a table: what refines the values of another dictionary."""
+
+    name: ClassVar[str] = "directions"
+
+    def __init__(self, directions: Tensor) -> None:
+        super().__init__(directions.shape[1], directions.shape[0])
+        self._directions = directions
+
+    @property
+    def table(self) -> Tensor:
+        return self._directions
+
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        return kernels.refine(target, self._directions, support, values, rate, step=step)
 
 
 class RowDecoder(Dictionary):

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saehooks import kernels
-from saehooks.dictionaries.base import Dictionary, Prepared, row_products, unit_rows
+from saehooks.dictionaries.base import Dictionary, Directions, Prepared, row_products, unit_rows
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support
 from saehooks.kernels.step import KeptProduct
 
 LOOKS = 384
 """Rows of a table that are looked at in about the time that a row takes for two products with a (d_in, d_in) matrix."""
+MARGIN = 1.25
+"""How much cheaper directions must be than the products they spare."""
 
 
 class ConceptDictionary(Dictionary):
@@ -25,7 +27,7 @@ class ConceptDictionary(Dictionary):
 
     With ``center`` (the default) x is taken relative to a learned b_dec, started at the mean of the data: where much
     of the energy of an activation is its mean, latents die without it. The keys C W_k are never made, the values C W_v
-    only where values are refined in use.
+    only where values are refined.
 
     Args:
         center: learn b_dec and subtract it before the direction and norm are taken.
@@ -77,20 +79,20 @@ class ConceptDictionary(Dictionary):
         scores, sums = kernels.sddmm_spmm(queries, self.C, support, known=support.scores, step=step)
         return scores, self.whole(sums)
 
-    def refined(
-        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
-    ) -> Tensor | None:
-        """In use on CPU the directions ``C W_v`` are kept, so that a step costs no products of matrices.
+    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+        """The directions ``C W_v``, on CPU, where making them costs less than the products they spare.
 
-        Few rows are faster without: whether the tables are still the same takes a look at each of their rows.
+        Those are two products of rows with a (d_in, d_in) matrix in each step, and as many again for each in a backward
+        pass. In use the directions are kept from call to call; few rows are faster without: whether the tables are
+        still the same takes a look at each of their rows.
         """
-        if target.shape[0] * LOOKS < self.d_sae:
-            return None
+        if self.C.device.type != "cpu" or self.C.dtype.itemsize < 4:
+            return self
         changing = self.training or self.C.is_inference() or self.W_v.is_inference()  # those do not say if they change
-        if changing or self.C.device.type != "cpu" or self.C.dtype.itemsize < 4:
-            return None
-        directions = self._kept_directions.of(torch.mm, self.C, self.W_v)
-        return kernels.refine(target, directions, support, values, rate, step=step)
+        if not (changing or kernels.is_differentiated(self.C, self.W_v)):
+            few = rows * LOOKS < self.d_sae
+            return self if few else Directions(self._kept_directions.of(torch.mm, self.C, self.W_v))
+        return Directions(self.C @ self.W_v) if 2 * steps * rows > MARGIN * self.d_sae else self
 
     def project(self, sums: Tensor) -> Tensor:
         return sums @ self.W_v

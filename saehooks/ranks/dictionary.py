@@ -36,6 +36,10 @@ class ShardedDictionary(Dictionary):
     def whole(self, sums: Tensor) -> Tensor:
         return sum_of_parts(sums, self.ranks)
 
+    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+        """Where latents are shared out, what own ones alone make has only a part of a shared matrix's gradient."""
+        return self if self.ranks.latents > 1 else super().for_refinement(rows, steps, step)
+
     def refined(
         self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
     ) -> Tensor | None:
