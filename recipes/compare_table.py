@@ -112,8 +112,8 @@ FIGURES = {
 }
 
 
-MINE = "sparsemax"
-"""The arm that stands out; all others are muted."""
+MINE = ("sparsemax", "sparsemax, the default")
+"""The arms that stand out; all others are muted."""
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -137,7 +137,7 @@ def draw_against_l0(axis, rows: list[dict], key: str) -> None:
         axis.plot([l0 for l0, _ in curve], [value for _, value in curve], "-", color=figures.GREYS[2], linewidth=1)
         axis.plot([], [], "os^D"[i % 4], color=figures.GREYS[1], label=f"d_sae {d_sae}")
         for row in own:
-            mine = row["arm"] == MINE
+            mine = row["arm"] in MINE
             look = {"color": figures.BLUE, "markersize": 11, "zorder": 3} if mine else {"color": figures.GREYS[1]}
             axis.plot(row["l0"], row[key], "os^D"[i % 4], **{"markersize": 7, **look})
     axis.set(xscale="log", yscale="log", xlabel="L0 (mean support size)")
@@ -162,7 +162,7 @@ def label_marks(axis, rows: list[dict], key: str) -> None:
             box = (left, y + dy * scale, left + width, y + dy * scale + height)
             if all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
                 taken.append(box)
-                mine = row["arm"] == MINE
+                mine = row["arm"] in MINE
                 axis.annotate(
                     row["arm"], (row["l0"], row[key]), xytext=(dx, dy), textcoords="offset points", fontsize=8,
                     ha="left" if dx > 0 else "right", color=figures.BLUE if mine else figures.INK,
@@ -174,7 +174,7 @@ def label_marks(axis, rows: list[dict], key: str) -> None:
 def draw_supports(axis, rows: list[dict]) -> None:
     """For each arm a bar from the 5% to the 95% quantile of its support sizes, and the median."""
     for place, row in enumerate(rows):
-        colour = figures.BLUE if row["arm"] == MINE else figures.GREYS[1]
+        colour = figures.BLUE if row["arm"] in MINE else figures.GREYS[1]
         axis.plot([row["l0_q05"], row["l0_q95"]], [place, place], "-", color=colour, linewidth=5)
         axis.plot(row["l0_median"], place, "|", color=figures.INK, markersize=14, markeredgewidth=2)
     axis.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
