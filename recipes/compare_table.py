@@ -154,7 +154,7 @@ def label_marks(axis, rows: list[dict], key: str) -> None:
     """Names beside marks, none upon another: the arm that matters first, one without a free place not at all."""
     axis.figure.canvas.draw()
     scale, taken = axis.figure.dpi / 72, []
-    for row in sorted(rows, key=lambda row: (row["arm"] != MINE, len(row["arm"]))):
+    for row in sorted(rows, key=lambda row: (row["arm"] not in MINE, len(row["arm"]))):
         x, y = axis.transData.transform((row["l0"], row[key]))
         width, height = 5.2 * scale * len(row["arm"]), 9 * scale
         for dx, dy in PLACES:
@@ -179,7 +179,7 @@ def draw_supports(axis, rows: list[dict]) -> None:
         axis.plot(row["l0_median"], place, "|", color=figures.INK, markersize=14, markeredgewidth=2)
     axis.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
     for text in axis.get_yticklabels():
-        text.set_color(figures.BLUE if text.get_text() == MINE else figures.INK)
+        text.set_color(figures.BLUE if text.get_text() in MINE else figures.INK)
     axis.set(xscale="symlog", xlabel="support size of a token: 5, 50, 95%")
     axis.grid(alpha=0.3)
 
