@@ -1,7 +1,7 @@
 """The operations that every backend must have, and which backend serves a tensor.
 
 A backend is a folder of this room: ``reference`` (plain torch, any device and dtype), ``cpu`` (float32, numba),
-``gpu`` (Triton). Each has the same files: `select`, `products`, `weights`, `across_rows`, `adam`; what a backend has no
+``gpu`` (Triton). Each has the same files: `select`, `pairs`, `products`, `weights`, `across_rows`, `adam`; what one has no
 faster form of, it takes from the reference.
 """
 
