@@ -1,8 +1,8 @@
 """The operations that every backend must have, and which backend serves a tensor.
 
 A backend is a folder of this room: ``reference`` (plain torch, any device and dtype), ``cpu`` (float32, numba),
-``gpu`` (Triton). Each has the same files: `select`, `pairs`, `products`, `weights`, `across_rows`, `adam`; what one has no
-faster form of, it takes from the reference.
+``gpu`` (Triton). Each has the same files: `select`, `pairs`, `products`, `weights`, `across_rows`, `adam`; what
+one has no faster form of, it takes from the reference.
 """
 
 from __future__ import annotations
