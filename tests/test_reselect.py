@@ -8,9 +8,9 @@ from test_grid import rows
 from test_refinement import own_rates, plain
 
 import saehooks as sh
-from saehooks.activations.sparsemax import threshold_of
 from saehooks.errors import ConfigError
-from saehooks.support import Support, offsets_of
+from saehooks.kernels import Step, simplex_thresholds
+from saehooks.support import offsets_of
 from saehooks.training.losses import LossConfig, default_loss, training_loss
 from saehooks.training.trainer import TrainConfig, Trainer
 
@@ -67,18 +67,27 @@ def test_the_rule_is_applied_to_refined_scores(dictionary, activation, settings,
     torch.testing.assert_close(codes.dense(), values, rtol=2e-4, atol=2e-5)
 
 
-def test_the_threshold_of_chosen_latents_is_that_of_a_sort():
-    """Ragged rows of every kind: ties, one entry, huge and tiny scores, none at all."""
+@pytest.mark.parametrize("step", [Step(), Step(backend="reference")], ids=["fastest", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_threshold_of_chosen_latents_is_that_of_a_sort(dtype, step):
+    """Ragged rows of every kind: ties, one entry, huge and tiny scores, none at all, NaN and infinity."""
     draw = torch.Generator().manual_seed(0)
     for scale in (1e-3, 1.0, 1e4):
         sizes = torch.randint(0, 30, (60,), generator=draw)
-        scores = (torch.randn(int(sizes.sum()), generator=draw) * scale).double()
+        scores = (torch.randn(int(sizes.sum()), generator=draw) * scale).to(dtype)
         scores[::7] = scores[0]
-        tau = threshold_of(scores, Support(torch.arange(len(scores)), offsets_of(sizes)))
-        for one, threshold in zip(scores.split(sizes.tolist()), tau.split(sizes.tolist()), strict=True):
-            if len(one):
-                assert torch.equal(one > threshold, sparsemax_densely(one[None])[0])
-                assert float((one - threshold).clamp(min=0).sum()) == pytest.approx(1, rel=1e-6)
+        broken = scores.split(sizes.tolist())[-1]
+        if len(broken):
+            broken[0] = torch.inf if scale == 1 else torch.nan
+        tau = simplex_thresholds(scores, offsets_of(sizes), scale=1.5, step=step)
+        assert tau.shape == (60,)
+        for one, threshold in zip(scores.split(sizes.tolist()), tau, strict=True):
+            one = 1.5 * one.double()
+            if not len(one) or not bool(one.isfinite().all()):
+                assert threshold == -torch.inf
+                continue
+            assert torch.equal(one > threshold, sparsemax_densely(one[None])[0])
+            assert float((one - threshold).clamp(min=0).sum()) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("dictionary", ["concepts", "linear"])

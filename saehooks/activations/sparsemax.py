@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saehooks.activations.base import Activation
 from saehooks.errors import ConfigError
-from saehooks.kernels import Sparsemax, Support, select_rows, simplex_weights
+from saehooks.kernels import Sparsemax, Support, select_rows, simplex_thresholds, simplex_weights
 from saehooks.precision import widened
 from saehooks.support import rows_of
 
@@ -53,31 +53,11 @@ class SparsemaxActivation(Activation):
 
     def reselect(self, values: Tensor, support: Support, amount: float) -> Tensor:
         """The support of ``sparsemax(amount * values)`` in each row."""
-        scaled = widened(values) * amount
-        return ~(scaled <= threshold_of(scaled, support))
+        thresholds = simplex_thresholds(values, support.offsets, scale=amount)
+        return ~(widened(values) * amount <= thresholds[support.rows])
 
     def extra_repr(self) -> str:
         return f"d_sae={self.d_sae}, values={self.value_kind!r}"
-
-
-def threshold_of(scores: Tensor, support: Support) -> Tensor:
-    """(nnz,) for each entry the threshold tau of its row: the sum of ``max(score - tau, 0)`` over the row is 1.
-
-    Args:
-        scores: (nnz,) of the latents of each row. Infinite and NaN scores leave their row without a threshold: -inf.
-        support: which latents, and of which rows.
-    Source: Michelot 1986: all entries at first; those below the threshold of what is left leave, until none does.
-    """
-    rows, wide = support.rows, widened(scores)
-    inside = torch.ones_like(wide, dtype=torch.bool)
-    while True:
-        count = wide.new_zeros(support.n_rows).index_add_(0, rows, inside.to(wide.dtype))
-        total = wide.new_zeros(support.n_rows).index_add_(0, rows, torch.where(inside, wide, 0.0))
-        tau = ((total - 1) / count.clamp(min=1))[rows]
-        left = inside & ~(wide <= tau)
-        if bool((left == inside).all()):
-            return torch.where(tau.isfinite(), tau, -torch.inf).to(scores.dtype)
-        inside = left
 
 
 class SparsemaxResult(NamedTuple):

@@ -16,6 +16,7 @@ from saehooks.kernels.ops import (
     select_pair_products,
     select_pairs,
     select_rows,
+    simplex_thresholds,
     simplex_weights,
     spmm,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "select_pair_products",
     "select_pairs",
     "select_rows",
+    "simplex_thresholds",
     "simplex_weights",
     "spmm",
 ]

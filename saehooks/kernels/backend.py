@@ -95,6 +95,9 @@ class Backend(Protocol):
     def sum_by_latent(self, values: Tensor, support: Support, d_sae: int) -> Tensor:
         """(d_sae,) sums of the values (nnz,) of each latent, always in the same order."""
 
+    def simplex_thresholds(self, scores: Tensor, offsets: Tensor, scale: float) -> Tensor:
+        """(rows,) float64 tau of sparsemax over the ``scale * scores`` (nnz,) of each row; -inf where there is none."""
+
     def center(self, values: Tensor, offsets: Tensor, total: float) -> Tensor:
         """(nnz,) values shifted by a constant in each row, so that the row sums to ``total``."""
 

@@ -400,6 +400,21 @@ class _SddmmSpmm(torch.autograd.Function):
 # --------------------------------------------------------- weights on the simplex
 
 
+def simplex_thresholds(scores: Tensor, offsets: Tensor, *, scale: float = 1.0, step: Step = DEFAULT) -> Tensor:
+    """(rows,) the tau of sparsemax over the entries of each row, without gradient: ``max(score - tau, 0)`` sums to 1.
+
+    Args:
+        scores: (nnz,) of compressed rows, each counted ``scale`` times.
+        offsets: (rows + 1,) int64.
+        scale: what the scores are multiplied by, in the widest type.
+        step: what the kernels know beside these.
+    Returns:
+        float64 where the device has it; -inf for rows without entries, or with one that is not finite.
+    """
+    with torch.no_grad():
+        return backend_for(scores, step).simplex_thresholds(scores, offsets, scale)
+
+
 def simplex_weights(scores: Tensor, offsets: Tensor, *, step: Step = DEFAULT) -> Tensor:
     """(nnz,) sparsemax weights ``score - tau`` of given supports; the gradient is the sparsemax Jacobian.
 

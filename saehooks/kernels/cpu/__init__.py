@@ -4,6 +4,7 @@ from saehooks.kernels.cpu.pairs import select_pair_products, select_pairs
 from saehooks.kernels.cpu.products import refine, sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
+from saehooks.kernels.cpu.weights import simplex_thresholds
 from saehooks.kernels.reference.adam import adam_step
 from saehooks.kernels.reference.products import sum_by_latent
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
@@ -25,6 +26,7 @@ __all__ = [
     "select_pairs",
     "select_products",
     "select_rows",
+    "simplex_thresholds",
     "spmm",
     "spmm_transposed",
     "sum_by_latent",

@@ -225,13 +225,10 @@ def _compare(found: Support, exact: Support, queries: Tensor, first: Tensor, sec
 def _least(tops, keys, work, kind, k, alpha, theta):
     """A product of factors that whatever can be selected reaches, from a product of each head that its best reaches.
 
-    ``tops`` are not negative and finite; keys and work are overwritten.
+    ``tops`` are not negative and finite; keys and work are overwritten; no threshold that a rule gives is below theta.
     """
     if kind == THRESHOLD:
-        least = np.float64(theta[0])
-        for t in theta:
-            least = min(least, np.float64(t))
-        return least * least * (1.0 - SLACK)
+        return np.float64(theta) * np.float64(theta) * (1.0 - SLACK)
     if kind == TOPK:
         if k > tops.size:
             return 0.0
@@ -337,7 +334,7 @@ def _given_range(p, q, start, stop, kind, k, alpha, theta, indices, picked, size
             total += tops[h]
         size, threshold = -1, 0.0
         if total - total == np.float32(0.0):  # else some factor or product is not finite
-            least = _least(tops, keys, work, kind, k, alpha, theta)
+            least = _least(tops, keys, work, kind, k, alpha, thresholds[r])
             many = few = 0
             for h in range(heads):
                 if tops[h] < least or tops[h] <= np.float32(0.0):
@@ -405,7 +402,7 @@ def _rounded_range(
                     a = np.float64(_float(best_p[h])) * (1.0 - ROUNDING) - p_error
                     b = np.float64(_float(best_q[h])) * (1.0 - ROUNDING) - q_error
                     tops[h] = np.float32(a * b) if a > 0.0 and b > 0.0 else np.float32(0.0)
-                least = _least(tops, keys, work, kind, k, alpha, theta) * (1.0 - SLACK)
+                least = _least(tops, keys, work, kind, k, alpha, thresholds[r]) * (1.0 - SLACK)
                 least_of[place] = least
                 sizes[r] = 0
                 for h in range(heads):

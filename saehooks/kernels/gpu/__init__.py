@@ -23,6 +23,7 @@ from saehooks.kernels.gpu.scores import select_products
 from saehooks.kernels.gpu.select import select_rows
 from saehooks.kernels.gpu.weights import center, entmax_gradient, entmax_weights
 from saehooks.kernels.reference.pairs import select_pair_products, select_pairs
+from saehooks.kernels.reference.weights import simplex_thresholds
 from saehooks.kernels.rules import Sparsemax
 
 NAME = "gpu"
@@ -43,6 +44,7 @@ __all__ = [
     "select_pairs",
     "select_products",
     "select_rows",
+    "simplex_thresholds",
     "spmm",
     "spmm_transposed",
     "sum_by_latent",

@@ -12,7 +12,7 @@ from saehooks.kernels.reference.products import (
     table_gradient,
 )
 from saehooks.kernels.reference.select import select_products, select_rows
-from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
+from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights, simplex_thresholds
 
 NAME = "reference"
 ASYNCHRONOUS = False
@@ -31,6 +31,7 @@ __all__ = [
     "select_pairs",
     "select_products",
     "select_rows",
+    "simplex_thresholds",
     "spmm",
     "spmm_transposed",
     "sum_by_latent",

@@ -19,6 +19,25 @@ def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
     return (centered - tau[rows]).to(values.dtype)
 
 
+def simplex_thresholds(scores: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """(rows,) float64 tau of sparsemax over the ``scale * scores`` (nnz,) of each row: ``max(score - tau, 0)`` sums to 1.
+
+    Infinite and NaN scores leave their row without one: -inf. So does a row of no scores.
+
+    Source: Michelot 1986: all entries at first; those below the threshold of what is left leave, until none does.
+    """
+    rows, wide = rows_of(offsets, scores.numel()), widened(scores) * scale
+    n_rows, inside = offsets.numel() - 1, torch.ones_like(wide, dtype=torch.bool)
+    while True:
+        count = wide.new_zeros(n_rows).index_add_(0, rows, inside.to(wide.dtype))
+        total = wide.new_zeros(n_rows).index_add_(0, rows, torch.where(inside, wide, 0.0))
+        tau = (total - 1) / count.clamp(min=1)
+        left = inside & ~(wide <= tau[rows])
+        if bool((left == inside).all()):
+            return torch.where(tau.isfinite() & (count > 0), tau, -torch.inf)
+        inside = left
+
+
 def entmax_weights(scores: Tensor, offsets: Tensor, alpha: Tensor) -> Tensor:
     """(nnz,) float64 entmax probabilities of compressed rows of scores (nnz,), alpha () on their device."""
     rows, n_rows, power = rows_of(offsets, scores.numel()), offsets.numel() - 1, 1 / (float(alpha) - 1)
