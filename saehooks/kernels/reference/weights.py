@@ -20,7 +20,7 @@ def center(values: Tensor, offsets: Tensor, total: float) -> Tensor:
 
 
 def simplex_thresholds(scores: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """(rows,) float64 tau of sparsemax over the ``scale * scores`` (nnz,) of each row: ``max(score - tau, 0)`` sums to 1.
+    """(rows,) float64 tau of sparsemax over ``scale * scores`` (nnz,) of each row: ``max(score - tau, 0)`` sums to 1.
 
     Infinite and NaN scores leave their row without one: -inf. So does a row of no scores.
 
