@@ -201,6 +201,22 @@ def test_directions_that_are_made_for_refining_change_nothing(settings, training
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("settings", REFINED.values(), ids=REFINED)
+def test_directions_kept_under_inference_mode_serve_gradients(settings):
+    """An SAE that was read under inference_mode gives the gradients of one that was not."""
+    torch.manual_seed(0)
+    sae = sh.SAE(16, 64, "concepts", "sparsemax", **settings).eval().requires_grad_(False)
+    fresh, found = copy.deepcopy(sae), []
+    with torch.inference_mode():
+        read = sae(rows(40)).recons
+    for one in (sae, fresh):
+        x = rows(40).requires_grad_()
+        recons = one(x).recons
+        found.append(torch.autograd.grad(recons.sin().sum(), x)[0])
+    torch.testing.assert_close(recons.detach(), read.clone())
+    assert torch.equal(*found)
+
+
 def test_a_first_pass_is_there_only_with_refinement():
     """Without refinement there is nothing to decode."""
     sae = cell("concepts", "sparsemax")

@@ -278,11 +278,12 @@ class KeptProduct:
         self._kept: tuple[list[Seen], Tensor] | None = None
 
     def of(self, make: Callable[..., Tensor], *tables: Tensor) -> Tensor:
-        """``make(*tables)``, made anew if a table has changed."""
+        """``make(*tables)``, made anew if a table has changed; no inference tensor, so that gradients can pass it."""
         if self._kept is not None and all(map(Seen.is_still, self._kept[0], tables)):
             return self._kept[1]
-        seen = [Seen.now(table) for table in tables]
-        made = make(*(one.table for one in seen))
+        with torch.inference_mode(False), torch.no_grad():
+            seen = [Seen.now(table) for table in tables]
+            made = make(*(one.table for one in seen))
         self._kept = seen, made
         return made
 
