@@ -552,8 +552,16 @@ class SequenceWatch:
 
     # -------------------------------------------------------------- generation
 
-    def _generation(self, module: nn.Module, around: Text | None, generators: list[Any]) -> Generation | None:
-        """The call of ``generate`` that a call of a module is a step of; ``generators`` run around the outermost."""
+    def _generation(
+        self, module: nn.Module, around: Text | None, generators: list[Any] | None = None
+    ) -> Generation | None:
+        """The call of ``generate`` that a call of a module is a step of.
+
+        Args:
+            module: what is called.
+            around: the text of the call around it.
+            generators: the Python frames of what generates around the outermost call, where they are at hand.
+        """
         running = self._here.generations
         if running and running[-1].module is module:
             return running[-1]
@@ -561,8 +569,9 @@ class SequenceWatch:
             return around.generation
         return self._entered_past_the_watch(module, generators) if id(module) in self._generating else None
 
-    def _entered_past_the_watch(self, module: nn.Module, generators: list[Any]) -> Generation | None:
+    def _entered_past_the_watch(self, module: nn.Module, generators: list[Any] | None) -> Generation | None:
         """A ``generate`` that runs although its watched one was not called: the method was taken before the block."""
+        generators = self._outside(sys._getframe(1))[1] if generators is None else generators
         found = next((one for one in generators if one.f_locals.get("self") is module), None)
         known = self._here.entered
         known[:] = [pair for pair in known if pair[0] is found]
@@ -612,7 +621,7 @@ class SequenceWatch:
 
     def _prepared(self, module: nn.Module, given: Mapping[str, Any]) -> None:
         """Take note of the inputs of a step that is about to run: later they may hold a mask of four axes."""
-        generation = self._generation(module, None, self._outside(sys._getframe(1))[1])
+        generation = self._generation(module, None)
         if generation is None:
             return
         encoder_too = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
