@@ -130,7 +130,7 @@ class Refinement(nn.Module):
         if not self.steps:
             return Refined(support, values, unscaled=None if sums is None else dictionary.project(sums))
         target, unscaled = dictionary.target(x, prepared), None if sums is None else dictionary.project(sums)
-        directions = dictionary.for_refinement(x.shape[0], self.steps, step)
+        directions = dictionary.for_refinement(x.shape[0], self.steps)
         given = directions, target, support, values, unscaled, active
         if self.method == "conjugate":
             return self._conjugate(*given, step)
@@ -172,9 +172,7 @@ class Refinement(nn.Module):
             change = change if active is None else change.masked_fill(~active, 0.0)
             values, unscaled = values + dictionary.shared(rate) * change, None
             if again is not None:
-                kept = activation.reselect(values.detach(), support, again)
-                support, values = support.keep(kept), values[kept]
-                active = None if active is None else active[kept]
+                kept, support, values, active = _chosen_again(activation, again, support, values, active)
         return Refined(support, values, kept, unscaled, first)
 
     def _bounded(
@@ -208,9 +206,8 @@ class Refinement(nn.Module):
             by_row = torch.cat([dictionary.shared(rates), rates.new_zeros(1)])  # padding belongs to no row
             values, unscaled = values + by_row[support.rows] * slope, unscaled + rates[:, None] * change
             if i == 0 and self.reselect is not None:
-                kept = activation.reselect(values.detach(), support, self.reselect)
-                support, values, unscaled = support.keep(kept), values[kept], None
-                active = None if active is None else active[kept]
+                kept, support, values, active = _chosen_again(activation, self.reselect, support, values, active)
+                unscaled = None
         return Refined(support, values, kept, unscaled, first)
 
     def _conjugate(
@@ -250,6 +247,14 @@ class Refinement(nn.Module):
     def extra_repr(self) -> str:
         more = "" if self.reselect is None else f", reselect={self.reselect}"
         return f"refine={self.steps}{more}" + ("" if self.method == "gradient" else f", refine_method={self.method!r}")
+
+
+def _chosen_again(
+    activation: Activation, amount: float, support: Support, values: Tensor, active: Tensor | None
+) -> tuple[Tensor, Support, Tensor, Tensor | None]:
+    """(nnz,) bool, the latents that an activation keeps by refined values (nnz,); and what is left of the others."""
+    kept = activation.reselect(values.detach(), support, amount)
+    return kept, support.keep(kept), values[kept], None if active is None else active[kept]
 
 
 def row_rates(rate: Tensor, change: Tensor, missed: Tensor) -> Tensor:

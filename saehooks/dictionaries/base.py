@@ -202,7 +202,7 @@ class Dictionary(nn.Module):
         """(nnz,) products of each latent's direction with its row's error, errors (rows, d_out)."""
         return kernels.sddmm(self.shared(self.project_adjoint(errors)), self.table, support, step=step)
 
-    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+    def for_refinement(self, rows: int, steps: int) -> Dictionary:
         """What refines values of so many rows in so many steps: this dictionary, or one of the same directions that is
         faster at it. It has no queries, no offset and no parameters of its own."""
         return self
@@ -291,8 +291,17 @@ class Dictionary(nn.Module):
         return self.project(self.table).norm(dim=1)
 
 
-class Directions(Dictionary):
-    """The directions of all latents (d_sae, d_out) as a table: what refines the values of another dictionary."""
+class DirectionTable(Dictionary):
+    """A dictionary whose table holds the directions themselves."""
+
+    def refined(
+        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
+    ) -> Tensor | None:
+        return kernels.refine(target, self.table, support, values, rate, step=step)
+
+
+class Directions(DirectionTable):
+    """The directions of all latents (d_sae, d_out) of another dictionary, whose values it refines."""
 
     name: ClassVar[str] = "directions"
 
@@ -304,13 +313,8 @@ class Directions(Dictionary):
     def table(self) -> Tensor:
         return self._directions
 
-    def refined(
-        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
-    ) -> Tensor | None:
-        return kernels.refine(target, self._directions, support, values, rate, step=step)
 
-
-class RowDecoder(Dictionary):
+class RowDecoder(DirectionTable):
     """A dictionary whose reconstruction is ``values @ W_dec + b_dec``, with b_dec started at the mean of the data."""
 
     W_dec: nn.Parameter
@@ -325,11 +329,6 @@ class RowDecoder(Dictionary):
     @property
     def offset(self) -> Tensor:
         return self.b_dec
-
-    def refined(
-        self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
-    ) -> Tensor | None:
-        return kernels.refine(target, self.W_dec, support, values, rate, step=step)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

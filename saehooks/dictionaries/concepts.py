@@ -79,7 +79,7 @@ class ConceptDictionary(Dictionary):
         scores, sums = kernels.sddmm_spmm(queries, self.C, support, known=support.scores, step=step)
         return scores, self.whole(sums)
 
-    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+    def for_refinement(self, rows: int, steps: int) -> Dictionary:
         """The directions ``C W_v``, on CPU, where making them costs less than the products they spare.
 
         Those are two products of rows with a (d_in, d_in) matrix in each step, and as many again for each in a backward

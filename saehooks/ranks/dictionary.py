@@ -36,9 +36,9 @@ class ShardedDictionary(Dictionary):
     def whole(self, sums: Tensor) -> Tensor:
         return sum_of_parts(sums, self.ranks)
 
-    def for_refinement(self, rows: int, steps: int, step: Step = DEFAULT) -> Dictionary:
+    def for_refinement(self, rows: int, steps: int) -> Dictionary:
         """Where latents are shared out, what own ones alone make has only a part of a shared matrix's gradient."""
-        return self if self.ranks.latents > 1 else super().for_refinement(rows, steps, step)
+        return self if self.ranks.latents > 1 else super().for_refinement(rows, steps)
 
     def refined(
         self, target: Tensor, values: Tensor, rate: Tensor, support: Support, *, step: Step = DEFAULT
