@@ -71,12 +71,16 @@ class KronDictionary(RowDecoder):
     def prepare(self, x: Tensor) -> Prepared:
         """The queries and, where they will be differentiated, the rectified factors of all heads, made once."""
         queries = x - self.b_dec if self.subtract_b_dec else x
-        differentiated = kernels.is_differentiated(queries, self.P, self.Q)
-        return Prepared(queries, None, factors=self._factors(queries) if differentiated else None)
+        prepared = Prepared(queries, None)
+        if not kernels.is_differentiated(queries, self.P, self.Q):
+            return prepared
+        return prepared._replace(factors=self._factors(prepared))
 
-    def _factors(self, queries: Tensor) -> Tensor:
+    def _factors(self, prepared: Prepared) -> Tensor:
         """(rows, heads * m + heads * n), float32 where products would leave float16."""
-        x, keys = self.shared(queries), torch.cat([self.P, self.Q])
+        if prepared.factors is not None:
+            return prepared.factors
+        x, keys = self.shared(prepared.queries), torch.cat([self.P, self.Q])
         if keys.dtype.itemsize == 2:
             x, keys = x.float(), keys.float()
         return (x @ keys.T).relu_()
@@ -94,21 +98,13 @@ class KronDictionary(RowDecoder):
     ) -> Support:
         step = step.exact()  # pairs are counted
         if among is not None or silenced is not None or isinstance(rule, FeatureChoice):
-            return self._select_dense(self._all_factors(prepared), rule, among, silenced, step)
+            return self._select_dense(self._factors(prepared).detach(), rule, among, silenced, step)
         if prepared.factors is not None:
             p, q = prepared.factors.detach().split([self.heads * self.m, self.heads * self.n], dim=1)
-            found = kernels.select_pairs(
-                p.unflatten(1, (self.heads, self.m)), q.unflatten(1, (self.heads, self.n)), rule, step=step
-            )
-        else:
-            kept = replace(step, screen_tables=None if self.training else self._screen_tables)
-            queries = prepared.queries.detach()
-            found = kernels.select_pair_products(queries, self.P, self.Q, self.heads, rule, step=kept)
-        return found.trusted(self.d_sae)
-
-    @torch.no_grad()
-    def _all_factors(self, prepared: Prepared) -> Tensor:
-        return self._factors(prepared.queries) if prepared.factors is None else prepared.factors.detach()
+            p, q = p.unflatten(1, (self.heads, self.m)), q.unflatten(1, (self.heads, self.n))
+            return kernels.select_pairs(p, q, rule, step=step)
+        step = replace(step, screen_tables=None if self.training else self._screen_tables)
+        return kernels.select_pair_products(prepared.queries.detach(), self.P, self.Q, self.heads, rule, step=step)
 
     def _select_dense(
         self,
@@ -121,20 +117,19 @@ class KronDictionary(RowDecoder):
         """Selection latent by latent, from few of them, or with some silenced: block by block of rows."""
         latents = torch.arange(self.d_sae, device=factors.device) if among is None else among
 
-        def scores(part: Tensor, latents: Tensor) -> Tensor:
-            found = self._block(part, latents)
-            return found if silenced is None else found.masked_fill(silenced[latents], 0.0)
+        def quieted(scores: Tensor, latents: Tensor) -> Tensor:
+            return scores if silenced is None else scores.masked_fill(silenced[latents], 0.0)
 
-        rows, room = len(factors), SCORE_BYTES // (3 * factors.element_size())
+        rows = len(factors)
         if isinstance(rule, FeatureChoice):
-            support = feature_choice(
-                lambda start, stop: scores(factors, latents[start:stop]),
-                rule.budgets,
-                rows,
-                latents.numel() if among is not None else max(1, room // max(1, rows)),
-            )
+            block = latents.numel() if among is not None else _room(factors, rows)
+
+            def some(start: int, stop: int) -> Tensor:
+                return quieted(self._block(factors, latents[start:stop]), latents[start:stop])
+
+            support = feature_choice(some, rule.budgets, rows, block)
         else:
-            chunks = (scores(part, latents) for part in factors.split(max(1, room // max(1, latents.numel()))))
+            chunks = (quieted(scores, latents) for scores in self._chunks(factors, latents))
             if isinstance(rule, kernels.BatchTopK):
                 support = kernels.batch_topk(chunks, rule.k * rows, rows, latents.numel(), factors.device)
             else:
@@ -152,20 +147,26 @@ class KronDictionary(RowDecoder):
         return pair, self.heads * self.m + (pair // self.m) * self.n + j
 
     def score_chunks(self, prepared: Prepared) -> Iterator[Tensor]:
-        factors = self._all_factors(prepared)
-        latents = torch.arange(self.d_sae, device=factors.device)
-        step = max(1, SCORE_BYTES // max(1, 3 * self.d_sae * factors.element_size()))
-        for part in factors.split(step):
-            yield self._block(part, latents)
+        factors = self._factors(prepared).detach()
+        return self._chunks(factors, torch.arange(self.d_sae, device=factors.device))
+
+    def _chunks(self, factors: Tensor, latents: Tensor) -> Iterator[Tensor]:
+        """(chunk, n) scores of some latents, of consecutive rows."""
+        return (self._block(part, latents) for part in factors.split(_room(factors, latents.numel())))
 
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         if prepared.factors is None and support.scores is not None:
             return support.scores.to(self.W_dec.dtype, copy=True)
-        factors = self._factors(prepared.queries) if prepared.factors is None else prepared.factors
+        factors = self._factors(prepared)
         start = rows_of(support.offsets, support.indices.numel()) * factors.shape[1]
         p, q = self._places(support.indices)
         flat = factors.reshape(-1)
         return _Root.apply(flat[start + p] * flat[start + q]).to(self.W_dec.dtype)
+
+
+def _room(factors: Tensor, scores: int) -> int:
+    """How many times so many scores fit, with their two factors."""
+    return max(1, SCORE_BYTES // max(1, 3 * scores * factors.element_size()))
 
 
 class _Root(torch.autograd.Function):

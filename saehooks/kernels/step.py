@@ -232,7 +232,7 @@ class Seen(NamedTuple):
 
 
 class ScreenTables:
-    """The CPU screens' rounded copies of one table, kept while the table is the same.
+    """The CPU screens' rounded copies of a dictionary's tables, kept while a table is the same.
 
     Copies of an SAE, and its pickle, start without one.
     """
@@ -246,9 +246,11 @@ class ScreenTables:
         bias: Tensor | None,
         make: Callable[[Tensor, Tensor | None], Any],
         most_marks: int | None = None,
+        name: str = "",
     ) -> Any:
-        """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed."""
-        kept = self._kept.get(make)
+        """``make(keys, bias)`` of keys (d_sae, d) and a bias (d_sae,), made anew if either changed; ``name`` tells
+        several tables of one dictionary apart."""
+        kept = self._kept.get((make, name))
         if kept is not None:
             seen, held_bias, rounded = kept
             same_bias = held_bias is bias if held_bias is None or bias is None else torch.equal(held_bias, bias)
@@ -256,7 +258,7 @@ class ScreenTables:
                 return rounded
         rounded = make(keys, bias)
         if not keys.is_inference():
-            self._kept[make] = Seen.now(keys, most_marks), None if bias is None else bias.clone(), rounded
+            self._kept[make, name] = Seen.now(keys, most_marks), None if bias is None else bias.clone(), rounded
         return rounded
 
     @property

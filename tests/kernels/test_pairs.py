@@ -111,7 +111,7 @@ def test_products(name, sizes, seed, scale, mode):
 
 
 def test_the_screen_multiplies_few_factors_anew(monkeypatch):
-    """Of 2 x 1,024 factors of a row, those of pairs that a top-16 selection may hold: at most a tenth."""
+    """Of 2 x 1,024 factors of a row, those of pairs that a top-16 selection may hold: at most a sixth."""
     torch.manual_seed(0)
     queries, first, second = torch.randn(300, 64), torch.randn(1024, 64), torch.randn(1024, 64)
     monkeypatch.setattr(screen, "MODE", "on")

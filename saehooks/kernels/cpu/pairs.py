@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saehooks.errors import InexactError
 from saehooks.kernels.cpu import screen
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import MIN_REUSE, sddmm_rows, serves, tile_rows
-from saehooks.kernels.cpu.screen import ROUNDING, Rounded, rounded_keys, rounded_queries, rounding_errors
-from saehooks.kernels.cpu.select import RULES, select_rows
-from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.cpu.screen import (
+    ROUNDING,
+    Rounded,
+    bfloat16_number,
+    rounded_keys,
+    rounded_queries,
+    rounding_errors,
+)
+from saehooks.kernels.cpu.select import RULES, gathered, select_rows
 from saehooks.kernels.cpu.thresholds import (
     THRESHOLD,
     TOPK,
@@ -65,17 +69,16 @@ def select_pair_products(
     second (heads * n, d)."""
     queries, first, second = queries.detach().contiguous(), first.detach(), second.detach()
     if not (_loops_know(rule) and all(map(serves, (queries, first, second))) and queries.numel()):
-        factors = reference.pair_factors(queries, first, second, heads)
-        return reference.select_pairs(factors.p, factors.q, rule, step, select_rows)
+        return reference.select_pair_products(queries, first, second, heads, rule, step, select_rows)
     most = max(1, CPU_SCORE_BYTES // (4 * (len(first) + len(second))))
     parts = queries.split(math.ceil(len(queries) / math.ceil(len(queries) / most)))
     exactly = lambda part: _exact(part, first, second, heads, rule, step)  # noqa: E731
     if not _screen_pays(queries, first, second, step):
         return join([exactly(part) for part in parts], first)
     rounded = []
-    for table, make in zip((first, second), (_rounded_first, _rounded_second), strict=True):
+    for name, table in (("first", first), ("second", second)):
         kept = None if table.is_inference() else step.screen_tables  # those do not say whether they changed
-        rounded.append(make(table, None) if kept is None else kept.of(table, None, make))
+        rounded.append(rounded_keys(table, None) if kept is None else kept.of(table, None, rounded_keys, name=name))
         rounded[-1].reused = kept is not None
     found = join([_screened(part, (first, second), rounded, heads, rule, exactly) for part in parts], first)
     if screen.MODE == "check":
@@ -96,14 +99,6 @@ def _screen_pays(queries: Tensor, first: Tensor, second: Tensor, step: Step) -> 
         return False
     factors, kept = len(first) + len(second), step.screen_tables is not None
     return screen.MODE is not None or screen.is_faster(len(queries), factors, first.shape[1], kept, by_row=False)
-
-
-def _rounded_first(keys: Tensor, bias: Tensor | None) -> Rounded:
-    return rounded_keys(keys, bias)
-
-
-def _rounded_second(keys: Tensor, bias: Tensor | None) -> Rounded:
-    return rounded_keys(keys, bias)
 
 
 def _exact(queries: Tensor, first: Tensor, second: Tensor, heads: int, rule: RowRule, step: Step) -> Support:
@@ -142,10 +137,6 @@ class _Given(NamedTuple):
     q: np.ndarray
     """(rows, heads, n)."""
 
-    @property
-    def d_sae(self) -> int:
-        return self.p.shape[1] * self.p.shape[2] * self.q.shape[2]
-
 
 class _Rounded(NamedTuple):
     """Factors rounded to bfloat16, and what exact ones are made of."""
@@ -160,35 +151,23 @@ class _Rounded(NamedTuple):
     first: np.ndarray
     second: np.ndarray
 
-    @property
-    def d_sae(self) -> int:
-        return self.p.shape[1] * self.p.shape[2] * self.q.shape[2]
-
 
 def _selected(job: _Given | _Rounded, rule: RowRule) -> tuple[Support, Tensor]:
     """Support of all rows, and those among them (n,) that the loops could not decide, which are empty in it."""
-    rows, d_sae = job.p.shape[0], job.d_sae
+    (rows, heads, m), n = job.p.shape, job.q.shape[2]
+    d_sae = heads * m * n
     kind, k, alpha, theta = described(rule, d_sae)
     sizes = np.empty(rows, np.int64)
     thresholds = np.full(rows, float(theta.min()), np.float32)
 
-    def work(start: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        parts, room = [], max(d_sae, (stop - start) * max(128, 2 * k))
-        while start < stop:
-            indices, picked = np.empty(room, np.int64), np.empty(room, np.float32)
-            out = indices, picked, sizes, thresholds
-            if isinstance(job, _Given):
-                start, used = _given_range(*job, start, stop, kind, k, alpha, theta, *out)
-            else:
-                tiles = tile_rows(job.first), tile_rows(job.second)
-                start, used = _rounded_range(*job, start, stop, kind, k, alpha, theta, *tiles, *out)
-            parts.append((indices[:used], picked[:used]))
-            room = max(d_sae, 2 * room)
-        return parts
+    def select(start: int, stop: int, indices: np.ndarray, picked: np.ndarray) -> tuple[int, int]:
+        out = indices, picked, sizes, thresholds
+        if isinstance(job, _Given):
+            return _given_range(*job, start, stop, kind, k, alpha, theta, *out)
+        tiles = tile_rows(job.first), tile_rows(job.second)
+        return _rounded_range(*job, start, stop, kind, k, alpha, theta, *tiles, *out)
 
-    each = job.p.shape[1] * (job.p.shape[2] + job.q.shape[2])
-    found = chain.from_iterable(spread(work, blocks(rows, max(1, GRAIN // each))))
-    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
+    indices, picked = gathered(select, rows, heads * (m + n), d_sae, max(128, 2 * k))
     undecided = torch.from_numpy(sizes < 0).nonzero()[:, 0]
     offsets = offsets_of(torch.from_numpy(np.maximum(sizes, 0)))
     return Support(indices, offsets, torch.from_numpy(thresholds), picked), undecided
@@ -198,9 +177,7 @@ def _compare(found: Support, exact: Support, queries: Tensor, first: Tensor, sec
     """Raise InexactError where one selected what the other did not, beyond the last bits of a score."""
     m, n = len(first) // heads, len(second) // heads
     d_sae = heads * m * n
-    mine, theirs = (one.rows * d_sae + one.indices for one in (found, exact))
-    apart = torch.cat([mine[~torch.isin(mine, theirs)], theirs[~torch.isin(theirs, mine)]])
-    row, latent = apart // d_sae, apart % d_sae
+    row, latent = screen.differing(found, exact, d_sae)
     pair, j = latent // n, latent % n
     x, left, right = queries[row].double(), first[pair].double(), second[pair // m * n + j].double()
     p, q = ((x * one).sum(1).clamp(min=0) for one in (left, right))
@@ -208,14 +185,7 @@ def _compare(found: Support, exact: Support, queries: Tensor, first: Tensor, sec
     # Of p q, whose square root the score is: its own error would be large at 0.
     room = lost * (left.norm(dim=1) * q + right.norm(dim=1) * p + lost * left.norm(dim=1) * right.norm(dim=1))
     distance = (p * q - exact.threshold[row].double().clamp(min=0).square()).abs()
-    wrong = (distance > room + 1e-6 * p * q).nonzero()[:, 0]
-    if wrong.numel():
-        one = int(wrong[0])
-        raise InexactError(
-            f"the bfloat16 screen and the exact path differ in row {int(row[one])}, latent {int(latent[one])}, score "
-            f"{float((p * q)[one].sqrt()):.9g}, threshold {float(exact.threshold[row[one]]):.9g}; set "
-            "SAEHOOKS_SCREEN=off"
-        )
+    screen.raise_where(distance > room + 1e-6 * p * q, row, latent, (p * q).sqrt(), exact)
 
 
 # ----------------------------------------------------------------------- loops
@@ -355,12 +325,6 @@ def _given_range(p, q, start, stop, kind, k, alpha, theta, indices, picked, size
 
 
 @numba_jit
-def _float(bits):
-    """The number of the bits of a bfloat16."""
-    return np.int32(np.int32(bits) << np.int32(16)).view(np.float32)
-
-
-@numba_jit
 def _largest_of_heads(bits, maxima):
     """Fill maxima (heads,) with the largest bits of each head's factors (heads, m), or 0 where none is positive."""
     maxima[:] = 0
@@ -399,23 +363,23 @@ def _rounded_range(
                 _largest_of_heads(p16[r], best_p)
                 _largest_of_heads(q16[r], best_q)
                 for h in range(heads):
-                    a = np.float64(_float(best_p[h])) * (1.0 - ROUNDING) - p_error
-                    b = np.float64(_float(best_q[h])) * (1.0 - ROUNDING) - q_error
+                    a = np.float64(bfloat16_number(best_p[h])) * (1.0 - ROUNDING) - p_error
+                    b = np.float64(bfloat16_number(best_q[h])) * (1.0 - ROUNDING) - q_error
                     tops[h] = np.float32(a * b) if a > 0.0 and b > 0.0 else np.float32(0.0)
                 least = _least(tops, keys, work, kind, k, alpha, thresholds[r]) * (1.0 - SLACK)
                 least_of[place] = least
                 sizes[r] = 0
                 for h in range(heads):
-                    a = np.float64(_float(best_p[h])) * (1.0 + ROUNDING) + p_error
-                    b = np.float64(_float(best_q[h])) * (1.0 + ROUNDING) + q_error
+                    a = np.float64(bfloat16_number(best_p[h])) * (1.0 + ROUNDING) + p_error
+                    b = np.float64(bfloat16_number(best_q[h])) * (1.0 + ROUNDING) + q_error
                     if a * b < least:
                         continue
                     for i in range(m):
-                        v = np.float64(_float(p16[r, h, i]))
+                        v = np.float64(bfloat16_number(p16[r, h, i]))
                         p_at[many] = h * m + i
                         many += (v + ROUNDING * abs(v) + p_error) * b >= least
                     for j in range(n):
-                        v = np.float64(_float(q16[r, h, j]))
+                        v = np.float64(bfloat16_number(q16[r, h, j]))
                         q_at[few] = h * n + j
                         few += (v + ROUNDING * abs(v) + q_error) * a >= least
                 if many - p_offsets[place] > room_p or few - q_offsets[place] > room_q:

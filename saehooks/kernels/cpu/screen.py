@@ -32,7 +32,7 @@ from saehooks.errors import ConfigError, InexactError
 from saehooks.kernels.cpu.few_rows import LARGEST, MOST_ROWS, SMALLEST, SUMMING, int8_keys, select_few
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import MIN_REUSE, dots, sddmm_rows, serves, tile_rows
-from saehooks.kernels.cpu.select import RULES, select_rows
+from saehooks.kernels.cpu.select import RULES, gathered, parts_of, select_rows
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
 from saehooks.kernels.cpu.thresholds import (
     THRESHOLD,
@@ -120,16 +120,25 @@ def _can_screen(queries: Tensor, keys: Tensor, rule: RowRule | BatchRule) -> boo
 def _compare(found: Support, exact: Support, queries: Tensor, keys: Tensor, bias: Tensor | None) -> None:
     """Raise InexactError where one selected what the other did not, beyond the last bits of a score."""
     rows, d_sae = queries.shape[0], keys.shape[0]
-    mine, theirs = (one.rows * d_sae + one.indices for one in (found, exact))
-    apart = torch.cat([mine[~torch.isin(mine, theirs)], theirs[~torch.isin(theirs, mine)]])
-    row, latent = apart // d_sae, apart % d_sae
+    row, latent = differing(found, exact, d_sae)
     score = (queries.detach()[row].double() * keys.detach()[latent].double()).sum(1)
     score = score if bias is None else score + bias.detach()[latent].double()
     size = queries.detach()[row].double().norm(dim=1) * keys.detach()[latent].double().norm(dim=1)
     distance = (score - exact.threshold[row].double()).abs()
-    wrong = (distance > 4 * queries.shape[1] * 2.0**-24 * (size + score.abs())).nonzero()[:, 0]
-    if wrong.numel() and len(exact.threshold) == rows:
-        one = int(wrong[0])
+    if len(exact.threshold) == rows:
+        raise_where(distance > 4 * queries.shape[1] * 2.0**-24 * (size + score.abs()), row, latent, score, exact)
+
+
+def differing(found: Support, exact: Support, d_sae: int) -> tuple[Tensor, Tensor]:
+    """(n,) rows and (n,) latents that one of two supports has, and the other has not."""
+    mine, theirs = (one.rows * d_sae + one.indices for one in (found, exact))
+    apart = torch.cat([mine[~torch.isin(mine, theirs)], theirs[~torch.isin(theirs, mine)]])
+    return apart // d_sae, apart % d_sae
+
+
+def raise_where(wrong: Tensor, row: Tensor, latent: Tensor, score: Tensor, exact: Support) -> None:
+    """Raise InexactError for the first of some entries (n,) for which ``wrong``, (n,) bool, is set."""
+    for one in wrong.nonzero()[:1, 0].tolist():
         raise InexactError(
             f"the bfloat16 screen and the exact path differ in row {int(row[one])}, latent {int(latent[one])}, score "
             f"{float(score[one]):.9g}, threshold {float(exact.threshold[row[one]]):.9g}; set SAEHOOKS_SCREEN=off"
@@ -458,20 +467,13 @@ def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
         job.shifts[start:stop],
     )  # fmt: skip
 
-    def work(first: int, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        parts, size = [], max(room, (last - first) * max(128, 2 * k))
-        while first < last:
-            indices, picked = np.empty(size, np.int64), np.empty(size, np.float32)
-            first, used = _screen_range(
-                *arrays, first, last, kind, k, alpha, theta[0], own_theta, groups, room, tile, indices, picked,
-                sizes, thresholds,
-            )  # fmt: skip
-            parts.append((indices[:used], picked[:used]))
-            size = max(room, 2 * size)
-        return parts
+    def select(first: int, last: int, indices: np.ndarray, picked: np.ndarray) -> tuple[int, int]:
+        return _screen_range(
+            *arrays, first, last, kind, k, alpha, theta[0], own_theta, groups, room, tile, indices, picked,
+            sizes, thresholds,
+        )  # fmt: skip
 
-    found = [part for parts in spread(work, blocks(count, max(1, GRAIN // d_sae))) for part in parts]
-    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
+    indices, picked = gathered(select, count, d_sae, room, max(128, 2 * k))
     undecided = torch.from_numpy(sizes < 0).nonzero()[:, 0]
     decided = torch.from_numpy(np.maximum(sizes, 0))
     support = Support(indices, offsets_of(decided), torch.from_numpy(thresholds), picked)
@@ -517,16 +519,11 @@ def _across_rows(job: _Job) -> Support | None:
             scores = job.scores(start, stop)
         arrays = scores, job.queries[start:stop].numpy(), job.keys.numpy(), _array(job.bias), job.errors[start:stop]
 
-        def work(first: int, last: int, arrays=arrays, start=start) -> list[tuple[np.ndarray, np.ndarray]]:
-            parts, size = [], max(d_sae, (last - first) * max(128, 4 * k))
-            while first < last:
-                indices, picked = np.empty(size, np.int64), np.empty(size, np.float32)
-                first, count = _reach_range(
-                    *arrays, first, last, np.float32(bound), groups, indices, picked, sizes[start:]
-                )
-                parts.append((indices[:count], picked[:count]))
-                size = max(d_sae, 2 * size)
-            return parts
+        def select(first: int, last: int, *out: np.ndarray, arrays=arrays, start=start) -> tuple[int, int]:
+            return _reach_range(*arrays, first, last, np.float32(bound), groups, *out, sizes[start:])
+
+        def work(first: int, last: int, select=select) -> list[tuple[np.ndarray, np.ndarray]]:
+            return parts_of(select, first, last, d_sae, max(128, 4 * k))
 
         for parts in spread(work, blocks(stop - start, max(1, GRAIN // d_sae))):
             found += parts
@@ -601,10 +598,15 @@ def _ordered(b):
 
 
 @numba_jit
+def bfloat16_number(bits):
+    """The number of the bits of a bfloat16."""
+    return np.int32(np.int32(bits) << np.int32(16)).view(np.float32)
+
+
+@numba_jit
 def _value(key):
     """The number of an ordered int16."""
-    b = np.int16(key ^ ((key >> np.int16(15)) & np.int16(0x7FFF)))
-    return np.int32(np.int32(b) << np.int32(16)).view(np.float32)
+    return bfloat16_number(np.int16(key ^ ((key >> np.int16(15)) & np.int16(0x7FFF))))
 
 
 @numba_jit

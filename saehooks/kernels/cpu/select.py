@@ -7,6 +7,7 @@ buffer can hold a whole row, so ties and supports as large as the dictionary tak
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -46,21 +47,47 @@ def select_rows(scores: Tensor, rule: RowRule, step: Step = DEFAULT) -> Support:
     thresholds = torch.full((rows,), float(theta.min()), dtype=torch.float32, device="cpu")
     size_array, threshold_array = sizes.numpy(), thresholds.numpy()
 
-    def work(start: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        parts = []
-        room = max(d_sae, (stop - start) * max(128, 2 * k))
-        while start < stop:
-            indices, picked = np.empty(room, np.int64), np.empty(room, np.float32)
-            start, used = _select_range(
-                matrix, start, stop, kind, k, alpha, theta, groups, indices, picked, size_array, threshold_array
-            )
-            parts.append((indices[:used], picked[:used]))
-            room = max(d_sae, 2 * room)
-        return parts
+    def select(start: int, stop: int, indices: np.ndarray, picked: np.ndarray) -> tuple[int, int]:
+        return _select_range(
+            matrix, start, stop, kind, k, alpha, theta, groups, indices, picked, size_array, threshold_array
+        )
 
-    parts = chain.from_iterable(spread(work, blocks(rows, max(1, GRAIN // d_sae))))
-    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+    indices, picked = gathered(select, rows, d_sae, d_sae, max(128, 2 * k))
     return Support(indices, offsets_of(sizes), thresholds, picked)
+
+
+SelectRange = Callable[[int, int, np.ndarray, np.ndarray], tuple[int, int]]
+"""Selects rows start to stop into indices and picked, until those are full; says the first row that was not done, and
+how many entries were written."""
+
+
+def gathered(select: SelectRange, rows: int, cost: int, least: int, per_row: int) -> tuple[Tensor, Tensor]:
+    """(nnz,) int64 latents and (nnz,) float32 scores that a compiled loop selects from all rows, shared by threads.
+
+    Args:
+        select: the loop.
+        rows: how many there are.
+        cost: scores that a row looks at.
+        least: entries that there must be room for, whatever is selected.
+        per_row: entries of a row that there is room for at first.
+    """
+    ranges = blocks(rows, max(1, GRAIN // cost))
+    parts = chain.from_iterable(spread(lambda start, stop: parts_of(select, start, stop, least, per_row), ranges))
+    indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+    return indices, picked
+
+
+def parts_of(
+    select: SelectRange, start: int, stop: int, least: int, per_row: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What a loop selects from rows start to stop, in parts: each has twice the room of the one before."""
+    parts, room = [], max(least, (stop - start) * per_row)
+    while start < stop:
+        indices, picked = np.empty(room, np.int64), np.empty(room, np.float32)
+        start, used = select(start, stop, indices, picked)
+        parts.append((indices[:used], picked[:used]))
+        room = max(least, 2 * room)
+    return parts
 
 
 # ----------------------------------------------------------------------- loops

@@ -67,19 +67,19 @@ class Pairs(NamedTuple):
 
 
 @torch.no_grad()
-def pair_factors(queries: Tensor, first: Tensor, second: Tensor, heads: int) -> Factors:
-    """The factors of queries (rows, d), rectified products with first (heads * m, d) and second (heads * n, d)."""
-    wide = queries if queries.dtype == torch.float64 else queries.float()
-    p, q = ((wide @ keys.to(wide.dtype).T).relu_() for keys in (first, second))
-    return Factors(p.unflatten(1, (heads, -1)), q.unflatten(1, (heads, -1)))
-
-
 def select_pair_products(
-    queries: Tensor, first: Tensor, second: Tensor, heads: int, rule: RowRule | BatchTopK, step: Step = DEFAULT
+    queries: Tensor,
+    first: Tensor,
+    second: Tensor,
+    heads: int,
+    rule: RowRule | BatchTopK,
+    step: Step = DEFAULT,
+    by_row: SelectRows | None = None,
 ) -> Support:
-    """Support of the pairs whose factors are rectified products of queries (rows, d) with two tables."""
-    factors = pair_factors(queries, first, second, heads)
-    return select_pairs(factors.p, factors.q, rule, step)
+    """`select_pairs` of rectified products of queries (rows, d) with first (heads * m, d) and second (heads * n, d)."""
+    wide = queries if queries.dtype == torch.float64 else queries.float()
+    p, q = ((wide @ keys.to(wide.dtype).T).relu_().unflatten(1, (heads, -1)) for keys in (first, second))
+    return select_pairs(p, q, rule, step, by_row)
 
 
 def select_pairs(
