@@ -152,7 +152,7 @@ class Refinement(nn.Module):
     ) -> Refined:
         """The steps, each as large as its rate says."""
         kept = first = None
-        tracked = is_differentiated(values, target, self.rates, dictionary.table, *dictionary.parameters())
+        tracked = is_differentiated(values, target, self.rates, dictionary.table, dictionary)
         for i, rate in enumerate(self.rates):
             again = self.reselect if i == 0 else None
             if active is None and again is None and not (decoding or tracked):

@@ -33,9 +33,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the block autocast is off on a device: an SAE computes in its own dtype, wherever it is called."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _in_own_dtype(method: Method) -> Method:
@@ -43,6 +45,8 @@ def _in_own_dtype(method: Method) -> Method:
 
     @wraps(method)
     def called(self: SparseCoder, *args: Any, **kwargs: Any) -> Any:
+        if not _autocasts(self.device):
+            return method(self, *args, **kwargs)
         with autocast_off(self.device):
             return method(self, *args, **kwargs)
 
@@ -251,7 +255,7 @@ class SparseCoder(nn.Module, metaclass=Answering):
             raise WidthError(
                 f"this SAE reads activations of width {self.cfg.d_in}, got a tensor of shape {tuple(x.shape)}"
             )
-        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        flat = self._rows(x)
         prepared = self.dictionary.prepare(flat)
         step = step or kernels.DEFAULT
         with torch.no_grad():
@@ -298,6 +302,11 @@ class SparseCoder(nn.Module, metaclass=Answering):
         return Encoded(
             prepared, support, scores, candidates, codes, first_pass, refined.unscaled, refined.first_unscaled
         )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(rows, d_in) of activations (*shape, d_in), where and in what the SAE computes."""
+        flat, mine = x if x.dim() == 2 else x.reshape(-1, self.cfg.d_in), self._a_parameter
+        return flat if flat.dtype == mine.dtype and flat.device == mine.device else flat.to(mine.device, mine.dtype)
 
     def _codes(self, prepared: Prepared, support: Support, values: Tensor, shape: tuple[int, ...]) -> Codes:
         """Codes of a batch of some shape, from the values (nnz,) of a support."""
@@ -349,7 +358,7 @@ class SparseCoder(nn.Module, metaclass=Answering):
     def initialise(self, x: Tensor) -> None:
         """Set what is best set from data, before training, from a sample (rows, d_in); see `finished`."""
         self.finished = True
-        flat = x.reshape(-1, self.cfg.d_in).to(self.device, self.dtype)
+        flat = self._rows(x)
         self.dictionary.initialise(flat)
         prepared = self.dictionary.prepare(flat)
         self.activation.initialise(prepared.queries, lambda: self.dictionary.score_chunks(prepared))

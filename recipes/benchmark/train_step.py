@@ -43,7 +43,12 @@ def forward_backward(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tenso
 
 
 def ours(sae: SAE, x: Tensor) -> Job:
-    return forward_backward(sae, x, lambda x: (sae(x).recons - x).square().sum(1).mean())
+    """As `saehooks.Trainer` calls an SAE: encoding knows that decoding follows, and the two share their passes."""
+
+    def loss(x: Tensor) -> Tensor:
+        return (sae.decode_stages(sae.encode_stages(x, decoding=True)) - x).square().sum(1).mean()
+
+    return forward_backward(sae, x, loss)
 
 
 def linear(case: Case, x: Tensor, **settings: Any) -> SAE:

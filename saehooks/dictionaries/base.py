@@ -187,8 +187,8 @@ class Dictionary(nn.Module):
     def scores(self, prepared: Prepared, support: Support, *, step: Step = DEFAULT) -> Tensor:
         """(nnz,) scores of the selected latents, differentiable."""
         queries, known = prepared.queries, support.scores
-        if known is not None and not kernels.is_differentiated(queries, *self.parameters()):
-            return known.to(queries.dtype, copy=True)
+        if known is not None and not kernels.is_differentiated(queries, self):
+            return known.clone() if known.dtype == queries.dtype else known.to(queries.dtype)
         queries = self.shared(queries)
         return kernels.sddmm(queries, self.keys, support, bias=self.bias, known=known, step=step)
 

@@ -62,7 +62,11 @@ class ConceptDictionary(Dictionary):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype)) if center else None
 
     def prepare(self, x: Tensor) -> Prepared:
-        return Prepared(*_Directions.apply(x, self.b_dec, self.W_k, self.eps))
+        given = x, self.b_dec, self.W_k, self.eps
+        if kernels.is_differentiated(x, self.b_dec, self.W_k):
+            return Prepared(*_Directions.apply(*given))
+        _, norm, queries = _directions(*given)
+        return Prepared(queries, norm)
 
     @property
     def keys(self) -> Tensor:
@@ -115,6 +119,14 @@ class ConceptDictionary(Dictionary):
             self.C[row] = direction
 
 
+def _directions(x: Tensor, b_dec: Tensor | None, W_k: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, d_in) directions u of ``x - b_dec``, the norms (rows,), and the queries (rows, d_in) ``u @ W_k.T``."""
+    centred = x if b_dec is None else x - b_dec
+    norm = torch.linalg.vector_norm(centred, dim=1)
+    directions = centred / (norm + eps)[:, None]
+    return directions, norm, nn.functional.linear(directions, W_k)
+
+
 class _Directions(torch.autograd.Function):
     """``q = u @ W_k.T`` with u the direction of ``x - b_dec``, and its norm.
 
@@ -125,10 +137,7 @@ class _Directions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, b_dec, W_k, eps):
-        centred = x if b_dec is None else x - b_dec
-        norm = centred.norm(dim=1)
-        directions = centred / (norm + eps)[:, None]
-        queries = directions @ W_k.T
+        directions, norm, queries = _directions(x, b_dec, W_k, eps)
         ctx.save_for_backward(directions, norm, queries, W_k)
         ctx.eps = eps
         return queries, norm

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
 import threading
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +21,15 @@ POOL_BYTES = 384 * 2**20
 
 ALIGNMENT = 64
 """Bytes; matrix products into a buffer that is not so aligned take a seventh longer."""
+
+FREED_BYTES = 64 * 2**20
+"""Most freed memory that the C library keeps at the end of its heap."""
+
+MAPPED_BYTES = 32 * 2**20
+"""Blocks from which on the C library asks the system for each, and gives it back; the most it raises this to itself."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""The names of these two for glibc's ``mallopt``."""
 
 _pool: list[np.ndarray] = []
 _lock = threading.Lock()
@@ -74,3 +85,33 @@ def release() -> None:
     """Give back all memory that is kept and not in use."""
     with _lock:
         _pool[:] = [_pool[i] for i in range(len(_pool)) if _references(i) > 0]
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def keep_freed() -> bool:
+    """Let glibc keep some freed memory, once for this process; says whether it was done.
+
+    A training step allocates and frees tensors of a few megabytes, torch's too. glibc gives the end of its heap back
+    to the system when twice such a tensor is free there, and touches it anew in the next step: thousands of page
+    faults, 5 to 10% of a small step. Whoever has set glibc's own variables (``MALLOC_TRIM_THRESHOLD_`` and its kin)
+    has decided; nothing is changed then, nor with another C library.
+    """
+    decided = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    library = None if decided else _c_library()
+    if library is None:
+        return False
+    # Setting either stops glibc from adapting both.
+    return bool(library.mallopt(_MMAP_THRESHOLD, MAPPED_BYTES) and library.mallopt(_TRIM_THRESHOLD, FREED_BYTES))
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    """glibc, if that is the C library of this process."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    needed = ("gnu_get_libc_version", "mallopt", "malloc_trim")
+    return library if all(hasattr(library, name) for name in needed) else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -110,11 +112,15 @@ def _check_product(left_rows: int | None, values: Tensor | None, support: Suppor
     support.check(table.shape[0])
 
 
-def is_differentiated(*inputs: Tensor | None) -> bool:
-    """Whether what is made of some tensors may be asked for a gradient, or carry one forward."""
+def is_differentiated(*inputs: Tensor | nn.Module | None) -> bool:
+    """Whether what is made of some tensors, or of a module's parameters, may be asked for a gradient, or carry one
+    forward."""
     if forward_ad._current_level >= 0:  # a dual tensor does not say that it is one
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if not torch.is_grad_enabled():
+        return False
+    tensors = chain.from_iterable(one.parameters() if isinstance(one, nn.Module) else (one,) for one in inputs)
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # ------------------------------------------------------------- sparse products

@@ -6,10 +6,12 @@ import gc
 import importlib
 import inspect
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -281,6 +283,35 @@ def test_large_memory_is_used_again_only_when_nobody_holds_it():
     del second, third
     memory.release()
     assert not memory._pool
+
+
+@pytest.mark.parametrize("decided", [False, True], ids=["ours", "the user's"])
+def test_what_one_step_frees_serves_the_next(decided):
+    """glibc keeps it, so that memory is not touched anew in each step; unless its own variables say otherwise."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    script = """
+        import resource, torch
+        torch.set_num_threads(1)
+        from saehooks.kernels import memory
+        print(memory.keep_freed())
+        def step():
+            made = [torch.ones(1200, 1024) for _ in range(8)]
+        for _ in range(5):
+            step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": "131072"} if decided else {}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = run.stdout.split()
+    assert kept == str(not decided)
+    assert (int(faults) > 1000) == decided
 
 
 def test_gradients_of_tables_outlive_the_memory_they_came_from():

@@ -409,25 +409,41 @@ class TestFewRows:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("d", "scale"), [(1, 1.0), (64, 1e6), (577, 1e-5), (16384, 1.0)])
-    def test_scores_lie_where_they_are_said_to(self, kind, d, scale, monkeypatch):
+    def test_scores_lie_where_they_are_said_to(self, kind, d, scale):
         """The ends of each score's interval hold its float64 value and what float32 makes of it."""
         from saehooks.kernels.cpu import few_rows
 
-        queries, keys = scale * (vectors(kind, 3, d, 0) + 1e-3), vectors(kind, 200, d, 1)  # none is zero
-        bias = scale * torch.randn(200, generator=torch.Generator().manual_seed(2))
-        seen, plain = [], few_rows._settle_rows
-        monkeypatch.setattr(
-            few_rows, "_settle_rows", lambda low, high, *more: seen.append((low, high)) or plain(low, high, *more)
-        )
+        count = few_rows.PART + 200
+        queries, keys = scale * (vectors(kind, 3, d, 0) + 1e-3), vectors(kind, count, d, 1)  # none is zero
+        bias = scale * torch.randn(count, generator=torch.Generator().manual_seed(2))
+        table = few_rows.int8_keys(keys)
+        rounded, bounds = np.empty((3, table.table.shape[1]), np.int16), np.empty((3, 4), np.float32)
+        assert few_rows._round_queries(queries.numpy(), rounded, bounds)
         for given in (None, bias):
-            few_rows.select_few(queries, keys, TopK(3), given, few_rows.int8_keys(keys))
-            low, high = (torch.from_numpy(end).double() for end in seen.pop())
+            low, high = np.empty((3, count), np.float32), np.empty((3, count), np.float32)
+            added = np.zeros(0, np.float32) if given is None else given.numpy()
+            for part in ((0, 100), (100, count)):
+                few_rows._interval_range(rounded, bounds, table.table, table.numbers, added, *part, low, high)
+            low, high = (torch.from_numpy(end).double() for end in (low, high))
             for dtype in (torch.float64, torch.float32):
                 scores = (queries.to(dtype) @ keys.to(dtype).T + (0 if given is None else given.to(dtype))).double()
                 assert ((low <= scores) & (scores <= high)).all()
             norms = queries.double().norm(dim=1)[:, None] * keys.double().norm(dim=1)
             wide = norms + 1e-5 * (scores.abs() + scale) + 1e-15
             assert ((high - low) < wide).all(), "the interval is no mere fiction"
+
+    def test_two_threads_select_what_one_does(self, few):
+        """Alone a thread does all in one loop; two share the table out. Bounds and scores are the same to the bit."""
+        queries, keys = vectors("normal", 3, 300, 0) / 17, vectors("normal", 20000, 300, 1)
+        before, found = torch.get_num_threads(), {}
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found[threads], _ = few(queries, keys, Sparsemax())
+        finally:
+            torch.set_num_threads(before)
+        for part in ("indices", "offsets", "threshold", "scores"):
+            assert torch.equal(getattr(found[1], part), getattr(found[2], part))
 
     def test_rows_and_tables_that_cannot_be_screened_are_selected_exactly(self, few):
         """NaN, infinities, zeros, and values so large or small that products leave the numbers' range."""

@@ -5,12 +5,15 @@ from saehooks.kernels.cpu.products import refine, sddmm, sddmm_spmm, spmm, spmm_
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.cpu.weights import simplex_thresholds
+from saehooks.kernels.memory import keep_freed
 from saehooks.kernels.reference.adam import adam_step
 from saehooks.kernels.reference.products import sum_by_latent
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights
 
 NAME = "cpu"
 ASYNCHRONOUS = False
+
+keep_freed()
 
 __all__ = [
     "ASYNCHRONOUS",

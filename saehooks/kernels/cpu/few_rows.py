@@ -33,8 +33,10 @@ SUMMING = 2.0**-23
 """Relative error a term of a float32 sum, twice over."""
 SMALLEST, LARGEST = 1e-12, 1e18
 """Norms between which rounding errors are bounded: beyond, squares underflow or products overflow."""
-AHEAD = 2048
+AHEAD = 8192
 """Bytes of the table between what is multiplied and what is fetched meanwhile; past its end that does nothing."""
+PART = 512
+"""Keys whose products are made before their bounds are, which are vectors then."""
 WIDTH = 64
 """Columns are padded to a multiple of this, which the loop takes at once."""
 
@@ -86,26 +88,26 @@ def select_few(queries: Tensor, keys: Tensor, rule: RowRule, bias: Tensor | None
     kind, k, alpha, theta = described(rule, d_sae)
     matrix, exact_keys = queries.contiguous().numpy(), keys.numpy()
     added = np.zeros(0, np.float32) if bias is None else bias.detach().float().contiguous().numpy()
-    rounded = np.empty((rows, table.table.shape[1]), np.int16)
-    bounds = np.empty((rows, 4), np.float32)
-    if not _round_queries(matrix, rounded, bounds):
-        return None
-    low, high = np.empty((rows, d_sae), np.float32), np.empty((rows, d_sae), np.float32)
-    spread(
-        lambda start, stop: _interval_range(rounded, bounds, table.table, table.numbers, added, start, stop, low, high),
-        blocks(d_sae, max(1, GRAIN // max(1, rows * matrix.shape[1] // 8))),
-    )
+    settling = kind, k, alpha, theta, group_count(d_sae, k)
     room = max(64 + 2 * k, d_sae // 8)
     indices, picked = np.empty(rows * room, np.int64), np.empty(rows * room, np.float32)
     offsets, thresholds = np.empty(rows + 1, np.int64), np.empty(rows, np.float32)
-    used = _settle_rows(
-        low, high, matrix, exact_keys, added, kind, k, alpha, theta, group_count(d_sae, k), room, indices, picked,
-        offsets, thresholds,
-    )  # fmt: skip
+    chosen = room, indices, picked, offsets, thresholds
+    ranges = blocks(d_sae, max(1, GRAIN // max(1, rows * matrix.shape[1] // 8)))
+    if torch.get_num_threads() == 1 or len(ranges) == 1:
+        used = _select_rows(matrix, exact_keys, table.table, table.numbers, added, *settling, *chosen)
+    else:
+        rounded, bounds = np.empty((rows, table.table.shape[1]), np.int16), np.empty((rows, 4), np.float32)
+        if not _round_queries(matrix, rounded, bounds):
+            return None
+        low, high = np.empty((rows, d_sae), np.float32), np.empty((rows, d_sae), np.float32)
+        intervals = rounded, bounds, table.table, table.numbers, added
+        spread(lambda start, stop: _interval_range(*intervals, start, stop, low, high), ranges)
+        used = _settle_rows(low, high, matrix, exact_keys, added, *settling, *chosen)
     if used < 0:
         return None
-    chosen, starts, threshold, scores = map(torch.from_numpy, (indices[:used], offsets, thresholds, picked[:used]))
-    return Support(chosen, starts, threshold, scores)
+    latents, starts, threshold, scores = map(torch.from_numpy, (indices[:used], offsets, thresholds, picked[:used]))
+    return Support(latents, starts, threshold, scores)
 
 
 # ----------------------------------------------------------------------- loops
@@ -246,22 +248,30 @@ whole_dot = _whole_dot()
 
 @numba_jit
 def _interval_range(rounded, bounds, table, numbers, bias, start, stop, low, high):
-    """Fill between what each row's scores with keys start to stop lie."""
+    """Fill between what each row's scores with keys start to stop lie; `PART` products at a time, then their bounds."""
     d = rounded.shape[1]
-    for j in range(start, stop):
-        key = table[j]
-        unit, norm, lost = np.float64(numbers[0, j]), np.float64(numbers[1, j]), np.float64(numbers[2, j])
+    products = np.empty((rounded.shape[0], PART), np.int32)
+    for first in range(start, stop, PART):
+        last = min(first + PART, stop)
+        for j in range(first, last):
+            for r in range(rounded.shape[0]):
+                products[r, j - first] = whole_dot(rounded[r], table[j])
+        units, norms, losses = numbers[0, first:last], numbers[1, first:last], numbers[2, first:last]
         for r in range(rounded.shape[0]):
-            score = np.float64(whole_dot(rounded[r], key)) * unit * np.float64(bounds[r, 0])
-            whole = np.float64(bounds[r, 3])
-            error = (np.float64(bounds[r, 1]) * norm + np.float64(bounds[r, 2]) * lost) * (1.0 + 2e-3)
-            error += d * SUMMING * whole * norm + 1e-16 * (whole + norm) + 1e-34
-            if bias.size:
-                score += np.float64(bias[j])
-                error += 2.0**-22 * abs(np.float64(bias[j]))
-            error += 2.0**-22 * abs(score)
-            low[r, j] = score - error
-            high[r, j] = score + error
+            unit, lost = np.float64(bounds[r, 0]), np.float64(bounds[r, 1])
+            left, whole = np.float64(bounds[r, 2]), np.float64(bounds[r, 3])
+            own, lower, upper = products[r], low[r, first:last], high[r, first:last]
+            for j in range(last - first):
+                norm = np.float64(norms[j])
+                score = np.float64(own[j]) * np.float64(units[j]) * unit
+                error = (lost * norm + left * np.float64(losses[j])) * (1.0 + 2e-3)
+                error += d * SUMMING * whole * norm + 1e-16 * (whole + norm) + 1e-34
+                if bias.size:
+                    score += np.float64(bias[first + j])
+                    error += 2.0**-22 * abs(np.float64(bias[first + j]))
+                error += 2.0**-22 * abs(score)
+                lower[j] = score - error
+                upper[j] = score + error
 
 
 @numba_jit
@@ -288,17 +298,21 @@ def _settle_rows(
                 found += upper[j] >= (theta[0] if theta.size == 1 else theta[j])
         else:
             bound = lower_bound(maxima, work, kind, k, alpha)
-            for _ in range(2):
-                if kind == TOPK and bound == 0.0:
-                    found = places_above(upper, bound, places)
-                else:
-                    found = candidates(upper, bound, places)
-                if found <= k or found > room:
-                    break
+            if kind == TOPK and bound == 0.0:
+                found = places_above(upper, bound, places)
+            else:
+                found = candidates(upper, bound, places)
+            if k < found <= room:
                 # The candidates' own lower ends bound it better than the maxima of groups.
                 for j in range(found):
                     few[j] = low[r, places[j]]
-                bound = max(bound, lower_bound(few[:found], work, kind, k, alpha))
+                better = lower_bound(few[:found], work, kind, k, alpha)
+                kept = 0
+                for j in range(found):
+                    place = places[j]
+                    places[kept] = place
+                    kept += upper[place] >= better
+                found = kept
         if found > room or (found == 0 and kind != THRESHOLD and kind != TOPK):
             return -1
         dots(queries[r], keys, places, found, few)
@@ -313,3 +327,20 @@ def _settle_rows(
         offsets[r + 1] = used
         thresholds[r] = lowest if kind == THRESHOLD else threshold
     return used
+
+
+@numba_jit
+def _select_rows(
+    queries, keys, table, numbers, bias, kind, k, alpha, theta, groups, room, indices, picked, offsets, thresholds
+):  # fmt: skip
+    """Round, bound and select all rows on one thread; return how many entries, or -1 if a row cannot be screened."""
+    rows, d_sae = queries.shape[0], keys.shape[0]
+    rounded = np.empty((rows, table.shape[1]), np.int16)
+    bounds = np.empty((rows, 4), np.float32)
+    if not _round_queries(queries, rounded, bounds):
+        return -1
+    low, high = np.empty((rows, d_sae), np.float32), np.empty((rows, d_sae), np.float32)
+    _interval_range(rounded, bounds, table, numbers, bias, 0, d_sae, low, high)
+    return _settle_rows(
+        low, high, queries, keys, bias, kind, k, alpha, theta, groups, room, indices, picked, offsets, thresholds
+    )
