@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from saehooks.activations import Activation
 from saehooks.dictionaries import Dictionary, Prepared
-from saehooks.dictionaries.base import row_products
 from saehooks.errors import ConfigError
-from saehooks.kernels import DEFAULT, Step, Support, is_differentiated
+from saehooks.kernels import DEFAULT, Step, Support, for_rows, is_differentiated
 from saehooks.precision import widened
 
 METHODS = ("gradient", "bounded", "conjugate")
@@ -267,7 +266,8 @@ def row_rates(rate: Tensor, change: Tensor, missed: Tensor) -> Tensor:
     """
     with torch.no_grad():
         change, missed = (one.float() if one.dtype.itemsize < 4 else one for one in (change, missed))
-        square, along = row_products(change, change), row_products(change, missed)
+        products = for_rows(change, missed).row_products
+        square, along = products(change, change), products(change, missed)
         most = torch.where(square > 0, MOST * along.clamp(min=0) / square, torch.inf)
     return torch.minimum(rate.to(most.dtype), most).to(rate.dtype)
 

@@ -20,6 +20,7 @@ from peers import PACKAGES, PLAIN, Peer, published_sparsemax
 from torch import Tensor, nn
 
 from saehooks import SAE, TrainConfig, Trainer
+from saehooks.training.losses import LossConfig, training_loss
 
 CPU = [Case(2048, 24576), Case(2048, 4608), Case(512, 3072), Case(512, 49152), Case(256, 24576, support=512)]
 CUDA = [
@@ -43,12 +44,9 @@ def forward_backward(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tenso
 
 
 def ours(sae: SAE, x: Tensor) -> Job:
-    """As `saehooks.Trainer` calls an SAE: encoding knows that decoding follows, and the two share their passes."""
-
-    def loss(x: Tensor) -> Tensor:
-        return (sae.decode_stages(sae.encode_stages(x, decoding=True)) - x).square().sum(1).mean()
-
-    return forward_backward(sae, x, loss)
+    """What a step of `saehooks.Trainer` does without its optimiser."""
+    config = LossConfig(reconstruction="mse")
+    return forward_backward(sae, x, lambda x: training_loss(sae, x, config).total)
 
 
 def linear(case: Case, x: Tensor, **settings: Any) -> SAE:

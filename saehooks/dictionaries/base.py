@@ -357,14 +357,6 @@ def massive_directions(x: Tensor) -> Tensor:
     return torch.stack(found) if found else x[:0]
 
 
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """(rows,) sums of ``left * right`` of each row of two (rows, d)."""
-    if left.device.type == "cpu" and left.dtype.itemsize >= 4:
-        return torch.linalg.vecdot(left, right)
-    # Narrow products are rounded to their own type only once they are summed.
-    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
-
-
 class _Scaled(torch.autograd.Function):
     """``recons * scale + offset`` of recons (rows, d), scale (rows,) and offset (d,) or None.
 
@@ -381,14 +373,14 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         recons, scale = ctx.saved_tensors
-        d_recons = d_scale = d_offset = None
-        if ctx.needs_input_grad[0]:
+        d_recons = d_scale = None
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+            d_recons, d_scale = kernels.for_rows(grad, recons, scale).scaled_gradient(grad, recons, scale)
+        elif ctx.needs_input_grad[0]:
             d_recons = grad * scale[:, None]
-        if ctx.needs_input_grad[1]:
-            d_scale = row_products(grad, recons)
-        if ctx.needs_input_grad[2]:
-            d_offset = grad.sum(0)
-        return d_recons, d_scale, d_offset
+        elif ctx.needs_input_grad[1]:
+            d_scale = kernels.for_rows(grad, recons).row_products(grad, recons)
+        return d_recons, d_scale, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def unit_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saehooks import kernels
-from saehooks.dictionaries.base import Dictionary, Directions, Prepared, row_products, unit_rows
+from saehooks.dictionaries.base import Dictionary, Directions, Prepared, unit_rows
 from saehooks.errors import ConfigError
 from saehooks.kernels import DEFAULT, Step, Support
 from saehooks.kernels.step import KeptProduct
@@ -121,9 +121,7 @@ class ConceptDictionary(Dictionary):
 
 def _directions(x: Tensor, b_dec: Tensor | None, W_k: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, d_in) directions u of ``x - b_dec``, the norms (rows,), and the queries (rows, d_in) ``u @ W_k.T``."""
-    centred = x if b_dec is None else x - b_dec
-    norm = torch.linalg.vector_norm(centred, dim=1)
-    directions = centred / (norm + eps)[:, None]
+    directions, norm = kernels.for_rows(x, b_dec).directions(x, b_dec, eps)
     return directions, norm, nn.functional.linear(directions, W_k)
 
 
@@ -147,7 +145,7 @@ class _Directions(torch.autograd.Function):
     def backward(ctx, d_queries, d_norm):
         directions, norm, queries, W_k = ctx.saved_tensors
         shifted = norm + ctx.eps
-        along = row_products(queries, d_queries) / shifted
+        along = kernels.for_rows(queries, d_queries).row_products(queries, d_queries) / shifted
         # c / n = u (n + eps) / n, which a row of zeros does not have.
         along = torch.where(norm > 0, (d_norm - along) * shifted / norm, 0.0)
         d_x = d_b = d_W = None

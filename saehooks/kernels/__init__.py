@@ -8,6 +8,7 @@ a step knows beside its tensors.
 from saehooks.kernels.backend import BACKENDS, Backend, backend_for
 from saehooks.kernels.ops import (
     entmax_weights,
+    for_rows,
     is_differentiated,
     refine,
     sddmm,
@@ -19,6 +20,7 @@ from saehooks.kernels.ops import (
     simplex_thresholds,
     simplex_weights,
     spmm,
+    squared_errors,
 )
 from saehooks.kernels.reference.across_rows import batch_topk
 from saehooks.kernels.reference.select import score_chunks
@@ -55,6 +57,7 @@ __all__ = [
     "backend_for",
     "batch_topk",
     "entmax_weights",
+    "for_rows",
     "is_differentiated",
     "refine",
     "score_chunks",
@@ -67,4 +70,5 @@ __all__ = [
     "simplex_thresholds",
     "simplex_weights",
     "spmm",
+    "squared_errors",
 ]

@@ -1,8 +1,8 @@
 """The operations that every backend must have, and which backend serves a tensor.
 
 A backend is a folder of this room: ``reference`` (plain torch, any device and dtype), ``cpu`` (float32, numba),
-``gpu`` (Triton). Each has the same files: `select`, `pairs`, `products`, `weights`, `across_rows`, `adam`; what
-one has no faster form of, it takes from the reference.
+``gpu`` (Triton). Each has the same files: `select`, `pairs`, `products`, `rows`, `weights`, `across_rows`, `adam`;
+what one has no faster form of, it takes from the reference.
 """
 
 from __future__ import annotations
@@ -94,6 +94,21 @@ class Backend(Protocol):
 
     def sum_by_latent(self, values: Tensor, support: Support, d_sae: int) -> Tensor:
         """(d_sae,) sums of the values (nnz,) of each latent, always in the same order."""
+
+    def row_products(self, left: Tensor, right: Tensor) -> Tensor:
+        """(rows,) sums of ``left * right`` of each row of two (rows, d)."""
+
+    def directions(self, x: Tensor, offset: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        """(rows, d) ``c / (|c| + eps)`` and (rows,) ``|c|`` of ``c = x - offset``; x (rows, d), offset (d,)."""
+
+    def scaled_gradient(self, grad: Tensor, recons: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (rows, d) and (rows,) of recons and scale in ``recons * scale[:, None]``, from its own."""
+
+    def squared_errors(self, left: Tensor, right: Tensor) -> Tensor:
+        """(rows,) ``|left - right|^2`` of each row of left (rows, d) and right (rows, d), or (1, d) for all."""
+
+    def scaled_difference(self, left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
+        """(rows, d) ``factor[:, None] * (left - right)`` of two (rows, d), factor (rows,)."""
 
     def simplex_thresholds(self, scores: Tensor, offsets: Tensor, scale: float) -> Tensor:
         """(rows,) float64 tau of sparsemax over the ``scale * scores`` (nnz,) of each row; -inf where there is none."""

@@ -15,6 +15,9 @@ from saehooks.kernels.rules import BatchRule, BatchTopK, RowRule
 from saehooks.kernels.step import DEFAULT, Contribution, Step
 from saehooks.support import Support
 
+PLAIN = Step(backend="reference")
+"""Plain torch, whose results can be differentiated."""
+
 
 def select(
     queries: Tensor, keys: Tensor, rule: RowRule | BatchRule, bias: Tensor | None = None, *, step: Step = DEFAULT
@@ -240,6 +243,35 @@ def refine(
     check_widths(target, table, None)
     _check_product(target.shape[0], values, support, table)
     return backend_for(table, step).refine(target, table, support, values, rate, step)
+
+
+# ------------------------------------------------------------------------- rows
+
+
+def for_rows(tensor: Tensor, *others: Tensor | None) -> Backend:
+    """Whose operations on rows serve some tensors: a backend's have no gradient, so where one is asked for, it is plain
+    torch."""
+    return backend_for(tensor, PLAIN if is_differentiated(tensor, *others) else DEFAULT)
+
+
+def squared_errors(left: Tensor, right: Tensor, *, step: Step = DEFAULT) -> Tensor:
+    """(rows,) ``|left - right|^2`` of each row of two (rows, d), differentiable."""
+    if forward_ad._current_level >= 0:
+        return for_rows(left, right).squared_errors(left, right)
+    return _SquaredErrors.apply(left, right, backend_for(left, step))
+
+
+class _SquaredErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, right, backend: Backend):
+        ctx.save_for_backward(left, right)
+        return backend.squared_errors(left, right)
+
+    @staticmethod
+    def backward(ctx, grad):
+        left, right = ctx.saved_tensors
+        found = for_rows(left, right, grad).scaled_difference(left, right, 2 * grad)
+        return found if ctx.needs_input_grad[0] else None, -found if ctx.needs_input_grad[1] else None, None
 
 
 # ------------------------------------------------------------ gradients of tables

@@ -18,7 +18,7 @@ from saehooks.activations.zipf import fit_zipf
 from saehooks.activations.zipf import ranks as density_ranks
 from saehooks.codes import Codes
 from saehooks.errors import ConfigError
-from saehooks.kernels import DEFAULT, Step, TopK
+from saehooks.kernels import DEFAULT, Step, TopK, for_rows, squared_errors
 from saehooks.ranks import Alone, mean_of_all
 from saehooks.sae import SAE, Encoded
 
@@ -204,12 +204,12 @@ def reconstruction(
         center: (d_in,) subtracted from x before the norms of ``"relative"`` and ``"mse"`` are taken.
         ranks: of which the mean is the loss.
     """
-    error = (recons - x).square()
+    error = squared_errors(recons, x)
     if kind == "per_norm":
-        return 10.0 * (error / x.norm(dim=1, keepdim=True).clamp(min=TINY)).mean()
-    energy = _norms(x, center).square()
+        return 10.0 * (error / x.norm(dim=1).clamp(min=TINY)).mean() / x.shape[1]
+    energy = _energies(x, center)
     if kind == "relative":
-        return (error.sum(1) / energy.clamp(min=TINY)).mean()
+        return (error / energy.clamp(min=TINY)).mean()
     if kind == "mse":
         return error.sum() / ranks.mean_over_rows(energy.sum()).clamp(min=TINY)
     raise ConfigError(f"loss {kind!r}: choose one of {', '.join(RECONSTRUCTION)}")
@@ -219,11 +219,20 @@ def row_weights(x: Tensor, kind: str, center: Tensor | None = None) -> Tensor:
     """(rows,) how much a row's squared error weighs in a reconstruction loss, up to a factor."""
     if kind == "mse":
         return x.new_ones(x.shape[0])
-    return 1 / (_norms(x, center).square() if kind == "relative" else _norms(x, None)).clamp(min=TINY)
+    return 1 / (_energies(x, center) if kind == "relative" else _norms(x, None)).clamp(min=TINY)
 
 
 def _norms(x: Tensor, center: Tensor | None) -> Tensor:
+    """(rows,) norms of rows (rows, d) about a center (d,), without gradient."""
     return (x if center is None else x - center).detach().norm(dim=1)
+
+
+def _energies(x: Tensor, center: Tensor | None) -> Tensor:
+    """(rows,) their squares."""
+    if x.dtype.itemsize < 4:  # squares are rounded to the narrow type only once they are summed
+        return _norms(x, center).square()
+    x, center = x.detach(), x.new_zeros(x.shape[1]) if center is None else center.detach()
+    return for_rows(x, center).squared_errors(x, center[None])
 
 
 def l1(sae: SAE, x: Tensor, stages: Encoded) -> Tensor:

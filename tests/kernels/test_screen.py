@@ -223,6 +223,21 @@ def test_many_rows_come_in_chunks_and_threads(both, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_candidates_of_many_rows_are_scored_in_batches(both):
+    """More candidates than are scored together, and more selected entries than there is room for at first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        queries, keys = vectors("normal", 3000, 24, 0), vectors("normal", 4096, 24, 1)
+        keys = keys / keys.norm(dim=1, keepdim=True)
+        for rule, scale in ((TopK(200), 1.0), (Sparsemax(), 0.023)):
+            found, exact = both(scale * queries, keys, rule)
+            assert 128 * len(queries) < found.indices.numel() > screen.BATCH_ENTRIES
+            agree(found, exact, scale * queries, keys)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("rows", "rounding"), [(40, "rounded_keys"), (2, "int8_keys")])
 @pytest.mark.parametrize("dictionary", ["concepts", "linear"])
 def test_a_copy_of_a_table_is_never_stale(dictionary, rows, rounding, monkeypatch):

@@ -2,6 +2,7 @@
 
 from saehooks.kernels.cpu.pairs import select_pair_products, select_pairs
 from saehooks.kernels.cpu.products import refine, sddmm, sddmm_spmm, spmm, spmm_transposed, table_gradient
+from saehooks.kernels.cpu.rows import directions, row_products, scaled_difference, scaled_gradient, squared_errors
 from saehooks.kernels.cpu.screen import select_products
 from saehooks.kernels.cpu.select import select_rows
 from saehooks.kernels.cpu.weights import simplex_thresholds
@@ -20,9 +21,13 @@ __all__ = [
     "NAME",
     "adam_step",
     "center",
+    "directions",
     "entmax_gradient",
     "entmax_weights",
     "refine",
+    "row_products",
+    "scaled_difference",
+    "scaled_gradient",
     "sddmm",
     "sddmm_spmm",
     "select_pair_products",
@@ -32,6 +37,7 @@ __all__ = [
     "simplex_thresholds",
     "spmm",
     "spmm_transposed",
+    "squared_errors",
     "sum_by_latent",
     "table_gradient",
 ]

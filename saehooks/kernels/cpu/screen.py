@@ -57,8 +57,10 @@ MODE = os.environ.get("SAEHOOKS_SCREEN") or None
 
 ROUNDING = 1.02 * 2.0**-8
 """Relative error of rounding to bfloat16, and a little more."""
-BATCH, BATCH_ENTRIES = 256, 2**18
-"""Rows whose candidates are scored together, and most candidates that there is room for."""
+BATCH_ENTRIES = 2**18
+"""Most candidates that are scored together: the more rows they are of, the more often a tile of the keys is used."""
+BLOCKS = 2
+"""Blocks of rows a thread, each of which goes through the keys once."""
 TILE = 32
 """Columns are padded to a multiple of this, which AMX multiplies at no cost."""
 EXTRA = 3
@@ -473,7 +475,7 @@ def _by_row(job: _Job, start: int, stop: int) -> tuple[Support, int]:
             sizes, thresholds,
         )  # fmt: skip
 
-    indices, picked = gathered(select, count, d_sae, room, max(128, 2 * k))
+    indices, picked = gathered(select, count, d_sae, room, max(128, 2 * k), BLOCKS)
     undecided = torch.from_numpy(sizes < 0).nonzero()[:, 0]
     decided = torch.from_numpy(np.maximum(sizes, 0))
     support = Support(indices, offsets_of(decided), torch.from_numpy(thresholds), picked)
@@ -751,35 +753,38 @@ def _screen_range(
     """
     d_sae = scores16.shape[1]
     many = min(d_sae, 4 * room)
-    batch = max(1, min(BATCH, BATCH_ENTRIES // room, stop - start))
     maxima = np.empty(groups, np.int16)
     keys16 = np.empty(max(groups, many), np.int16)
     opened = np.empty(groups + 1, np.int32)
     work = np.empty(max(groups, many), np.float64)
     places = np.empty(d_sae + 1, np.int32)
-    few = np.empty(batch * room, np.int32)
-    exact = np.empty(batch * room, np.float32)
-    offsets = np.zeros(batch + 1, np.int64)
+    few = np.empty(max(room, min(BATCH_ENTRIES, (stop - start) * room)), np.int32)
+    exact = np.empty(few.size, np.float32)
+    offsets = np.zeros(stop - start + 1, np.int64)
     used = 0
-    for first in range(start, stop, batch):
-        last = min(first + batch, stop)
-        count = last - first
-        for r in range(first, last):
-            at = offsets[r - first]
+    first = start
+    while first < stop:
+        last = first
+        while last < stop and offsets[last - first] + room <= few.size:
+            at = offsets[last - first]
             found = room + 1
-            error = np.float64(errors[r])
+            error = np.float64(errors[last])
             if error < np.inf:
-                floor = np.float64(theta) - np.float64(shifts[r])
+                floor = np.float64(theta) - np.float64(shifts[last])
                 found = _candidates(
-                    scores16[r], error, floor, kind, k, alpha, maxima, opened, keys16, work, places, many
+                    scores16[last], error, floor, kind, k, alpha, maxima, opened, keys16, work, places, many
                 )
-            sizes[r] = 0 if found <= room else -1
+            sizes[last] = 0 if found <= room else -1
             found = found if found <= room else 0
+            if used + at + found > indices.size:
+                break
             for j in range(found):
                 few[at + j] = places[j]
-            offsets[r - first + 1] = at + found
-        if used + offsets[count] > indices.size:
+            last += 1
+            offsets[last - first] = at + found
+        if last == first:
             return first, used
+        count = last - first
         rows = d_sae
         if offsets[count] * tile >= MIN_REUSE * count * d_sae:
             rows = tile
@@ -803,6 +808,7 @@ def _screen_range(
             if kind != THRESHOLD:
                 thresholds[r] = threshold
             used += size
+        first = last
     return stop, used
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from saehooks.kernels import reference
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import serves
-from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
+from saehooks.kernels.cpu.threads import BLOCKS_PER_THREAD, GRAIN, blocks, spread
 from saehooks.kernels.cpu.thresholds import (
     THRESHOLD,
     TOPK,
@@ -61,7 +61,9 @@ SelectRange = Callable[[int, int, np.ndarray, np.ndarray], tuple[int, int]]
 how many entries were written."""
 
 
-def gathered(select: SelectRange, rows: int, cost: int, least: int, per_row: int) -> tuple[Tensor, Tensor]:
+def gathered(
+    select: SelectRange, rows: int, cost: int, least: int, per_row: int, per_thread: int = BLOCKS_PER_THREAD
+) -> tuple[Tensor, Tensor]:
     """(nnz,) int64 latents and (nnz,) float32 scores that a compiled loop selects from all rows, shared by threads.
 
     Args:
@@ -70,8 +72,9 @@ def gathered(select: SelectRange, rows: int, cost: int, least: int, per_row: int
         cost: scores that a row looks at.
         least: entries that there must be room for, whatever is selected.
         per_row: entries of a row that there is room for at first.
+        per_thread: blocks of rows that each thread gets.
     """
-    ranges = blocks(rows, max(1, GRAIN // cost))
+    ranges = blocks(rows, max(1, GRAIN // cost), per_thread)
     parts = chain.from_iterable(spread(lambda start, stop: parts_of(select, start, stop, least, per_row), ranges))
     indices, picked = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
     return indices, picked

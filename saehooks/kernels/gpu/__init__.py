@@ -23,6 +23,7 @@ from saehooks.kernels.gpu.scores import select_products
 from saehooks.kernels.gpu.select import select_rows
 from saehooks.kernels.gpu.weights import center, entmax_gradient, entmax_weights
 from saehooks.kernels.reference.pairs import select_pair_products, select_pairs
+from saehooks.kernels.reference.rows import directions, row_products, scaled_difference, scaled_gradient, squared_errors
 from saehooks.kernels.reference.weights import simplex_thresholds
 from saehooks.kernels.rules import Sparsemax
 
@@ -34,10 +35,14 @@ __all__ = [
     "NAME",
     "adam_step",
     "center",
+    "directions",
     "entmax_gradient",
     "entmax_weights",
     "probe",
     "refine",
+    "row_products",
+    "scaled_difference",
+    "scaled_gradient",
     "sddmm",
     "sddmm_spmm",
     "select_pair_products",
@@ -47,6 +52,7 @@ __all__ = [
     "simplex_thresholds",
     "spmm",
     "spmm_transposed",
+    "squared_errors",
     "sum_by_latent",
     "table_gradient",
 ]

@@ -11,6 +11,7 @@ from saehooks.kernels.reference.products import (
     sum_by_latent,
     table_gradient,
 )
+from saehooks.kernels.reference.rows import directions, row_products, scaled_difference, scaled_gradient, squared_errors
 from saehooks.kernels.reference.select import select_products, select_rows
 from saehooks.kernels.reference.weights import center, entmax_gradient, entmax_weights, simplex_thresholds
 
@@ -22,9 +23,13 @@ __all__ = [
     "NAME",
     "adam_step",
     "center",
+    "directions",
     "entmax_gradient",
     "entmax_weights",
     "refine",
+    "row_products",
+    "scaled_difference",
+    "scaled_gradient",
     "sddmm",
     "sddmm_spmm",
     "select_pair_products",
@@ -34,6 +39,7 @@ __all__ = [
     "simplex_thresholds",
     "spmm",
     "spmm_transposed",
+    "squared_errors",
     "sum_by_latent",
     "table_gradient",
 ]
