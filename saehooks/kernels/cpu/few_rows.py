@@ -22,7 +22,7 @@ from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import dots
 from saehooks.kernels.cpu.select import candidates, group_count, lower_bound, places_above, summarise
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
-from saehooks.kernels.cpu.thresholds import THRESHOLD, TOPK, described, settle
+from saehooks.kernels.cpu.thresholds import NONE, THRESHOLD, TOPK, described, settle
 from saehooks.kernels.memory import reusable_empty
 from saehooks.kernels.rules import RowRule
 from saehooks.support import Support
@@ -307,12 +307,12 @@ def _settle_rows(
                 for j in range(found):
                     few[j] = low[r, places[j]]
                 better = lower_bound(few[:found], work, kind, k, alpha)
-                kept = 0
+                kept = NONE
                 for j in range(found):
                     place = places[j]
                     places[kept] = place
-                    kept += upper[place] >= better
-                found = kept
+                    kept += np.uint64(upper[place] >= better)
+                found = np.int64(kept)
         if found > room or (found == 0 and kind != THRESHOLD and kind != TOPK):
             return -1
         dots(queries[r], keys, places, found, few)

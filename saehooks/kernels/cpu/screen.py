@@ -35,6 +35,7 @@ from saehooks.kernels.cpu.products import MIN_REUSE, dots, sddmm_rows, serves, t
 from saehooks.kernels.cpu.select import RULES, gathered, parts_of, select_rows
 from saehooks.kernels.cpu.threads import GRAIN, blocks, spread
 from saehooks.kernels.cpu.thresholds import (
+    NONE,
     THRESHOLD,
     TOPK,
     described,
@@ -662,20 +663,24 @@ def _reaching(row, key, maxima, opened, places):
             found += _ordered(row[j]) >= key
         return found
     groups = maxima.size
-    many = 0
+    many = counted = NONE
     for g in range(groups):
         opened[many] = g
-        many += maxima[g] >= key
-    start = 0
-    while start < row.size:
+        many += np.uint64(maxima[g] >= key)
+    for start in range(0, row.size, groups):
         part = row[start : min(start + groups, row.size)]
-        for i in range(many):
-            g = opened[i]
-            if g < part.size:
-                places[found] = start + g
-                found += part[g] >= key
-        start += groups
-    return found
+        if part.size == groups:
+            for i in range(many):
+                g = opened[i]
+                places[counted] = start + np.int64(g)
+                counted += np.uint64(part[g] >= key)
+        else:
+            for i in range(many):
+                g = opened[i]
+                if g < part.size:
+                    places[counted] = start + np.int64(g)
+                    counted += np.uint64(part[g] >= key)
+    return np.int64(counted)
 
 
 @numba_jit
@@ -731,12 +736,12 @@ def _candidates(row, error, floor, kind, k, alpha, maxima, opened, keys16, work,
         keys16[j] = _ordered(row[places[j]])
     least = max(least, _least(keys16, found, work, error, kind, k, alpha, floor))
     key = _key_below(least - ROUNDING * abs(least))
-    kept = 0
+    kept = NONE
     for j in range(found):
         place = places[j]
         places[kept] = place
-        kept += _ordered(row[place]) >= key
-    return kept
+        kept += np.uint64(_ordered(row[place]) >= key)
+    return np.int64(kept)
 
 
 @numba_jit
@@ -755,7 +760,7 @@ def _screen_range(
     many = min(d_sae, 4 * room)
     maxima = np.empty(groups, np.int16)
     keys16 = np.empty(max(groups, many), np.int16)
-    opened = np.empty(groups + 1, np.int32)
+    opened = np.empty(groups + 1, np.uint32)
     work = np.empty(max(groups, many), np.float64)
     places = np.empty(d_sae + 1, np.int32)
     few = np.empty(max(room, min(BATCH_ENTRIES, (stop - start) * room)), np.int32)
@@ -838,7 +843,7 @@ def _reach_range(scores16, queries, keys, bias, errors, start, stop, bound, grou
     d_sae = scores16.shape[1]
     places = np.empty(d_sae + 1, np.int32)
     maxima = np.empty(groups, np.int16)
-    opened = np.empty(groups + 1, np.int32)
+    opened = np.empty(groups + 1, np.uint32)
     used = 0
     for r in range(start, stop):
         least = np.float64(bound) - np.float64(errors[r])

@@ -19,6 +19,7 @@ from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.cpu.products import serves
 from saehooks.kernels.cpu.threads import BLOCKS_PER_THREAD, GRAIN, blocks, spread
 from saehooks.kernels.cpu.thresholds import (
+    NONE,
     THRESHOLD,
     TOPK,
     described,
@@ -168,7 +169,7 @@ def largest(values):
 @numba_jit
 def candidates(row, bound, places):
     """Write the places of the scores of at least ``bound``, ascending; return how many."""
-    found = 0
+    found = NONE
     d_sae = row.size
     whole = d_sae // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -178,11 +179,11 @@ def candidates(row, bound, places):
         if hits:
             for j in range(start, start + BLOCK):
                 places[found] = j
-                found += row[j] >= bound
+                found += np.uint64(row[j] >= bound)
     for j in range(whole, d_sae):
         places[found] = j
-        found += row[j] >= bound
-    return found
+        found += np.uint64(row[j] >= bound)
+    return np.int64(found)
 
 
 @numba_jit
@@ -191,7 +192,7 @@ def places_above(row, theta, places):
 
     That is not "at least the next number": where the processor counts denormal numbers as 0, the next one after 0 is 0.
     """
-    found = 0
+    found = NONE
     d_sae = row.size
     whole = d_sae // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -201,11 +202,11 @@ def places_above(row, theta, places):
         if hits:
             for j in range(start, start + BLOCK):
                 places[found] = j
-                found += row[j] > theta
+                found += np.uint64(row[j] > theta)
     for j in range(whole, d_sae):
         places[found] = j
-        found += row[j] > theta
-    return found
+        found += np.uint64(row[j] > theta)
+    return np.int64(found)
 
 
 @numba_jit

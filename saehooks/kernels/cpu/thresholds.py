@@ -8,6 +8,8 @@ import torch
 from saehooks.kernels.cpu.numba_jit import numba_jit
 from saehooks.kernels.rules import Entmax, RowRule, Threshold, TopK
 
+NONE = np.uint64(0)
+"""Where counting begins in loops that write by a counter: one that could be negative is asked about at every write."""
 SPARSEMAX, TOPK, THRESHOLD, ENTMAX = 0, 1, 2, 3
 """Kinds of rules, as the compiled loops take them."""
 
@@ -37,17 +39,18 @@ def newton(work, size, tau):
         total += work[j]
     tau = max(tau, (total - 1.0) / size)
     while True:
-        kept = 0
+        kept = NONE
         total = 0.0
         for j in range(size):
             x = work[j]
             work[kept] = x
-            kept += x > tau
+            kept += np.uint64(x > tau)
             total += x if x > tau else 0.0
-        if kept == size or kept == 0:
+        left = np.int64(kept)
+        if left == size or left == 0:
             return tau
-        tau = max(tau, (total - 1.0) / kept)
-        size = kept
+        tau = max(tau, (total - 1.0) / left)
+        size = left
 
 
 @numba_jit
@@ -130,20 +133,21 @@ def settle(scores, places, found, work, kind, k, alpha, theta):
     Returns:
         How many are kept, at the front of both, and the threshold (0 for a rule that gives its own).
     """
-    kept = 0
+    counted = NONE
     if kind == THRESHOLD:
         for j in range(found):
             place, score = places[j], scores[j]
-            places[kept] = place
-            scores[kept] = score
-            kept += score > (theta[0] if theta.size == 1 else theta[place])
-        return kept, 0.0
+            places[counted] = place
+            scores[counted] = score
+            counted += np.uint64(score > (theta[0] if theta.size == 1 else theta[place]))
+        return np.int64(counted), 0.0
     if kind == TOPK:
         for j in range(found):
             place, score = places[j], scores[j]
-            places[kept] = place
-            scores[kept] = score
-            kept += score > 0.0
+            places[counted] = place
+            scores[counted] = score
+            counted += np.uint64(score > 0.0)
+        kept = np.int64(counted)
         if kept < k:
             return kept, 0.0
         return _largest_positive(scores, places, kept, work, k)
@@ -155,10 +159,10 @@ def settle(scores, places, found, work, kind, k, alpha, theta):
     tau = simplex_threshold(work, found, kind, alpha)
     for j in range(found):
         place, score = places[j], scores[j]
-        places[kept] = place
-        scores[kept] = score
-        kept += np.float64(score) - shift > tau
-    return kept, shift + tau
+        places[counted] = place
+        scores[counted] = score
+        counted += np.uint64(np.float64(score) - shift > tau)
+    return np.int64(counted), shift + tau
 
 
 @numba_jit
