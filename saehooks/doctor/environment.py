@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from saehooks import kernels
+from saehooks.kernels.memory import FREED_BYTES, keep_freed
 from saehooks.known_bad import known_bad
 
 Status = Literal["ok", "note", "wrong"]
@@ -83,7 +84,7 @@ def _kernels() -> list[Finding]:
         status: Status = "note" if forced in kernels.BACKENDS else "wrong"
         detail = f"SAEHOOKS_KERNELS={forced} names the kernels of every device; unset it for the fastest"
         return [Finding("kernels", "all devices", status, detail)]
-    return [_cpu_kernels(), *_cpu_screen(), *_gpu_kernels()]
+    return [_cpu_kernels(), *_cpu_choices(), *_gpu_kernels()]
 
 
 def _cpu_kernels() -> Finding:
@@ -105,12 +106,18 @@ def _cpu_kernels() -> Finding:
     return Finding("kernels", "cpu", "ok", f"numba, compiled once and kept in {folder}")
 
 
-def _cpu_screen() -> list[Finding]:
+def _cpu_choices() -> list[Finding]:
     try:
         screen = import_module("saehooks.kernels.cpu.screen")
     except Exception:  # `_cpu_kernels` says so
         return []
-    return [Finding("kernels", "cpu screen", "ok", f"selection through bfloat16 products: {screen.describe()}")]
+    memory = "freed memory is given back as the C library, or this environment's MALLOC_ variables, have it"
+    if keep_freed():
+        memory = f"glibc keeps {FREED_BYTES >> 20} MB of freed memory for later; a MALLOC_ variable overrules it"
+    return [
+        Finding("kernels", "cpu screen", "ok", f"selection through bfloat16 products: {screen.describe()}"),
+        Finding("kernels", "cpu memory", "ok", memory),
+    ]
 
 
 def _cache_folder(loops: Any) -> str | None:

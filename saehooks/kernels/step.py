@@ -152,8 +152,8 @@ class SparseGradients:
 
 NUMPY_TYPES = (torch.float32, torch.float64)
 """What numpy reads as it is."""
-FEW_MARKS = 512
-"""Marks that are looked at where a product costs little more than reading its table: each is a miss of the cache."""
+FEW_MARKS = 2048
+"""Marks that are looked at where a product costs little more than reading its table."""
 
 
 def marks(table: Tensor, most: int | None = None) -> bytes:

@@ -61,7 +61,7 @@ def test_every_backend_offers_all_that_is_owed(name):
     files = {file.stem for file in Path(module.__file__).parent.glob("*.py")}
     assert files >= {"select", "products"}
     reference = {file.stem for file in Path(kernels.reference.__file__).parent.glob("*.py")}
-    assert reference >= {"select", "products", "weights", "across_rows", "adam"}
+    assert reference >= {"select", "pairs", "products", "rows", "weights", "across_rows", "adam"}
 
 
 def test_the_environment_forces_a_path_and_importing_compiles_nothing():
