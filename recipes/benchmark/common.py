@@ -57,8 +57,8 @@ class Bench:
 
     @property
     def timed(self) -> bool:
-        """Whether times are measured: not in Triton's interpreter."""
-        return not self.toy
+        """Whether times are measured: neither in Triton's interpreter, nor where jobs only run to be compiled."""
+        return not (self.toy or self.args.compile)
 
     def cases(self, cpu: list[Case], cuda: list[Case]) -> list[Case]:
         """Those of this device: the first alone with --quick, a toy in the interpreter."""
@@ -123,7 +123,7 @@ class Bench:
 
     def peak_mb(self, job: Job) -> float | None:
         """Megabytes a job needs at its peak beyond what was there before it."""
-        if self.toy:
+        if not self.timed:
             return None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -159,6 +159,8 @@ class Bench:
 
     def save(self, name: str) -> None:
         """Print a table of each section and write all of it, with the machine, to ``<name>.json``."""
+        if self.args.compile:  # there is nothing to write
+            return
         for section, rows in self.rows.items():
             print(f"\n{section}\n{as_table(rows)}")
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -207,6 +209,7 @@ def arguments(description: str, add: Callable[[argparse.ArgumentParser], None] |
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this thread's own time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON")
+    parser.add_argument("--compile", action="store_true", help="run each job once, so that its kernels are compiled")
     if add is not None:
         add(parser)
     args = parser.parse_args()

@@ -58,9 +58,11 @@ def linear(case: Case, x: Tensor, **settings: Any) -> SAE:
     return sae
 
 
-def with_adam(sae: SAE, x: Tensor) -> Job:
-    """`Trainer.step` on the same batch."""
+def with_adam(sae: SAE, x: Tensor, forecast: bool = True) -> Job:
+    """`Trainer.step` on the same batch; without the forecast of code sizes each selection waits for the GPU."""
     trainer = Trainer(sae, TrainConfig(batch_size=len(x), buffer_rows=2 * len(x), lr=1e-6, log_every=10**9))
+    if not forecast:
+        trainer._forecast.capacity_for = lambda rows, d_sae: None
     return lambda: trainer.step(x)
 
 
@@ -92,6 +94,8 @@ def measure(bench: Bench, case: Case, with_peers: bool) -> None:
     for name, settings in LINEAR.items():
         jobs[f"{name}, linear"] = ours(linear(case, x, **settings), x)
     jobs["Trainer.step"] = with_adam(concept_sae(case, x)[0], x)
+    if bench.device.type == "cuda" or bench.toy:
+        jobs["Trainer.step, no forecast"] = with_adam(concept_sae(case, x)[0], x, forecast=False)
     mine = list(jobs)[len(products) :]
     for name, make in (peers(case, sae.dictionary.C.detach(), scale) if with_peers else {}).items():
         with contextlib.suppress(ImportError):

@@ -52,6 +52,17 @@ def test_the_benchmarks_run_in_the_interpreter(tmp_path, monkeypatch, capsys):
         assert [times["note"] for row in rows for times in row["times"].values() if "note" in times] == []
 
 
+def test_compiling_first_runs_every_job_and_writes_nothing(tmp_path, monkeypatch):
+    """In processes of their own, side by side; one that cannot run is named and stops none of the others."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARK), *sys.path])
+    import run
+
+    monkeypatch.setattr(run, "SCRIPTS", ("selection", "encode", "no_such_script"))
+    assert run.compile_kernels("interpret", ["--out", str(tmp_path)], 300) == ["no_such_script"]
+    assert not list(tmp_path.iterdir())
+    assert run.compile_kernels("interpret", ["--out", str(tmp_path)], 0) == ["selection", "encode", "no_such_script"]
+
+
 def test_what_there_is_no_time_for_is_left_out_with_a_line(tmp_path):
     """Without time no script begins, and each is named."""
     command = [sys.executable, str(BENCHMARK / "run.py"), "--minutes", "0", "--out", str(tmp_path)]

@@ -244,7 +244,7 @@ def finish_kernel(
     tl.store(SIZES + row, size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])  # the number of entries, which changes with every batch
 def fill_kernel(
     Z, stride, BIAS, THETA, VALUES, PLACES, COUNTS, BEST, TAU, QUOTA, OFFSETS, INDICES, SCORES,
     room, d_sae, slope_of, power,
