@@ -33,11 +33,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the block autocast is off on a device: an SAE computes in its own dtype, wherever it is called."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
-
-
-def _autocasts(device: torch.device) -> bool:
-    return _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    if _can_autocast(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @cache
@@ -50,8 +48,6 @@ def _in_own_dtype(method: Method) -> Method:
 
     @wraps(method)
     def called(self: SparseCoder, *args: Any, **kwargs: Any) -> Any:
-        if not _autocasts(self.device):
-            return method(self, *args, **kwargs)
         with autocast_off(self.device):
             return method(self, *args, **kwargs)
 
