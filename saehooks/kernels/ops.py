@@ -254,11 +254,11 @@ def for_rows(tensor: Tensor, *others: Tensor | None) -> Backend:
     return backend_for(tensor, PLAIN if is_differentiated(tensor, *others) else DEFAULT)
 
 
-def squared_errors(left: Tensor, right: Tensor, *, step: Step = DEFAULT) -> Tensor:
+def squared_errors(left: Tensor, right: Tensor) -> Tensor:
     """(rows,) ``|left - right|^2`` of each row of two (rows, d), differentiable."""
     if forward_ad._current_level >= 0:
         return for_rows(left, right).squared_errors(left, right)
-    return _SquaredErrors.apply(left, right, backend_for(left, step))
+    return _SquaredErrors.apply(left, right, backend_for(left))
 
 
 class _SquaredErrors(torch.autograd.Function):

@@ -60,7 +60,7 @@ def scaled_difference(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
 
 
 def _fit(*tensors: Tensor) -> bool:
-    """Whether the loops take these: matrices of one shape, not empty, in memory as they are read."""
+    """Whether the loops take these: matrices of one shape, not empty."""
     first = tensors[0]
     return first.dim() == 2 and first.numel() > 0 and all(serves(one) and one.shape == first.shape for one in tensors)
 

@@ -669,17 +669,12 @@ def _reaching(row, key, maxima, opened, places):
         many += np.uint64(maxima[g] >= key)
     for start in range(0, row.size, groups):
         part = row[start : min(start + groups, row.size)]
-        if part.size == groups:
-            for i in range(many):
-                g = opened[i]
-                places[counted] = start + np.int64(g)
-                counted += np.uint64(part[g] >= key)
-        else:
-            for i in range(many):
-                g = opened[i]
-                if g < part.size:
-                    places[counted] = start + np.int64(g)
-                    counted += np.uint64(part[g] >= key)
+        while many > 0 and opened[many - np.uint64(1)] >= part.size:  # the last part may be a shorter one
+            many -= np.uint64(1)
+        for i in range(many):
+            g = opened[i]
+            places[counted] = start + np.int64(g)
+            counted += np.uint64(part[g] >= key)
     return np.int64(counted)
 
 
